@@ -1,0 +1,161 @@
+"""What a user may choose, as frozen sections. The command line's flags and LLM's keyword arguments are made from these.
+
+Every field is an option with the name users know; its metadata holds the help text. A section checks only itself;
+rules across sections, and everything that depends on the model or the machine, belong to resolve.py.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_type_hints
+
+from quire.errors import ConfigError
+
+
+def option(default: Any = None, *, help: str, factory: Any = None, aliases: tuple[str, ...] = ()) -> Any:
+    """A config field with its help text; `aliases` are further flag names, such as "-tp"."""
+    metadata = {"help": help, "aliases": aliases}
+    if factory is not None:
+        return field(default_factory=factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """Which model, and how to read it."""
+
+    model: str | None = option(None, help="local folder or hub id; nothing means the bundled model")
+    tokenizer: str | None = option(None, help="folder or hub id of the tokenizer, when not the model's own")
+    skip_tokenizer_init: bool = option(False, help="run on token ids only, without a tokenizer")
+    trust_remote_code: bool = option(False, help="allow code that comes with the model to run")
+    dtype: Literal["auto", "half", "float16", "bfloat16", "float", "float32"] = option(
+        "auto", help="data type of weights and activations; auto takes the checkpoint's"
+    )
+    seed: int = option(0, help="seed for requests that bring none, and for dummy weights")
+    revision: str | None = option(None, help="branch, tag or commit of the model on the hub")
+    tokenizer_revision: str | None = option(None, help="the same for the tokenizer")
+    hf_token: str | None = option(None, help="token for the hub; the environment variable HF_TOKEN works too")
+    hf_overrides: dict[str, Any] = option(factory=dict, help="JSON object laid over the model's config.json")
+    max_model_len: int | None = option(
+        None, help="longest prompt plus output in tokens; -1 or auto fits it to the memory"
+    )
+    quantization: str | None = option(None, help="how to quantize the weights while loading", aliases=("-q",))
+    model_impl: Literal["auto", "native", "transformers", "vllm"] = option(
+        "auto", help="native class, or the Transformers code with its modules replaced; vllm means native"
+    )
+    load_format: Literal["auto", "safetensors", "pt", "dummy"] = option(
+        "auto", help="auto prefers safetensors; dummy makes random weights"
+    )
+    download_dir: str | None = option(None, help="where to keep downloads, when not in the hub's own cache")
+    generation_config: str = option(
+        "auto", help="auto reads the model's generation_config.json; vllm ignores its sampling defaults; or a folder"
+    )
+    override_generation_config: dict[str, Any] = option(factory=dict, help="JSON object laid over those defaults")
+    served_model_name: tuple[str, ...] = option((), help="names that clients may use; the first one is reported")
+    chat_template: str | None = option(None, help="path of a chat template, or the template itself")
+    max_logprobs: int = option(20, help="most log-probabilities a request may ask for; -1 allows the vocabulary")
+    logprobs_mode: Literal["raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"] = option(
+        "raw_logprobs", help="what is reported: before or after penalties, temperature and filters"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class CacheOptions:
+    """The page pool."""
+
+    block_size: int | None = option(None, help="positions per page; chosen for the device when not given")
+    gpu_memory_utilization: float = option(0.92, help="share of the device's memory that quire may use, 0 to 1")
+    kv_cache_memory_bytes: int | None = option(None, help="bytes for the pages; wins over the share")
+    num_gpu_blocks_override: int | None = option(None, help="number of pages, for tests")
+    kv_cache_dtype: Literal["auto", "bfloat16", "float32"] = option("auto", help="data type of keys and values")
+    enable_prefix_caching: bool = option(True, help="reuse the pages of prompts that begin alike")
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleOptions:
+    """How steps are filled."""
+
+    max_num_batched_tokens: int | None = option(None, help="positions computed in one step, at most")
+    max_num_seqs: int | None = option(None, help="requests running at once, at most")
+    scheduling_policy: Literal["fcfs", "priority"] = option("fcfs", help="first come first served, or by priority")
+    enable_chunked_prefill: bool = option(True, help="let a long prompt be computed over several steps")
+    long_prefill_token_threshold: int = option(0, help="most positions of one prompt in a step; 0 sets no limit")
+    async_scheduling: bool | None = option(None, help="plan the next step while one runs; chosen by device")
+    max_num_queued_reqs: int | None = option(None, help="refuse requests when so many wait")
+    max_num_queued_tokens: int | None = option(None, help="refuse requests when so many prompt tokens wait")
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelOptions:
+    """How many devices, and how the model is laid over them."""
+
+    device: Literal["auto", "cpu", "cuda"] = option("auto", help="where to run; auto takes a GPU when there is one")
+    tensor_parallel_size: int = option(1, help="devices that share each layer", aliases=("-tp",))
+    pipeline_parallel_size: int = option(1, help="devices that share the layers in turn", aliases=("-pp",))
+    data_parallel_size: int = option(1, help="copies of the model", aliases=("-dp",))
+    threads: int | None = option(None, help="CPU threads; the cores this process may use when not given")
+
+
+@dataclass(frozen=True, slots=True)
+class ObserveOptions:
+    """What is logged and counted."""
+
+    disable_log_stats: bool = option(False, help="do not log throughput, do not count metrics")
+    enable_log_requests: bool = option(False, help="log each request when it arrives, not only at its end")
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """The HTTP server."""
+
+    host: str = option("127.0.0.1", help="address to listen on")
+    port: int = option(8000, help="port to listen on; 0 takes a free one")
+    uds: str | None = option(None, help="path of a Unix socket to listen on instead")
+    api_key: tuple[str, ...] = option((), help="keys that clients must show; the variable QUIRE_API_KEY works too")
+    allow_insecure: bool = option(False, help="allow a public address without an API key")
+    root_path: str = option("", help="path prefix added by a proxy in front")
+    response_role: str = option("assistant", help="role of the generated chat messages")
+    return_tokens_as_token_ids: bool = option(False, help="show tokens as token_id:N in log-probabilities")
+    enable_force_include_usage: bool = option(False, help="send usage in every stream")
+    enable_prompt_tokens_details: bool = option(False, help="report cached prompt tokens in usage")
+    uvicorn_log_level: Literal["critical", "error", "warning", "info", "debug", "trace"] = option(
+        "warning", help="how much the web server logs"
+    )
+    shutdown_timeout: float = option(30.0, help="seconds that running requests get to finish after SIGTERM")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """All sections of one engine, as the user chose them. resolve.py turns this into an EngineConfig."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    cache: CacheOptions = field(default_factory=CacheOptions)
+    schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
+    parallel: ParallelOptions = field(default_factory=ParallelOptions)
+    observe: ObserveOptions = field(default_factory=ObserveOptions)
+
+    @classmethod
+    def from_flat(cls, values: dict[str, Any]) -> EngineOptions:
+        """Sort flat keyword arguments into their sections. An unknown name raises ConfigError with the nearest one."""
+        sections: dict[str, dict[str, Any]] = {section.name: {} for section in fields(cls)}
+        owner = {item.name: section for section, item in engine_fields()}
+        for name, value in values.items():
+            if name not in owner:
+                raise ConfigError(unknown_option(name, owner))
+            sections[owner[name]][name] = value
+        types = get_type_hints(cls)
+        return cls(**{section: types[section](**found) for section, found in sections.items()})
+
+
+def engine_fields() -> list[tuple[str, Any]]:
+    """Every engine option as (section name, dataclass field)."""
+    types = get_type_hints(EngineOptions)
+    return [(section.name, item) for section in fields(EngineOptions) for item in fields(types[section.name])]
+
+
+def unknown_option(name: str, known: Any) -> str:
+    """The message for an option nobody knows, with the nearest known one."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"Unknown option {name!r}.{hint}"

@@ -1,0 +1,145 @@
+"""The messages of one engine step: what to compute (StepPlan), what came out (StepResult), what changed (Event).
+
+All are frozen. A plan speaks of positions, never of token values, so the next plan can be made while the previous one
+still runs. Nothing here knows tensors, text or time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from quire.core.params import PoolingParams, SamplingParams
+
+FinishReason = Literal["stop", "length", "abort", "error", "repetition"]
+GroupKind = Literal["full", "window", "state", "cross"]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSpec:
+    """One group of layers that share page tables.
+
+    full: one page per `page_size` positions, kept until the request ends. window: the same, but pages whose positions
+    have all left the last `window` positions are given back. state: exactly one page per request, which holds the
+    recurrent state of all its layers. cross: pages for encoder positions, fixed when the request starts.
+    """
+
+    kind: GroupKind
+    page_size: int
+    num_pages: int
+    window: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """A request enters (or re-enters) the worker at row `slot`; it carries everything the worker must know."""
+
+    slot: int
+    request_id: str
+    token_ids: tuple[int, ...]  # prompt followed by all tokens generated so far
+    prompt_len: int
+    params: SamplingParams | PoolingParams
+    seed: int  # resolved: never None, so that a restart draws the same numbers
+    adapter: int = 0  # device slot of the adapter; 0 is the bare model
+
+
+@dataclass(frozen=True, slots=True)
+class PageGrant:
+    """Pages appended to a row's table of one group: entries [index, index + len(pages)) of the table.
+
+    A page id of 0 is the null page: never read, standing for positions that left the window.
+    """
+
+    slot: int
+    group: int
+    index: int
+    pages: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PageCopy:
+    """Copy one page's content before the step computes (copy on write, state snapshots)."""
+
+    group: int
+    source: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Positions [start, start + count) of the request in row `slot`.
+
+    The last len(drafts) of them hold proposed tokens. `sample` is true when the span reaches the end of the tokens
+    known so far, so that a new token comes out of it.
+    """
+
+    slot: int
+    start: int
+    count: int
+    sample: bool
+    drafts: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What the workers do in one step, in this order: release, admit, grant, copy, compute spans, sample."""
+
+    step: int
+    released: tuple[int, ...] = ()
+    admitted: tuple[Admission, ...] = ()
+    grants: tuple[PageGrant, ...] = ()
+    copies: tuple[PageCopy, ...] = ()
+    spans: tuple[Span, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions computed by this step."""
+        return sum(span.count for span in self.spans)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one position: the chosen token first, then the top ones, with ranks (1 is best)."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SpanResult:
+    """What one span of the plan produced, in the plan's order."""
+
+    slot: int
+    tokens: tuple[int, ...] = ()  # empty unless the span sampled; several when drafts were accepted
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one per token, when asked for
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # for positions start + 1 .. start + count of the prompt
+    drafts: tuple[int, ...] = ()  # proposals for the next step
+    pooled: tuple[float, ...] | None = None
+    error: str | None = None  # this request failed; its neighbours did not
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """The outcome of StepPlan number `step`, one entry per span in the same order."""
+
+    step: int
+    spans: tuple[SpanResult, ...]
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What happened to one request in one step; EngineCore hands these to the Engine."""
+
+    request_id: str
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    pooled: tuple[float, ...] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    error: str | None = None
+    cached_tokens: int = 0
+    preemptions: int = 0
+    times: dict[str, float] = field(default_factory=dict)  # arrival, scheduled, first_token, finished: monotonic seconds
