@@ -1,0 +1,366 @@
+"""What a user asks of one request: SamplingParams for generation, PoolingParams for vectors. Frozen and validated.
+
+Everything that can be judged without a model is judged here; what needs the vocabulary or the engine's limits is judged
+by check(). Nothing here knows tokenizers, tensors or the scheduler.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import functools
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from quire.errors import ValidationError
+
+logger = logging.getLogger(__name__)
+
+MAX_SEQUENCES = 16384
+MAX_BAD_WORDS = 128
+LEAST_TEMPERATURE = 0.01  # below it float32 softmax loses everything but the first token
+GREEDY_BELOW = 1e-5
+
+_Params = TypeVar("_Params")
+
+
+class RequestOutputKind(enum.IntEnum):
+    """What each output of a stream holds: everything so far, only what is new, or nothing until the end."""
+
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
+
+
+def _suggesting(cls: type[_Params]) -> type[_Params]:
+    """Turn an unknown keyword of a dataclass into a ValidationError that names the nearest known one."""
+    made = cls.__init__
+    known = [item.name for item in dataclasses.fields(cls)]  # type: ignore[arg-type]
+
+    @functools.wraps(made)
+    def checked(self: _Params, *args: object, **values: object) -> None:
+        for name in values:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise ValidationError(f"{cls.__name__} has no field {name!r}.{hint}", name)
+        made(self, *args, **values)
+
+    cls.__init__ = checked  # type: ignore[method-assign]
+    return cls
+
+
+@_suggesting
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepetitionDetection:
+    """End a request whose last tokens are one pattern, min_pattern_size to max_pattern_size long, min_count times."""
+
+    max_pattern_size: int
+    min_pattern_size: int = 1
+    min_count: int = 3
+
+    def __post_init__(self) -> None:
+        """Reject sizes that can match nothing."""
+        _integer("repetition_detection.max_pattern_size", self.max_pattern_size, 1)
+        _integer("repetition_detection.min_pattern_size", self.min_pattern_size, 1, self.max_pattern_size)
+        _integer("repetition_detection.min_count", self.min_count, 2)
+
+
+@_suggesting
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to choose tokens and when to stop.
+
+    Values are normalized: lists become tuples, `stop` is always a tuple, `logit_bias` a tuple of (token id, bias) pairs
+    clamped to [-100, 100], a temperature of 0 switches top_p, top_k and min_p off. A wrong value raises ValidationError
+    with the field's name. The last two fields are filled in by the engine, see resolved().
+    """
+
+    n: int = 1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[str, ...] = ()
+    skip_reading_prefix_cache: bool | None = None
+    repetition_detection: RepetitionDetection | None = None
+    extra_args: dict[str, Any] | None = field(default=None, hash=False)
+    eos_token_ids: tuple[int, ...] = ()  # the tokenizer's own first, then those of the generation config
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check and normalize every field."""
+        self._check_choice()
+        self._check_stops()
+        self._check_limits()
+        self._check_words()
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _check_choice(self) -> None:
+        _integer("n", self.n, 1, MAX_SEQUENCES)
+        self._set("presence_penalty", _number("presence_penalty", self.presence_penalty, -2.0, 2.0))
+        self._set("frequency_penalty", _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0))
+        self._set("repetition_penalty", _number("repetition_penalty", self.repetition_penalty, 0.0, open_low=True))
+        temperature = _number("temperature", self.temperature, 0.0, 2.0)
+        self._set("top_p", _number("top_p", self.top_p, 0.0, 1.0, open_low=True))
+        _integer("top_k", self.top_k, -1)
+        self._set("top_k", max(self.top_k, 0))
+        self._set("min_p", _number("min_p", self.min_p, 0.0, 1.0))
+        if 0.0 < temperature < LEAST_TEMPERATURE:
+            logger.warning("temperature %g is too small to compute with; %g is used", temperature, LEAST_TEMPERATURE)
+            temperature = LEAST_TEMPERATURE
+        self._set("temperature", temperature)
+        if self.greedy:
+            if self.n > 1:
+                raise ValidationError(
+                    "n must be 1 when using greedy sampling: all sequences would be the same. "
+                    "Set a temperature above 0, or n=1.",
+                    "n",
+                    self.n,
+                )
+            self._set("top_p", 1.0)
+            self._set("top_k", 0)
+            self._set("min_p", 0.0)
+        if self.seed is not None:
+            _integer("seed", self.seed, -(2**63), 2**63 - 1)
+            self._set("seed", None if self.seed == -1 else self.seed)
+
+    def _check_stops(self) -> None:
+        stop = _strings("stop", self.stop)
+        if stop and not self.detokenize:
+            raise ValidationError("stop strings need detokenize=True; use stop_token_ids instead", "stop", stop)
+        self._set("stop", stop)
+        self._set("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
+        self._set("eos_token_ids", _token_ids("eos_token_ids", self.eos_token_ids))
+        found = self.repetition_detection
+        if isinstance(found, Mapping):
+            self._set("repetition_detection", RepetitionDetection(**found))
+        elif found is not None and not isinstance(found, RepetitionDetection):
+            raise ValidationError("repetition_detection must be a RepetitionDetection", "repetition_detection", found)
+
+    def _check_limits(self) -> None:
+        if self.max_tokens is not None:
+            _integer("max_tokens", self.max_tokens, 1)
+        _integer("min_tokens", self.min_tokens, 0)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValidationError(
+                f"min_tokens must be at most max_tokens, which is {self.max_tokens}", "min_tokens", self.min_tokens
+            )
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if isinstance(value, bool):
+                value = 1 if value else None
+            elif value is not None:
+                _integer(name, value, -1)
+            self._set(name, value)
+        if self.skip_reading_prefix_cache is None:
+            # A hit computes no logits for the prompt positions that it skips.
+            self._set("skip_reading_prefix_cache", self.prompt_logprobs is not None)
+
+    def _check_words(self) -> None:
+        for name in (
+            "ignore_eos",
+            "detokenize",
+            "skip_special_tokens",
+            "spaces_between_special_tokens",
+            "include_stop_str_in_output",
+            "skip_reading_prefix_cache",
+        ):
+            _boolean(name, getattr(self, name))
+        try:
+            self._set("output_kind", RequestOutputKind(self.output_kind))
+        except ValueError:
+            kinds = ", ".join(f"{kind.name} ({kind.value})" for kind in RequestOutputKind)
+            raise ValidationError(f"output_kind must be one of {kinds}", "output_kind", self.output_kind) from None
+        self._set("logit_bias", _biases(self.logit_bias))
+        if self.allowed_token_ids is not None:
+            allowed = _token_ids("allowed_token_ids", self.allowed_token_ids)
+            if not allowed:
+                raise ValidationError("allowed_token_ids must not be empty; use None to allow all", "allowed_token_ids")
+            self._set("allowed_token_ids", allowed)
+        self._set("bad_words", _strings("bad_words", self.bad_words))
+        sequences = tuple(_token_ids("bad_words", ids, distinct=False) for ids in self.bad_words_token_ids)
+        if len(sequences) > MAX_BAD_WORDS:
+            raise ValidationError(
+                f"bad_words make {len(sequences)} token sequences, at most {MAX_BAD_WORDS} are allowed", "bad_words"
+            )
+        self._set("bad_words_token_ids", sequences)
+        _extra_args(self.extra_args)
+
+    @property
+    def greedy(self) -> bool:
+        """True when the most likely token is taken, so that nothing is random."""
+        return self.temperature < GREEDY_BELOW
+
+    @property
+    def all_stop_token_ids(self) -> frozenset[int]:
+        """Every id that would end the request: what min_tokens forbids, whatever ignore_eos says."""
+        return frozenset(self.eos_token_ids) | frozenset(self.stop_token_ids)
+
+    def resolved(
+        self,
+        *,
+        max_tokens: int | None = None,
+        seed: int | None = None,
+        eos_token_ids: Iterable[int] = (),
+        bad_words_token_ids: Iterable[Iterable[int]] = (),
+    ) -> SamplingParams:
+        """The same wishes with what only the engine knows: the limit, the seed, the model's ids."""
+        limit = self.max_tokens if max_tokens is None else max_tokens
+        return dataclasses.replace(
+            self,
+            max_tokens=limit,
+            min_tokens=self.min_tokens if limit is None else min(self.min_tokens, limit),
+            seed=self.seed if seed is None else seed,
+            eos_token_ids=tuple(eos_token_ids),
+            bad_words_token_ids=tuple(tuple(ids) for ids in bad_words_token_ids),
+        )
+
+    def check(self, vocab_size: int, max_logprobs: int = -1) -> None:
+        """Raise ValidationError for ids outside the vocabulary or more logprobs than `max_logprobs` (-1: no limit)."""
+        for name, ids in (
+            ("stop_token_ids", self.stop_token_ids),
+            ("allowed_token_ids", self.allowed_token_ids or ()),
+            ("logit_bias", tuple(token for token, _ in self.logit_bias)),
+        ):
+            outside = [token for token in ids if token >= vocab_size]
+            if outside:
+                raise ValidationError(
+                    f"{name} has token ids outside the vocabulary of {vocab_size}: {outside[:10]}", name, outside[0]
+                )
+        for name in ("logprobs", "prompt_logprobs"):
+            asked = getattr(self, name)
+            if asked is None or max_logprobs == -1:
+                continue
+            wanted = vocab_size if asked == -1 else asked
+            if wanted > max_logprobs:
+                raise ValidationError(
+                    f"{name} may be at most {max_logprobs} here (the option max_logprobs), {wanted} were asked for",
+                    name,
+                    asked,
+                )
+
+
+@_suggesting
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolingParams:
+    """What vector to make of a prompt. `dimensions` cuts it; `use_activation` None means the model's habit."""
+
+    task: Literal["embed", "classify", "score", "token_embed", "token_classify"] = "embed"
+    dimensions: int | None = None
+    use_activation: bool | None = None
+    skip_reading_prefix_cache: bool | None = None
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        tasks = ("embed", "classify", "score", "token_embed", "token_classify")
+        if self.task not in tasks:
+            raise ValidationError(f"task must be one of {', '.join(tasks)}", "task", self.task)
+        if self.dimensions is not None:
+            _integer("dimensions", self.dimensions, 1)
+        if self.use_activation is not None:
+            _boolean("use_activation", self.use_activation)
+        if self.skip_reading_prefix_cache is None:
+            # A vector per token needs every position computed.
+            object.__setattr__(self, "skip_reading_prefix_cache", self.task.startswith("token_"))
+        _boolean("skip_reading_prefix_cache", self.skip_reading_prefix_cache)
+
+
+def _boolean(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ValidationError(f"{name} must be true or false, found {type(value).__name__}", name, value)
+
+
+def _integer(name: str, value: object, least: int, most: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValidationError(f"{name} must be an integer, found {type(value).__name__}", name, value)
+    if value < least or (most is not None and value > most):
+        bounds = f"at least {least}" if most is None else f"between {least} and {most}"
+        raise ValidationError(f"{name} must be {bounds}", name, value)
+
+
+def _number(name: str, value: object, least: float, most: float | None = None, open_low: bool = False) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValidationError(f"{name} must be a number, found {type(value).__name__}", name, value)
+    if not math.isfinite(value):
+        raise ValidationError(f"{name} must be finite", name, value)
+    if value < least or (open_low and value == least) or (most is not None and value > most):
+        low = f"greater than {least:g}" if open_low else f"at least {least:g}"
+        high = "" if most is None else f" and at most {most:g}"
+        raise ValidationError(f"{name} must be {low}{high}", name, value)
+    return float(value)
+
+
+def _strings(name: str, value: object) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        value = (value,)
+    if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
+        raise ValidationError(f"{name} must be a string or a list of strings", name, value)
+    if not all(value):
+        raise ValidationError(f"{name} must not contain an empty string", name, value)
+    return tuple(value)
+
+
+def _token_ids(name: str, value: object, distinct: bool = True) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        raise ValidationError(f"{name} must be a list of token ids", name, value)
+    ids = tuple(value)
+    for token in ids:
+        _integer(name, token, 0)
+    return tuple(dict.fromkeys(ids)) if distinct else ids
+
+
+def _biases(value: object) -> tuple[tuple[int, float], ...]:
+    if value is None:
+        return ()
+    pairs = value.items() if isinstance(value, Mapping) else value
+    if isinstance(pairs, (str, bytes)) or not isinstance(pairs, Iterable):
+        raise ValidationError("logit_bias must map token ids to numbers", "logit_bias", value)
+    found: dict[int, float] = {}
+    for pair in pairs:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise ValidationError("logit_bias must map token ids to numbers", "logit_bias", value)
+        token, bias = pair
+        if isinstance(token, str) and token.isascii() and token.isdigit():
+            token = int(token)  # keys of JSON objects are always strings
+        _integer("logit_bias", token, 0)
+        found[token] = min(100.0, max(-100.0, _number("logit_bias", bias, -math.inf)))
+    return tuple(found.items())
+
+
+def _extra_args(value: object) -> None:
+    if value is None:
+        return
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ValidationError("extra_args must be an object with names as keys", "extra_args", value)
+    for key, item in value.items():
+        if isinstance(item, int) and not -(2**63) <= item < 2**64:
+            raise ValidationError(f"extra_args[{key!r}] does not fit in 64 bits", "extra_args", item)
