@@ -1,0 +1,77 @@
+# Everything a newcomer needs: `make serve`, `make test`, `make setup`. Every target is quick when nothing changed.
+# ARGS is passed on: make serve ARGS="--port 8123", make test ARGS="tests/pure -k pages", make soak ARGS="--minutes 60".
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMPS := .stamps
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -type f 2>/dev/null)
+ARGS   ?=
+
+.PHONY: help setup serve test check soak gpu-check bench clean
+
+help:
+	@echo "make serve      set up, then serve the bundled model on 127.0.0.1:8000 (flags: ARGS=\"--port 8123\")"
+	@echo "make setup      the virtual environment in $(VENV), with the quire command in it"
+	@echo "make test       set up and run all tests (some: ARGS=\"tests/pure\")"
+	@echo "make check      lint, format, types, architecture"
+	@echo "make soak       the scheduler's simulation for as long as asked (ARGS=\"--minutes 10\")"
+	@echo "make gpu-check  parity tests and a first benchmark on a machine with a GPU; installs nothing"
+	@echo "make bench      quire beside Transformers and the roofline, on this machine"
+	@echo "make clean      remove everything that these targets made"
+
+# The packages and the native library do not need each other, so both are made at once.
+setup: $(BIN)/python
+	@$(MAKE) --no-print-directory -j2 $(STAMPS)/packages $(STAMPS)/quire
+
+$(BIN)/python:
+	@echo "Making $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.exit("quire needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Set PYTHON=...") if sys.version_info < (3, 11) else None'
+	@$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS)
+
+# Byte code is made when a module is first used: most of it never is.
+$(STAMPS)/packages: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing packages"
+	@mkdir -p $(STAMPS)
+	@$(PIP) install --no-compile -c constraints.txt $$($(BIN)/python tools/requirements.py)
+	@touch $@
+
+$(STAMPS)/quire: $(NATIVE) | $(BIN)/python
+	@echo "Building the native library"
+	@mkdir -p $(STAMPS)
+	@$(PIP) install --no-deps --editable .
+	@touch $@
+
+$(STAMPS)/dev: $(STAMPS)/packages
+	@echo "Installing what the tests need"
+	@$(PIP) install --no-compile -c constraints.txt $$($(BIN)/python tools/requirements.py dev)
+	@touch $@
+
+serve: setup
+	@exec $(BIN)/quire serve $(ARGS)
+
+test: setup $(STAMPS)/dev
+	$(BIN)/python -m pytest $(ARGS)
+
+check: setup $(STAMPS)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/pure/test_architecture.py
+
+soak: setup $(STAMPS)/dev
+	$(BIN)/python tests/pure/simulation.py $(ARGS)
+
+gpu-check:
+	PYTHONPATH=src $(PYTHON) tools/gpu_check.py $(ARGS)
+
+bench: setup
+	$(BIN)/python bench/vs_transformers.py $(ARGS)
+	$(BIN)/python bench/startup.py
+
+clean:
+	rm -rf $(VENV) $(STAMPS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src -name '*.so' -delete
+	find src tests tools bench -name __pycache__ -prune -exec rm -rf {} +
