@@ -1,0 +1,108 @@
+"""Linear: one matrix product whose weight may come as several siblings of the checkpoint (q, k and v; gate and up).
+
+The weight lives only in packed form. Siblings are gathered in one buffer of the final size and dtype, packed when the
+last one has come, and the buffer is dropped: loading needs the model's weights plus one matrix, never a second copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import nn
+
+from quire.kernels.table import Ops, PackedLinear
+from quire.layers.target import Target
+
+
+class Linear(nn.Module):
+    """y = x W^T + b for x [..., K]. `sizes` are the output widths of the merged siblings, in order; N is their sum."""
+
+    def __init__(
+        self,
+        ops: Ops,
+        in_features: int,
+        sizes: Sequence[int],
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.sizes = tuple(sizes)
+        self.out_features = sum(sizes)
+        self.has_bias = bias
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.packed: PackedLinear | None = None
+        self._ops = ops
+        self._product = ops.linear
+        self._weight: torch.Tensor | None = None  # gathers siblings until the last one has come
+        self._bias: torch.Tensor | None = None
+        parts = len(self.sizes)
+        self._missing = {("weight", i) for i in range(parts)} | ({("bias", i) for i in range(parts)} if bias else set())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., K] -> [..., N], in x's dtype."""
+        return self._product(x, self.packed)
+
+    def load_weight(self, tensor: torch.Tensor) -> None:
+        """Take the whole weight [N, K]."""
+        if len(self.sizes) == 1:
+            self._place("weight", 0, tensor)
+        else:
+            for index, part in enumerate(tensor.split(self.sizes)):
+                self._place("weight", index, part)
+
+    def load_shard(self, index: int, tensor: torch.Tensor) -> None:
+        """Take sibling `index`'s weight [sizes[index], K]."""
+        self._place("weight", index, tensor)
+
+    def load_bias(self, tensor: torch.Tensor) -> None:
+        """Take the whole bias [N]."""
+        for index, part in enumerate(tensor.split(self.sizes)):
+            self._place("bias", index, part)
+
+    def load_bias_shard(self, index: int, tensor: torch.Tensor) -> None:
+        """Take sibling `index`'s bias [sizes[index]]."""
+        self._place("bias", index, tensor)
+
+    def weight_target(self, index: int | None = None) -> Target:
+        """Where sibling `index`'s weight goes, or the whole weight for None."""
+        if index is None:
+            return Target((self.out_features, self.in_features), self.dtype, self.load_weight)
+        return Target((self.sizes[index], self.in_features), self.dtype, partial(self.load_shard, index))
+
+    def bias_target(self, index: int | None = None) -> Target:
+        """Where sibling `index`'s bias goes, or the whole bias for None."""
+        if index is None:
+            return Target((self.out_features,), self.dtype, self.load_bias)
+        return Target((self.sizes[index],), self.dtype, partial(self.load_bias_shard, index))
+
+    def fill_bias_shard(self, index: int) -> None:
+        """Give a sibling that has no bias of its own zeros, when it is merged with one that has."""
+        self._place("bias", index, torch.zeros(self.sizes[index], dtype=self.dtype))
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, sizes={self.sizes}, bias={self.has_bias}, dtype={self.dtype}"
+
+    def _place(self, kind: str, index: int, tensor: torch.Tensor) -> None:
+        assert (kind, index) in self._missing, f"{kind} {index} given twice or not expected"
+        if len(self.sizes) == 1:
+            whole = tensor.to(device=self.device, dtype=self.dtype)  # the view of the file itself where nothing changes
+        else:
+            whole = self._weight if kind == "weight" else self._bias
+            if whole is None:
+                shape = (self.out_features, self.in_features) if kind == "weight" else (self.out_features,)
+                whole = torch.empty(shape, dtype=self.dtype, device=self.device)
+            start = sum(self.sizes[:index])
+            whole[start : start + self.sizes[index]].copy_(tensor)
+        if kind == "weight":
+            self._weight = whole
+        else:
+            self._bias = whole
+        self._missing.discard((kind, index))
+        if not self._missing:
+            self.packed = self._ops.pack_linear(self._weight, self._bias)
+            self._weight = self._bias = None
