@@ -1,0 +1,1 @@
+"""Functions on tensors: linear, attention over pages, norms, sampling. They know nothing of requests or models."""

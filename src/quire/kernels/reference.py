@@ -1,0 +1,328 @@
+"""Every op in plain PyTorch: the meaning of each op, the oracle of its tests, and what runs where nothing is faster.
+
+It knows nothing of requests, models or instruction sets. Clearness comes before speed, and two rules before both:
+sums are taken in float32, and the bits of a row never depend on the other rows of the call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+NormStyle = Literal["down_then_scale", "scale_then_down", "plus_one"]
+RotaryStyle = Literal["half", "interleaved"]
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "sigmoid": torch.sigmoid,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
+
+
+@dataclass(slots=True)
+class PackedLinear:
+    """The weights of one linear in the layout of the backend that packed them; only that backend reads `data`."""
+
+    out_features: int
+    in_features: int
+    dtype: torch.dtype
+    data: torch.Tensor
+    bias: torch.Tensor | None
+
+
+@dataclass(slots=True)
+class KVCache:
+    """The pages of one layer, [num_pages, elements of a page]; how a page is laid out is its backend's own affair."""
+
+    data: torch.Tensor
+    num_pages: int
+    page_size: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+
+
+# ---------------------------------------------------------------- linear
+
+
+def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
+    """weight [N, K], bias [N] or None. May keep or copy them; the caller drops the originals."""
+    return PackedLinear(weight.shape[0], weight.shape[1], weight.dtype, weight.detach(), bias)
+
+
+def unpack_linear(packed: PackedLinear) -> torch.Tensor:
+    """The weight [N, K] as it was packed, bit for bit."""
+    return packed.data
+
+
+def linear(x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
+    """x [..., K] -> [..., N] in x's dtype. Each row by itself, so that its bits do not depend on the others."""
+    weight = packed.data.float()
+    rows = x.reshape(-1, packed.in_features).float()
+    out = torch.empty(rows.shape[0], packed.out_features, device=x.device)
+    for i in range(rows.shape[0]):
+        torch.mv(weight, rows[i], out=out[i])
+    if packed.bias is not None:
+        out += packed.bias.float()
+    return out.to(x.dtype).view(*x.shape[:-1], packed.out_features)
+
+
+# ---------------------------------------------------------------- paged keys and values
+
+
+def cache_bytes(page_size: int, kv_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> int:
+    """Bytes that one page of one layer takes."""
+    return page_size * kv_heads * (key_dim + value_dim) * dtype.itemsize
+
+
+def new_cache(
+    num_pages: int,
+    page_size: int,
+    kv_heads: int,
+    key_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> KVCache:
+    """Pages for one layer. Nothing is promised about the content of a position that was never written."""
+    data = torch.zeros(num_pages, page_size * kv_heads * (key_dim + value_dim), dtype=dtype, device=device)
+    return KVCache(data, num_pages, page_size, kv_heads, key_dim, value_dim, dtype)
+
+
+def _keys(cache: KVCache) -> torch.Tensor:
+    """View [num_pages, page_size, kv_heads, key_dim] of the first part of each page."""
+    size = cache.page_size * cache.kv_heads * cache.key_dim
+    return cache.data[:, :size].view(cache.num_pages, cache.page_size, cache.kv_heads, cache.key_dim)
+
+
+def _values(cache: KVCache) -> torch.Tensor:
+    """View [num_pages, page_size, kv_heads, value_dim] of the second part of each page."""
+    size = cache.page_size * cache.kv_heads * cache.key_dim
+    return cache.data[:, size:].view(cache.num_pages, cache.page_size, cache.kv_heads, cache.value_dim)
+
+
+def write_cache(cache: KVCache, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
+    """key [T, Hkv, Dk], value [T, Hkv, Dv] go to slots [T], a slot being page * page_size + offset."""
+    pages, offsets = slots // cache.page_size, slots % cache.page_size
+    _keys(cache)[pages, offsets] = key.to(cache.dtype)
+    _values(cache)[pages, offsets] = value.to(cache.dtype)
+
+
+def copy_pages(cache: KVCache, pairs: list[tuple[int, int]]) -> None:
+    """Copy whole pages, (source, destination) by (source, destination), in that order."""
+    for source, destination in pairs:
+        cache.data[destination] = cache.data[source]
+
+
+def attention(
+    query: torch.Tensor,
+    cache: KVCache,
+    tables: torch.Tensor,
+    starts: torch.Tensor,
+    lengths: torch.Tensor,
+    scale: float,
+    window: int | None = None,
+    chunk: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention of packed rows over paged keys and values: query [T, H, Dk] -> [T, H, Dv].
+
+    Sequence s owns rows starts[s]..starts[s + 1]; its row i stands at position lengths[s] - rows + i and sees the
+    positions up to itself, with `window` only the last `window` of them, with `chunk` only those of its own block of
+    that many. Position p lies in page tables[s, p // page_size]; entries outside what is seen are never read.
+    `softcap` bounds the scaled scores by c * tanh(score / c); `sinks` [H] are extra scores that take part in the sum
+    of the softmax and carry no value.
+    """
+    out = torch.empty(*query.shape[:2], cache.value_dim, dtype=query.dtype, device=query.device)
+    first_rows = starts.tolist()
+    for s, length in enumerate(lengths.tolist()):
+        rows = first_rows[s + 1] - first_rows[s]
+        for i in range(rows):
+            position = length - rows + i
+            low = max(0, position + 1 - window) if window is not None else 0
+            if chunk is not None:
+                low = max(low, position // chunk * chunk)
+            seen = torch.arange(low, position + 1, device=query.device)
+            row = first_rows[s] + i
+            out[row] = _attend(query[row], cache, tables[s], seen, scale, softcap, sinks)
+    return out
+
+
+def _attend(
+    query: torch.Tensor,
+    cache: KVCache,
+    table: torch.Tensor,
+    seen: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """One query row [H, Dk] over the positions `seen` of its sequence -> [H, Dv] in float32."""
+    pages, offsets = table[seen // cache.page_size].long(), seen % cache.page_size
+    group = query.shape[0] // cache.kv_heads
+    keys = _keys(cache)[pages, offsets].float().repeat_interleave(group, dim=1)  # [L, H, Dk]
+    values = _values(cache)[pages, offsets].float().repeat_interleave(group, dim=1)  # [L, H, Dv]
+    scores = torch.einsum("hd,lhd->hl", query.float(), keys) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.float()[:, None]], dim=1)
+    weights = torch.softmax(scores, dim=-1)[:, : seen.shape[0]]
+    return torch.einsum("hl,lhd->hd", weights, values)
+
+
+# ---------------------------------------------------------------- norms, activations, rotary
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float, style: NormStyle) -> torch.Tensor:
+    """x [..., D] over its last dimension, weight [D]. `style` says where the cast to x's dtype happens:
+
+    "down_then_scale"  weight * cast(normed)          "scale_then_down"  cast(weight * normed)
+    "plus_one"         cast((1 + weight) * normed)    without a weight all three are cast(normed)
+    """
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if weight is None:
+        return normed.to(x.dtype)
+    if style == "down_then_scale":
+        return (weight * normed.to(x.dtype)).to(x.dtype)
+    if style == "plus_one":
+        return ((1.0 + weight.float()) * normed).to(x.dtype)
+    return (weight.float() * normed).to(x.dtype)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, eps: float, style: NormStyle
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum x + residual, rounded to their dtype, and its rms_norm: (normed, sum)."""
+    total = x + residual
+    return rms_norm(total, weight, eps, style), total
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """x [..., D] over its last dimension, weight and bias [D]; float32 inside, rounded once."""
+    wide = F.layer_norm(
+        x.float(),
+        x.shape[-1:],
+        None if weight is None else weight.float(),
+        None if bias is None else bias.float(),
+        eps,
+    )
+    return wide.to(x.dtype)
+
+
+def gated(gate_up: torch.Tensor, activation: str, gate_first: bool = True) -> torch.Tensor:
+    """gate_up [..., 2F] -> [..., F]: activation(gate) * up. The activation is computed in float32 and rounded once to
+    the dtype, then the product is, as the separate PyTorch operations do. Names: see ACTIVATIONS."""
+    first, second = gate_up.chunk(2, dim=-1)
+    gate, up = (first, second) if gate_first else (second, first)
+    return ACTIVATIONS[activation](gate.float()).to(gate.dtype) * up
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, style: RotaryStyle) -> torch.Tensor:
+    """Rotate the first R dimensions of x [T, H, D]; the rest passes through."""
+    size = cos.shape[-1]
+    part = x[..., :size]
+    if style == "half":
+        turned = torch.cat([-part[..., size // 2 :], part[..., : size // 2]], dim=-1)
+    else:
+        turned = torch.stack([-part[..., 1::2], part[..., 0::2]], dim=-1).flatten(-2)
+    rotated = (part * cos[:, None] + turned * sin[:, None]).to(x.dtype)
+    return torch.cat([rotated, x[..., size:]], dim=-1)
+
+
+def rotary(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, style: RotaryStyle
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """query [T, H, D], key [T, Hkv, D], cos and sin [T, R] with one entry for each of the R <= D rotated dimensions
+    (so each angle appears twice: R/2 apart for "half", side by side for "interleaved"). Each step rounds to the wider
+    of the two dtypes: with cos in bfloat16 as the unfused bfloat16 code does, with cos in float32 only at the end."""
+    return _rotate(query, cos, sin, style), _rotate(key, cos, sin, style)
+
+
+def rotary_write(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    style: RotaryStyle,
+    cache: KVCache,
+    slots: torch.Tensor,
+) -> torch.Tensor:
+    """rotary, then write_cache of the rotated key and the value; returns the rotated query [T, H, Dk]."""
+    query, key = rotary(query, key, cos, sin, style)
+    write_cache(cache, key, value, slots)
+    return query
+
+
+# ---------------------------------------------------------------- choosing tokens
+
+
+def argmax(logits: torch.Tensor) -> torch.Tensor:
+    """logits [R, V] -> int64 [R]: the first of equals."""
+    return torch.argmax(logits, dim=-1)
+
+
+def _mix(z: torch.Tensor) -> torch.Tensor:
+    """The finalizer of splitmix64 on int64 bits; `>>` is made logical by masking the copied sign bits."""
+    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return z ^ ((z >> 31) & 0x1FFFFFFFF)
+
+
+def uniform(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """seeds int64 [R], positions int64 [R] -> float64 [R] in [0, 1). A pure function of the two, 53 bits, the same on
+    every device, so that any position can be drawn again anywhere."""
+    golden = -0x61C8864680B583EB
+    bits = _mix(_mix(seeds + golden) + (positions + 1) * golden)
+    return ((bits >> 11) & 0x1FFFFFFFFFFFFF).double() * 2.0**-53
+
+
+def sample(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    uniform: torch.Tensor,
+) -> torch.Tensor:
+    """logits [R, V], the others [R] -> int64 [R]. Temperature 0 is argmax.
+
+    Of the weights exp((logit - largest) / temperature) in float32 those stay that are at least min_p of the largest;
+    of these the top_k largest with all that equal the last of them (0: all); of these the smallest set of largest
+    ones, lower ids first among equals, that holds top_p of their sum (1: all), at least one. The token is the first
+    kept id, in vocabulary order, whose cumulative weight exceeds uniform * sum.
+    """
+    greedy = temperature == 0
+    wide = logits.float()
+    divisor = torch.where(greedy, 1.0, temperature.float())[:, None]
+    weights = torch.exp((wide - wide.amax(-1, keepdim=True)) / divisor)
+    weights = torch.where(weights >= min_p.to(weights)[:, None], weights, 0.0)
+    ordered, order = weights.sort(dim=-1, descending=True, stable=True)
+    last = torch.where(top_k > 0, top_k, logits.shape[1]).clamp(max=logits.shape[1]).long() - 1
+    bound = ordered.gather(1, last[:, None])
+    ordered = torch.where(ordered >= bound, ordered, 0.0).double()
+    before = ordered.cumsum(-1) - ordered
+    share = top_p.double()[:, None]
+    chosen = (before < share * ordered.sum(-1, keepdim=True)) | (share >= 1)
+    chosen[:, 0] = True
+    ordered = torch.where(chosen, ordered, 0.0)
+    kept = torch.zeros_like(ordered).scatter_(1, order, ordered)
+    total = kept.cumsum(-1)
+    drawn = (total > uniform.double()[:, None] * total[:, -1:]).int().argmax(-1)
+    return torch.where(greedy, argmax(logits), drawn)
+
+
+def set_threads(n: int) -> None:
+    """How many threads the ops of this backend use."""
+    torch.set_num_threads(n)

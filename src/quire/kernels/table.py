@@ -1,0 +1,59 @@
+"""Ops: the table of all kernels for one device, the reference overridden by the device's own module.
+
+A backend is a module with functions of the same names and signatures as kernels/reference.py; what it lacks, the
+reference does. This file knows which module belongs to which device, and nothing about what the functions do.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+
+from quire.errors import ConfigError
+from quire.kernels import reference
+
+BACKENDS = {"cpu": "quire.kernels.cpu", "cuda": "quire.kernels.cuda"}
+
+
+@dataclass(frozen=True, slots=True)
+class Ops:
+    """One function per op; kernels/reference.py documents each."""
+
+    pack_linear: Callable[..., reference.PackedLinear]
+    unpack_linear: Callable[..., torch.Tensor]
+    linear: Callable[..., torch.Tensor]
+    cache_bytes: Callable[..., int]
+    new_cache: Callable[..., reference.KVCache]
+    write_cache: Callable[..., None]
+    copy_pages: Callable[..., None]
+    attention: Callable[..., torch.Tensor]
+    rms_norm: Callable[..., torch.Tensor]
+    add_rms_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    layer_norm: Callable[..., torch.Tensor]
+    gated: Callable[..., torch.Tensor]
+    rotary: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    rotary_write: Callable[..., torch.Tensor]
+    argmax: Callable[..., torch.Tensor]
+    uniform: Callable[..., torch.Tensor]
+    sample: Callable[..., torch.Tensor]
+    set_threads: Callable[[int], None]
+
+
+def load_ops(device: str | torch.device) -> Ops:
+    """The ops of a device ("cpu", "cuda", "cuda:1"). Raises ConfigError for a kind of device that has none."""
+    kind = torch.device(device).type
+    if kind not in BACKENDS:
+        raise ConfigError(
+            f"No kernels for device {str(device)!r}; there are kernels for {', '.join(sorted(BACKENDS))}."
+        )
+    # Imported when asked for: a backend brings heavy packages or a native library that other devices do not have.
+    module = importlib.import_module(BACKENDS[kind])
+    return Ops(**{field.name: getattr(module, field.name, getattr(reference, field.name)) for field in fields(Ops)})
+
+
+def reference_ops() -> Ops:
+    """The plain PyTorch ops, on any device: the oracle."""
+    return Ops(**{field.name: getattr(reference, field.name) for field in fields(Ops)})
