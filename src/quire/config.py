@@ -65,7 +65,9 @@ class CacheOptions:
     """The page pool."""
 
     block_size: int | None = option(None, help="positions per page; chosen for the device when not given")
-    gpu_memory_utilization: float = option(0.92, help="share of the device's memory that quire may use, 0 to 1")
+    gpu_memory_utilization: float | None = option(
+        None, help="share of the memory that quire may use, 0 to 1; 0.92 on a GPU, on a CPU 0.5 of what is free"
+    )
     kv_cache_memory_bytes: int | None = option(None, help="bytes for the pages; wins over the share")
     num_gpu_blocks_override: int | None = option(None, help="number of pages, for tests")
     kv_cache_dtype: Literal["auto", "bfloat16", "float32"] = option("auto", help="data type of keys and values")

@@ -1,0 +1,55 @@
+"""The only reader of os.environ: few variables, each with a type, read when asked for. Also sets up logging.
+
+HF_TOKEN, HF_HOME, HF_HUB_OFFLINE and their kind belong to the huggingface_hub library, which reads them itself.
+
+    QUIRE_CPU_LEVEL   forces a lower instruction-set level of the CPU kernels
+    QUIRE_CACHE       folder of what quire remembers between runs; ~/.cache/quire when not set
+    QUIRE_API_KEY     key that clients must show, several separated by commas; VLLM_API_KEY works too
+    QUIRE_LOG_LEVEL   debug, info, warning or error; info when not set
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+from quire.errors import ConfigError
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+def cpu_level() -> str | None:
+    """The instruction-set level that the CPU kernels must not exceed, or None to take the best."""
+    return os.environ.get("QUIRE_CPU_LEVEL") or None
+
+
+def cache_folder() -> Path:
+    """Where quire keeps what it remembers between runs. Not created here."""
+    return Path(os.environ.get("QUIRE_CACHE") or Path.home() / ".cache" / "quire")
+
+
+def api_keys() -> tuple[str, ...]:
+    """Keys that clients must show, from QUIRE_API_KEY or VLLM_API_KEY; empty when neither is set."""
+    found = os.environ.get("QUIRE_API_KEY") or os.environ.get("VLLM_API_KEY") or ""
+    return tuple(key.strip() for key in found.split(",") if key.strip())
+
+
+def log_level() -> str:
+    """One of LOG_LEVELS. Another word raises ConfigError."""
+    level = (os.environ.get("QUIRE_LOG_LEVEL") or "info").lower()
+    if level not in LOG_LEVELS:
+        raise ConfigError(f"QUIRE_LOG_LEVEL is {level!r}; it can be {', '.join(LOG_LEVELS)}.")
+    return level
+
+
+def set_up_logging(level: str | None = None) -> None:
+    """Write quire's log to stderr, in the program's own processes; a program that imports quire keeps its logging."""
+    logger = logging.getLogger("quire")
+    logger.setLevel((level or log_level()).upper())
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
+        logger.addHandler(handler)
+        logger.propagate = False
