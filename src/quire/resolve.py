@@ -12,7 +12,7 @@ import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
@@ -122,19 +122,26 @@ def resolve(options: EngineOptions, machine: Machine | None = None) -> EngineCon
     dtype = log.take("dtype", choose_dtype(options.model.dtype, checkpoint_dtype(files), machine.device))
     cache_dtype = log.take("kv_cache_dtype", choose_cache_dtype(options.cache.kv_cache_dtype, dtype))
     block_size = log.take("block_size", choose_block_size(options.cache.block_size, machine.device))
-    limit = log.take("longest context", model_length(files))
+    limit = model_length(files)
+    log.take("longest context", limit)
     max_num_seqs = log.take("max_num_seqs", choose_max_num_seqs(options.schedule.max_num_seqs, layout))
     chunked = log.take("chunked_prefill", choose_chunked(options.schedule.enable_chunked_prefill, layout))
     step = log.take(
         "max_num_batched_tokens",
         choose_step_tokens(
-            options.schedule.max_num_batched_tokens, machine.device, max_num_seqs, wanted_length(options, limit), chunked
+            options.schedule.max_num_batched_tokens,
+            machine.device,
+            max_num_seqs,
+            wanted_length(options.model.max_model_len, limit.value),
+            chunked,
         ),
     )
-    memory = log.take("memory", choose_memory(options, machine, files, dtype, step, max_num_seqs))
+    memory = log.take("memory", choose_memory(options, machine, files, layout, dtype, step, max_num_seqs))
     costs = sizing.group_costs(layout, block_size, cache_dtype, load_ops(machine.device).cache_bytes)
     length = log.take("max_model_len", choose_max_model_len(options.model.max_model_len, limit, costs, memory, step))
-    groups = log.take("pages", choose_groups(options, costs, memory, length, max_num_seqs, step))
+    groups = log.take(
+        "pages", choose_groups(options.cache.num_gpu_blocks_override, costs, memory, length, max_num_seqs, step)
+    )
     return EngineConfig(
         options=options,
         files=files,
@@ -156,3 +163,311 @@ def resolve(options: EngineOptions, machine: Machine | None = None) -> EngineCon
         served_model_names=options.model.served_model_name or (files.name,),
         decisions=log.finish(),
     )
+
+
+class DecisionLog:
+    """Collects (rule, value, reason), and writes them to the log when all are there."""
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[str, str, str]] = []
+
+    def take(self, rule: str, choice: Choice[Value]) -> Value:
+        """Note a rule's choice and return its value."""
+        self._entries.append((rule, _shown(choice.value), choice.reason))
+        return choice.value
+
+    def finish(self) -> tuple[tuple[str, str, str], ...]:
+        """Log every decision and return them."""
+        for rule, value, reason in self._entries:
+            logger.info("%s = %s: %s", rule, value, reason)
+        return tuple(self._entries)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, MemoryBudget):
+        return f"{value.pages / GIB:.2f} GiB for pages"
+    if isinstance(value, tuple):
+        return " + ".join(f"{group.num_pages} {group.kind}" for group in value) or "none"
+    return str(value).removeprefix("torch.")
+
+
+def check_sections(options: EngineOptions) -> None:
+    """Refuse options that are impossible whatever the model is."""
+    share = options.cache.gpu_memory_utilization
+    if share is not None and not 0 < share <= 1:
+        raise ConfigError(f"gpu_memory_utilization is {share}; it is a share of the memory: above 0, at most 1.")
+    for name, value in (
+        ("max_num_batched_tokens", options.schedule.max_num_batched_tokens),
+        ("max_num_seqs", options.schedule.max_num_seqs),
+        ("block_size", options.cache.block_size),
+        ("kv_cache_memory_bytes", options.cache.kv_cache_memory_bytes),
+        ("num_gpu_blocks_override", options.cache.num_gpu_blocks_override),
+        ("threads", options.parallel.threads),
+    ):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}; it must be at least 1, or left out to let quire choose.")
+    length = options.model.max_model_len
+    if length is not None and length != -1 and length < 1:
+        raise ConfigError(f"max_model_len is {length}; it must be at least 1, or -1 or auto to fit it to the memory.")
+    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+        if getattr(options.parallel, name) != 1:
+            raise ConfigError(
+                f"{name} is {getattr(options.parallel, name)}; this version of quire runs on one device. Leave it at 1."
+            )
+    if options.model.quantization is not None:
+        raise ConfigError(
+            f"quantization is {options.model.quantization!r}; this version of quire has no quantized weights. "
+            "Leave it out to run in bfloat16 or float32."
+        )
+
+
+def choose_device(wanted: str) -> Choice[str]:
+    """cpu or cuda."""
+    if wanted == "cpu":
+        return Choice("cpu", "as asked")
+    if torch.cuda.is_available():
+        return Choice("cuda", "as asked" if wanted == "cuda" else "a GPU is there")
+    if wanted == "cuda":
+        raise ConfigError(
+            f"device is cuda, but PyTorch {torch.__version__} finds no GPU here. Use --device cpu, or install a PyTorch "
+            "built for this GPU."
+        )
+    return Choice("cpu", "no GPU here")
+
+
+def measure_machine(device: str, threads: int | None) -> Machine:
+    """The device's memory right now, and the threads this process may use."""
+    memory = Device(device).memory()
+    return Machine(device, memory.total, memory.free, threads or available_threads())
+
+
+def available_threads() -> int:
+    """Cores that this process may use: its affinity mask, cut by the control group's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limit = Path("/sys/fs/cgroup/cpu.max")
+    if limit.is_file():
+        quota, _, period = limit.read_text().partition(" ")
+        if quota != "max":
+            cores = min(cores, max(1, math.ceil(int(quota) / int(period))))
+    return cores
+
+
+def checkpoint_dtype(files: ModelFiles) -> torch.dtype | None:
+    """The data type that the config names; None when it names none."""
+    config = files.text_config.to_dict()
+    named = config.get("dtype") or files.raw_config.get("dtype") or files.raw_config.get("torch_dtype")
+    if isinstance(named, torch.dtype):
+        return named
+    if isinstance(named, str) and named.removeprefix("torch.") in DTYPES:
+        return DTYPES[named.removeprefix("torch.")]
+    return None
+
+
+def choose_dtype(wanted: str, stored: torch.dtype | None, device: str) -> Choice[torch.dtype]:
+    """The data type of weights and activations."""
+    if wanted != "auto":
+        return Choice(DTYPES[wanted], "as asked")
+    if stored is torch.float16 and device == "cpu":
+        return Choice(torch.bfloat16, "the checkpoint's float16 has no fast arithmetic on a CPU")
+    if stored is torch.float32:
+        return Choice(torch.bfloat16, "the checkpoint's float32 halved; --dtype float32 keeps it")
+    if stored is None:
+        return Choice(torch.bfloat16, "the checkpoint does not say")
+    return Choice(stored, "as in the checkpoint")
+
+
+def choose_cache_dtype(wanted: str, dtype: torch.dtype) -> Choice[torch.dtype]:
+    """The data type of keys and values."""
+    if wanted == "auto":
+        return Choice(dtype, "as the weights")
+    return Choice(DTYPES[wanted], "as asked")
+
+
+def choose_block_size(wanted: int | None, device: str) -> Choice[int]:
+    """Positions per page."""
+    if wanted is None:
+        return Choice(16, "small pages share more of a prefix")
+    if wanted % 16:
+        raise ConfigError(
+            f"block_size is {wanted}; the kernels read pages in rows of 16, so it must be a multiple of 16."
+        )
+    return Choice(wanted, "as asked")
+
+
+def model_length(files: ModelFiles) -> Choice[int]:
+    """The longest context that the model's config allows. No key at all counts as 2048."""
+    config = files.text_config.to_dict()
+    lengths = {key: config[key] for key in LENGTH_KEYS if isinstance(config.get(key), int) and config[key] > 0}
+    if not lengths:
+        return Choice(2048, f"the config has none of {', '.join(LENGTH_KEYS[:4])}")
+    key, length = min(lengths.items(), key=lambda item: item[1])
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind, factor = rope.get("rope_type") or rope.get("type"), rope.get("factor")
+    if kind in ("linear", "dynamic") and isinstance(factor, int | float) and factor > 1:
+        return Choice(int(length * factor), f"the config's {key} of {length}, times {factor} by its {kind} rope")
+    original = rope.get("original_max_position_embeddings")
+    if kind == "yarn" and factor and original:
+        return Choice(max(length, int(original * factor)), f"{original} positions, times {factor} by its yarn rope")
+    return Choice(length, f"the config's {key}")
+
+
+def wanted_length(asked: int | None, limit: int) -> int:
+    """The context that the user asks for, before the memory has been looked at."""
+    return limit if asked is None or asked == -1 else asked
+
+
+def choose_max_num_seqs(wanted: int | None, layout: ModelLayout) -> Choice[int]:
+    """Requests running at once, at most."""
+    if not layout.batched:
+        return Choice(1, "this model runs one request at a time")
+    if wanted is not None:
+        return Choice(wanted, "as asked")
+    return Choice(256, "the default")
+
+
+def choose_chunked(wanted: bool, layout: ModelLayout) -> Choice[bool]:
+    """Whether a prompt may be computed over several steps."""
+    if wanted and not layout.chunked_prefill:
+        return Choice(False, "this model needs the whole prompt in one step")
+    return Choice(wanted, "as asked" if not wanted else "the default")
+
+
+def choose_step_tokens(wanted: int | None, device: str, max_num_seqs: int, length: int, chunked: bool) -> Choice[int]:
+    """Positions computed in one step, at most."""
+    least = max_num_seqs if chunked else max(max_num_seqs, length)
+    if wanted is None:
+        usual = 8192 if device == "cuda" else 1024
+        if usual < least:
+            return Choice(least, "room for every running request" if chunked else "a whole prompt must fit in a step")
+        return Choice(usual, "fills the GPU" if device == "cuda" else "keeps a step short for those who wait")
+    if not chunked and wanted < length:
+        raise ConfigError(
+            f"max_num_batched_tokens is {wanted}, less than max_model_len ({length}), and prompts cannot be computed in "
+            "parts. Raise the first, lower the second, or allow --enable-chunked-prefill."
+        )
+    return Choice(wanted, "as asked")
+
+
+def weight_bytes(files: ModelFiles, layout: ModelLayout, dtype: torch.dtype) -> int:
+    """Bytes of the weights once loaded. A tied output matrix is packed for its own product, so it counts twice."""
+    if files.weight_format == "safetensors":
+        count = sum(math.prod(header.shape) for header in weight_headers(files).values())
+    elif files.weight_format == "pt":
+        stored = checkpoint_dtype(files) or torch.float32
+        count = sum(path.stat().st_size for path in files.weights) // stored.itemsize
+    else:
+        count = parameter_count(files)
+    if files.text_config.tie_word_embeddings:
+        count += layout.vocab_size * layout.hidden_size
+    return count * dtype.itemsize
+
+
+def parameter_count(files: ModelFiles) -> int:
+    """Parameters of the model that the config describes; it is built without memory for them."""
+    # Imported here: transformers takes seconds, and only a model without weight files needs it at this point.
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(files.config, trust_remote_code=files.trust_remote_code)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def activation_bytes(files: ModelFiles, layout: ModelLayout, dtype: torch.dtype, step: int, max_num_seqs: int) -> int:
+    """Bytes of what a step computes beside pages: the widest layer over all positions, and float32 logits."""
+    config = files.text_config.to_dict()
+    inner = [value for key, value in config.items() if "intermediate" in key and isinstance(value, int)]
+    heads = max((layer.heads * (layer.key_dim + layer.value_dim) for layer in layout.layers), default=0)
+    widest = 6 * layout.hidden_size + 3 * max(heads, max(inner, default=4 * layout.hidden_size))
+    return step * widest * dtype.itemsize + 3 * max_num_seqs * layout.vocab_size * torch.float32.itemsize
+
+
+def choose_memory(
+    options: EngineOptions, machine: Machine, files: ModelFiles, layout: ModelLayout, dtype: torch.dtype, step: int,
+    max_num_seqs: int,
+) -> Choice[MemoryBudget]:  # fmt: skip
+    """How many bytes the pages may take, after weights and activations."""
+    weights = weight_bytes(files, layout, dtype)
+    activations = activation_bytes(files, layout, dtype, step, max_num_seqs)
+    asked = options.cache.kv_cache_memory_bytes
+    share = options.cache.gpu_memory_utilization
+    if asked is not None:
+        pages, reason = asked, "as asked"
+    elif machine.device == "cuda":
+        share = 0.92 if share is None else share
+        allowed = min(int(machine.total_memory * share), machine.free_memory)
+        pages, reason = allowed - weights - activations, f"{share} of the GPU, or what is free of it"
+    else:
+        # What is left when the weights are there, not a share of everything: other programs live here, too.
+        share = 0.5 if share is None else share
+        pages = int((machine.free_memory - weights - activations) * share)
+        reason = f"{share} of the free memory that weights and activations leave"
+    reason += (
+        f"; {machine.free_memory / GIB:.2f} of {machine.total_memory / GIB:.2f} GiB free, weights {weights / GIB:.2f}, "
+        f"activations {activations / GIB:.2f}"
+    )
+    if weights + activations + (asked or 0) > machine.free_memory or pages <= 0:
+        raise CapacityError(
+            f"{files.name} needs {(weights + activations) / GIB:.2f} GiB for weights and activations"
+            f"{'' if asked is None else f' and {asked / GIB:.2f} GiB for the pages that were asked for'}, "
+            f"and {machine.free_memory / GIB:.2f} GiB of this {machine.device}'s {machine.total_memory / GIB:.2f} GiB are "
+            "free. Take a smaller model or data type, lower --max-num-batched-tokens, or free some memory."
+        )
+    return Choice(MemoryBudget(machine.total_memory, machine.free_memory, weights, activations, pages), reason)
+
+
+def choose_max_model_len(
+    wanted: int | None, limit: Choice[int], costs: tuple[sizing.GroupCost, ...], memory: MemoryBudget, step: int
+) -> Choice[int]:
+    """The longest prompt plus output, such that one request of this length fits in the pages."""
+    if wanted is not None and wanted > limit.value:
+        raise ConfigError(
+            f"max_model_len is {wanted}, but the model's own longest context is {limit.value} ({limit.reason}). Ask for "
+            f"at most {limit.value}, or change the model's rope or length with --hf-overrides if you know it can do more."
+        )
+    most = sizing.longest_context(costs, memory.pages, limit.value, step)
+    if wanted == -1:
+        if most < 1:
+            raise CapacityError(_too_little(costs, memory, 1, most, step))
+        return Choice(most, "fitted to the memory" if most < limit.value else limit.reason)
+    length = limit.value if wanted is None else wanted
+    if length > most:
+        raise CapacityError(_too_little(costs, memory, length, most, step))
+    return Choice(length, limit.reason if wanted is None else "as asked")
+
+
+def _too_little(costs: tuple[sizing.GroupCost, ...], memory: MemoryBudget, length: int, most: int, step: int) -> str:
+    need = sizing.request_bytes(costs, length, step)
+    advice = f"Ask for --max-model-len {most} or auto" if most else "Take a smaller model"
+    return (
+        f"One request of {length} positions needs {need / GIB:.2f} GiB of pages, and {memory.pages / GIB:.2f} GiB are "
+        f"there: {memory.free / GIB:.2f} GiB were free, weights take {memory.weights / GIB:.2f} and activations "
+        f"{memory.activations / GIB:.2f}. {advice}, or raise --gpu-memory-utilization or --kv-cache-memory-bytes."
+    )
+
+
+def choose_groups(
+    override: int | None, costs: tuple[sizing.GroupCost, ...], memory: MemoryBudget, length: int, max_num_seqs: int,
+    step: int,
+) -> Choice[tuple[GroupSpec, ...]]:  # fmt: skip
+    """The page groups with their numbers of pages."""
+    groups = sizing.page_groups(costs, memory.pages, length, max_num_seqs, step)
+    if override is None:
+        total = sizing.groups_bytes(groups, costs)
+        return Choice(groups, f"{total / GIB:.2f} GiB, enough for {max_num_seqs} requests at most")
+    return Choice(tuple(replace(group, num_pages=override) for group in groups), "as asked")
+
+
+def choose_in_flight(wanted: bool | None, device: str) -> Choice[int]:
+    """How many plans may be submitted and not yet applied."""
+    if wanted is not None:
+        return Choice(2 if wanted else 1, "as asked")
+    if device == "cuda":
+        return Choice(2, "the next step is planned while the GPU runs one")
+    return Choice(1, "planning takes less time than it would take from the kernels' cores")
+
+
+def choose_prefix_caching(wanted: bool, layout: ModelLayout) -> Choice[bool]:
+    """Whether pages of prompts that begin alike are reused."""
+    if wanted and not layout.prefix_caching:
+        return Choice(False, "this model's state cannot be taken up in the middle of a prompt")
+    return Choice(wanted, "the default" if wanted else "as asked")
