@@ -1,0 +1,16 @@
+"""Matrix products on CUDA: cuBLAS through PyTorch, weights kept as they are.
+
+cuBLAS chooses its kernel by the number of rows, so a row's last bits may depend on how many stand beside it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from quire.kernels.reference import PackedLinear
+
+
+def linear(x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
+    """x [..., K] -> [..., N] in x's dtype, summed in float32."""
+    return F.linear(x, packed.data, packed.bias)
