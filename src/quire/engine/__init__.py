@@ -1,0 +1,1 @@
+"""From prompts to outputs: Engine and its drivers, the core loop, and the executors that carry steps to the workers."""

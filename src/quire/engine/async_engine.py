@@ -1,0 +1,279 @@
+"""AsyncEngine: the Engine for asyncio. A thin driver: one thread steps the Engine, coroutines wait for its outputs.
+
+It adds no behaviour of its own; what a request does is decided in engine.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from quire.config import EngineOptions
+from quire.core.params import SamplingParams
+from quire.core.stats import Stats
+from quire.engine.engine import Engine, Prepared
+from quire.engine.observe import Observer
+from quire.engine.outputs import RequestOutput
+from quire.engine.prompts import Prompt
+from quire.errors import EngineDeadError
+from quire.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+LONG_TEXT = 20_000  # characters; tokenizing more than this in the event loop would hold up everybody's streams
+
+_Answer = TypeVar("_Answer")
+
+
+@dataclass(slots=True)
+class _Waiter:
+    """The coroutine behind a request: outputs, or the error that ended it, go into its queue."""
+
+    loop: asyncio.AbstractEventLoop
+    queue: asyncio.Queue[RequestOutput | Exception]
+
+
+@dataclass(slots=True)
+class _Command:
+    """Something to do in the engine's thread; `fail` is told when it raised or when the engine died before it."""
+
+    run: Callable[[], None]
+    fail: Callable[[Exception], None]
+
+
+class AsyncEngine:
+    """Concurrent generate() calls over one Engine.
+
+    Use it as `async with AsyncEngine(engine) as running`, or call start() and close(). A request that fails while it
+    runs brings a last output with finish_reason "error" and its `error` text, like any other ending; a request that is
+    wrong raises ValidationError (and its siblings of errors.py) from generate() before anything was started.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._wake = threading.Condition()
+        self._commands: list[_Command] = []  # guarded by _wake; run by the engine's thread between steps
+        self._waiters: dict[str, _Waiter] = {}  # the engine's thread alone
+        self._closing = False
+        self._dead: BaseException | None = None
+        self._thread: threading.Thread | None = None
+
+    @classmethod
+    def from_options(cls, options: EngineOptions, observer: Observer | None = None) -> AsyncEngine:
+        """Load a model and start its thread."""
+        running = cls(Engine.from_options(options, observer))
+        running.start()
+        return running
+
+    @property
+    def engine(self) -> Engine:
+        """The Engine behind; only its settings, tokenizer and prepare() may be used while the thread runs."""
+        return self._engine
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer, None when it was skipped."""
+        return self._engine.tokenizer
+
+    def start(self) -> None:
+        """Start the thread that steps the engine. A second call changes nothing."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="quire-engine", daemon=True)
+            self._thread.start()
+
+    async def close(self) -> None:
+        """End all requests with finish_reason "abort", stop the thread and close the engine."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._engine.close)
+
+    async def __aenter__(self) -> AsyncEngine:
+        """Start."""
+        self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Close."""
+        await self.close()
+
+    # ---------------------------------------------------------------- requests
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        request_id: str,
+        priority: int = 0,
+        add_special_tokens: bool = True,
+    ) -> AsyncIterator[RequestOutput]:
+        """Outputs of one request as they come; the last one has `finished` set. Leaving the iterator aborts it."""
+        arguments = (request_id, prompt, params, priority, add_special_tokens)
+        if isinstance(prompt, str) and len(prompt) > LONG_TEXT:
+            prepared = await asyncio.to_thread(self._engine.prepare, *arguments)
+        else:
+            prepared = self._engine.prepare(*arguments)
+        waiter = _Waiter(asyncio.get_running_loop(), asyncio.Queue())
+        self._command(lambda: self._admit(prepared, waiter), lambda error: self._put([(waiter, error)]))
+        ended = False
+        try:
+            while not ended:
+                item = await waiter.queue.get()
+                if isinstance(item, Exception):
+                    ended = True
+                    raise item
+                ended = item.finished
+                yield item
+        finally:
+            if not ended:
+                self._command(lambda: self._abandon(request_id, waiter), _ignore)
+
+    async def abort(self, request_ids: str | Iterable[str]) -> None:
+        """End requests; whoever iterates them gets a last output with finish_reason "abort". Unknown ids pass."""
+        ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
+        self._command(lambda: self._engine.abort(ids), _ignore)
+
+    async def stats(self) -> Stats:
+        """Counters of the scheduler, taken between two steps."""
+        return await self.call(self._engine.stats)
+
+    async def reset_prefix_cache(self) -> bool:
+        """Forget all cached pages. False when requests still hold some."""
+        return await self.call(self._engine.reset_prefix_cache)
+
+    async def call(self, function: Callable[[], _Answer]) -> _Answer:
+        """Run a function in the engine's thread, between two steps, and return what it returned."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[_Answer] = loop.create_future()
+        self._command(
+            lambda: _call_in(loop, _settle, future, function()), lambda error: _call_in(loop, _fail, future, error)
+        )
+        return await future
+
+    async def check_health(self) -> None:
+        """Raise EngineDeadError unless the engine can serve."""
+        self._check_alive()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the thread is there and the engine not dead."""
+        return self._thread is not None and self._thread.is_alive() and self._dead is None
+
+    def _check_alive(self) -> None:
+        if self._dead is not None:
+            raise EngineDeadError(f"The engine has stopped: {type(self._dead).__name__}: {self._dead}")
+        if self._closing or self._thread is None:
+            raise EngineDeadError("The engine is closed, or was never started")
+
+    def _command(self, run: Callable[[], None], fail: Callable[[Exception], None]) -> None:
+        with self._wake:
+            self._check_alive()
+            self._commands.append(_Command(run, fail))
+            self._wake.notify()
+
+    # ---------------------------------------------------------------- the engine's thread
+
+    def _run(self) -> None:
+        try:
+            while self._wait():
+                self._deliver(self._engine.step())
+            self._engine.abort(list(self._waiters))
+            self._deliver(self._engine.step())
+        except BaseException as error:
+            logger.exception("the engine stopped")
+            self._die(error)
+
+    def _wait(self) -> bool:
+        """Run what was asked for; sleep when there is nothing to do. False when the engine shall close."""
+        with self._wake:
+            while not self._commands and not self._closing and not self._engine.has_work():
+                self._wake.wait()
+            commands, self._commands = self._commands, []
+        for command in commands:
+            try:
+                command.run()
+            except Exception as error:  # the asker's problem, not the engine's
+                command.fail(error)
+        return not self._closing
+
+    def _admit(self, prepared: Prepared, waiter: _Waiter) -> None:
+        self._engine.submit(prepared)
+        self._waiters[prepared.request_id] = waiter
+
+    def _abandon(self, request_id: str, waiter: _Waiter) -> None:
+        """Nobody listens any more. The id may belong to somebody else by now."""
+        if self._waiters.get(request_id) is waiter:
+            del self._waiters[request_id]
+            self._engine.abort(request_id)
+
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
+        found: list[tuple[_Waiter, RequestOutput | Exception]] = []
+        for output in outputs:
+            waiter = self._waiters.get(output.request_id)
+            if waiter is not None:
+                found.append((waiter, output))
+                if output.finished:
+                    del self._waiters[output.request_id]
+        self._put(found)
+
+    def _put(self, items: list[tuple[_Waiter, RequestOutput | Exception]]) -> None:
+        """Hand items to their coroutines, waking each event loop once."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Waiter, RequestOutput | Exception]]] = {}
+        for item in items:
+            by_loop.setdefault(item[0].loop, []).append(item)
+        for loop, theirs in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_fill, theirs)
+            except RuntimeError:  # that event loop is closed: nobody waits there
+                for waiter, _ in theirs:
+                    self._forget(waiter)
+
+    def _forget(self, waiter: _Waiter) -> None:
+        gone = [request_id for request_id, known in self._waiters.items() if known is waiter]
+        for request_id in gone:
+            del self._waiters[request_id]
+        self._engine.abort(gone)
+
+    def _die(self, error: BaseException) -> None:
+        """Tell everybody who waits, and everybody who comes later."""
+        with self._wake:
+            self._dead = error
+            commands, self._commands = self._commands, []
+        reason = EngineDeadError(f"The engine has stopped: {type(error).__name__}: {error}")
+        self._put([(waiter, reason) for waiter in self._waiters.values()])
+        self._waiters.clear()
+        for command in commands:
+            command.fail(reason)
+
+
+def _fill(items: list[tuple[_Waiter, RequestOutput | Exception]]) -> None:
+    for waiter, item in items:
+        waiter.queue.put_nowait(item)
+
+
+def _settle(future: asyncio.Future[_Answer], answer: _Answer) -> None:
+    if not future.cancelled():
+        future.set_result(answer)
+
+
+def _fail(future: asyncio.Future[_Answer], error: Exception) -> None:
+    if not future.cancelled():
+        future.set_exception(error)
+
+
+def _call_in(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: object) -> None:
+    """Have an event loop call a function; nothing when that loop is closed, for nobody waits there."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(function, *arguments)
+
+
+def _ignore(error: Exception) -> None:
+    """Nobody waits for this command."""
+    logger.debug("a command failed", exc_info=error)

@@ -1,0 +1,102 @@
+"""EngineCore: takes requests in, schedules, submits, applies. Token ids only.
+
+Up to `max_in_flight` plans are with the executor while the next one is made. Knows neither text nor tensors; the
+scheduler decides, the executor computes, this file only carries.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from typing import Any
+
+from quire.core.plan import Event, SpanResult, StepPlan, StepResult
+from quire.core.request import CoreRequest
+from quire.core.scheduler import Scheduler
+from quire.core.stats import Stats
+from quire.engine.executor import Executor, Handle
+
+logger = logging.getLogger(__name__)
+
+
+class EngineCore:
+    """The loop over one scheduler and one executor. Not thread-safe: one thread calls it."""
+
+    def __init__(self, scheduler: Scheduler, executor: Executor, max_in_flight: int = 1) -> None:
+        self._scheduler = scheduler
+        self._executor = executor
+        self._max_in_flight = max_in_flight
+        self._in_flight: deque[tuple[StepPlan, Handle]] = deque()
+
+    def add(self, request: CoreRequest) -> None:
+        """Queue a request. Raises ValidationError or CapacityError when it could never run."""
+        self._scheduler.add(request)
+
+    def abort(self, request_id: str) -> Event | None:
+        """End a request now, at any moment of its life. Returns its last event, None if it is not known."""
+        return self._scheduler.abort(request_id)
+
+    def has_work(self) -> bool:
+        """Whether step() would do anything."""
+        return bool(self._in_flight) or self._scheduler.has_work()
+
+    def step(self) -> list[Event]:
+        """Fill the executor with plans, wait for the oldest, and return what it changed."""
+        while len(self._in_flight) < self._max_in_flight:
+            plan = self._scheduler.schedule()
+            if plan is None:
+                break
+            self._in_flight.append((plan, self._submit(plan)))
+        if not self._in_flight:
+            return []
+        plan, handle = self._in_flight.popleft()
+        return self._scheduler.apply(plan, self._collect(plan, handle))
+
+    def _submit(self, plan: StepPlan) -> Handle:
+        try:
+            return self._executor.submit(plan)
+        except Exception as error:  # the executor's own failure: this plan fails, the engine goes on
+            return _Failed(error)
+
+    def _collect(self, plan: StepPlan, handle: Handle) -> StepResult:
+        """The result of the plan. A step that failed as a whole fails the requests in it and nobody else.
+
+        A worker already runs the requests of a failed step one by one to find the culprit, so what arrives here as an
+        exception is beyond one request: the executor itself.
+        """
+        try:
+            return handle.result()
+        except Exception as error:
+            logger.exception("step %d failed; its %d requests end with an error", plan.step, len(plan.spans))
+            message = f"the step failed: {type(error).__name__}: {error}"
+            return StepResult(plan.step, tuple(SpanResult(span.slot, error=message) for span in plan.spans))
+
+    def stats(self) -> Stats:
+        """Counters of the scheduler."""
+        return self._scheduler.stats()
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached pages. False when requests still hold some."""
+        return self._scheduler.reset_prefix_cache()
+
+    def call(self, method: str, *args: Any) -> Any:
+        """Call a method of the workers; see Executor.call."""
+        return self._executor.call(method, *args)
+
+    def close(self) -> None:
+        """Wait for the plans in flight and close the executor."""
+        while self._in_flight:
+            plan, handle = self._in_flight.popleft()
+            self._scheduler.apply(plan, self._collect(plan, handle))
+        self._executor.close()
+
+
+class _Failed:
+    """The handle of a plan that could not even be submitted."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def result(self) -> StepResult:
+        """Raise what the executor raised."""
+        raise self._error

@@ -1,0 +1,357 @@
+"""Engine: prompts in, outputs out, one plain step(). Owns the text side of every live request.
+
+Everything runs in the caller's thread, except prepare(), which touches nothing and may run anywhere. The asyncio and
+the batch drivers (async_engine.py, llm.py) only call what is here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from itertools import count
+
+from quire.config import EngineOptions
+from quire.core.params import SamplingParams
+from quire.core.plan import Event
+from quire.core.request import CoreRequest
+from quire.core.stats import Stats
+from quire.engine.core import EngineCore
+from quire.engine.generation import Completion, Generation
+from quire.engine.observe import FinishedRequest, Observer, StepFigures
+from quire.engine.outputs import RequestOutput
+from quire.engine.prompts import Prompt, PromptLimits, ReadPrompt, check_length, read_prompt
+from quire.errors import OverloadedError, ValidationError
+from quire.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """What the Engine itself must know, settled before it starts."""
+
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...] = ()  # the tokenizer's own first, then those of the generation config
+    max_logprobs: int = 20
+    seed: int = 0
+    default_params: SamplingParams = field(default_factory=SamplingParams)  # for requests that bring none
+    max_num_queued_reqs: int | None = None
+    max_num_queued_tokens: int | None = None
+    with_metrics: bool = True  # fill RequestOutput.metrics
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request that was checked and tokenized, ready for submit()."""
+
+    request_id: str
+    prompt: ReadPrompt
+    params: SamplingParams
+    priority: int
+    arrival_time: float
+    arrival: float
+
+
+class Engine:
+    """The whole engine behind add(), abort() and step().
+
+    >>> engine = Engine.from_options(EngineOptions())
+    >>> engine.add("1", "Once upon a time")
+    >>> while engine.has_work():
+    ...     for output in engine.step():
+    ...         print(output.outputs[0].text)
+    """
+
+    def __init__(
+        self,
+        core: EngineCore,
+        tokenizer: Tokenizer | None,
+        settings: EngineSettings,
+        observer: Observer | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.observer = observer
+        self._core = core
+        self._clock = clock
+        self._limits = PromptLimits(settings.max_model_len, settings.vocab_size)
+        self._generations: dict[str, Generation] = {}
+        self._completions: dict[str, Completion] = {}  # live ones, by their id in the core
+        self._ready: list[RequestOutput] = []  # outputs that came about outside of a step
+        self._numbers = count()
+
+    @classmethod
+    def from_options(cls, options: EngineOptions, observer: Observer | None = None) -> Engine:
+        """Find, load and start a model. Raises ConfigError, ModelError or CapacityError."""
+        # Imported here: torch and the model come with it, and an Engine over another executor needs neither.
+        from quire.engine.start import start_engine
+
+        return start_engine(options, observer)
+
+    # ---------------------------------------------------------------- requests in
+
+    def prepare(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        priority: int = 0,
+        add_special_tokens: bool = True,
+    ) -> Prepared:
+        """Check and tokenize a request without touching the engine; safe in any thread. Raises ValidationError."""
+        now, today = self._clock(), time.time()
+        if params is None:
+            params = self.settings.default_params
+        elif not isinstance(params, SamplingParams):
+            raise ValidationError(f"params must be SamplingParams, found {type(params).__name__}", "params")
+        read = read_prompt(prompt, self.tokenizer, self._limits, add_special_tokens)
+        return Prepared(request_id, read, self._resolve(params, len(read.token_ids)), priority, today, now)
+
+    def _resolve(self, params: SamplingParams, prompt_len: int) -> SamplingParams:
+        """Fill in what only the engine knows: ids of stops and bad words, the longest output."""
+        params.check(self.settings.vocab_size, self.settings.max_logprobs)
+        if self.tokenizer is None:
+            if params.stop or params.bad_words:
+                name = "stop" if params.stop else "bad_words"
+                raise ValidationError(f"{name} needs a tokenizer, and this engine runs without one", name)
+            if params.detokenize:
+                params = replace(params, detokenize=False)
+        room = self.settings.max_model_len - prompt_len
+        return params.resolved(
+            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+            eos_token_ids=self.settings.eos_token_ids,
+            bad_words_token_ids=self._bad_word_ids(params.bad_words),
+        )
+
+    def _bad_word_ids(self, words: Iterable[str]) -> list[tuple[int, ...]]:
+        """Token sequences that spell the words, at the start of a text and after a space."""
+        found: list[tuple[int, ...]] = []
+        for word in words:
+            bare = tuple(self.tokenizer.encode(word.lstrip(" "), add_special_tokens=False))
+            spaced = tuple(self.tokenizer.encode(" " + word.lstrip(" "), add_special_tokens=False))
+            found.append(bare)
+            if spaced[-len(bare) :] != bare:  # else forbidding `bare` forbids it too
+                found.append(spaced)
+        return [ids for ids in dict.fromkeys(found) if ids]
+
+    def add(self, request_id: str, prompt: Prompt, params: SamplingParams | None = None, priority: int = 0) -> None:
+        """Take in a request; its outputs come from step(). Raises ValidationError, CapacityError, OverloadedError."""
+        self.submit(self.prepare(request_id, prompt, params, priority))
+
+    def submit(self, prepared: Prepared) -> None:
+        """Take in a prepared request. Raises ValidationError for an id in use, OverloadedError for a full queue."""
+        if prepared.request_id in self._generations:
+            raise ValidationError(f"A request with id {prepared.request_id!r} is already running", "request_id")
+        self._check_queue(prepared)
+        params = prepared.params
+        generation = Generation(
+            prepared.request_id,
+            prepared.prompt,
+            params,
+            prepared.arrival_time,
+            prepared.arrival,
+            queued_ts=self._clock(),
+            unfinished=params.n,
+        )
+        seed = params.seed if params.seed is not None else self._draw_seed()
+        added: list[str] = []
+        try:
+            for index in range(params.n):
+                core_id = prepared.request_id if params.n == 1 else f"{index}_{prepared.request_id}"
+                self._core.add(
+                    CoreRequest(
+                        request_id=core_id,
+                        prompt_token_ids=prepared.prompt.token_ids,
+                        params=params,
+                        seed=_wrap(seed + index),
+                        priority=prepared.priority,
+                        arrival=prepared.arrival,
+                        salt=prepared.prompt.salt,
+                    )
+                )
+                added.append(core_id)
+                generation.completions.append(Completion(generation, index, core_id, self.tokenizer))
+        except Exception:
+            for core_id in added:
+                self._core.abort(core_id)
+            raise
+        self._generations[prepared.request_id] = generation
+        self._completions.update((completion.core_id, completion) for completion in generation.completions)
+
+    def _check_queue(self, prepared: Prepared) -> None:
+        most, most_tokens = self.settings.max_num_queued_reqs, self.settings.max_num_queued_tokens
+        if most is None and most_tokens is None:
+            return
+        stats = self._core.stats()
+        if most is not None and stats.waiting >= most:
+            raise OverloadedError(f"{stats.waiting} requests wait already, the most that may is {most}; try later")
+        if most_tokens is not None and stats.waiting_tokens + len(prepared.prompt.token_ids) > most_tokens:
+            raise OverloadedError(
+                f"{stats.waiting_tokens} prompt tokens wait already, the most that may is {most_tokens}; try later"
+            )
+
+    def _draw_seed(self) -> int:
+        """A seed for a request that brings none: a function of the engine's seed and the number of such requests."""
+        text = f"{self.settings.seed}:{next(self._numbers)}".encode()
+        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
+
+    def abort(self, request_ids: str | Iterable[str]) -> None:
+        """End requests now. Each gets a last output with finish_reason "abort" from the next step; unknown ids pass."""
+        for request_id in [request_ids] if isinstance(request_ids, str) else request_ids:
+            generation = self._generations.get(request_id)
+            if generation is None:
+                continue
+            changed = []
+            for completion in generation.completions:
+                if completion.finish_reason is None:
+                    self._core.abort(completion.core_id)
+                    completion.push(Event(completion.core_id, finish_reason="abort"))
+                    self._end(completion)
+                    changed.append(completion)
+            self._ready.extend(self._outputs({request_id: changed}))
+
+    # ---------------------------------------------------------------- outputs out
+
+    def has_work(self) -> bool:
+        """Whether step() would bring anything."""
+        return bool(self._ready) or self._core.has_work()
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step of the engine and return what changed. A failed request ends with finish_reason "error"."""
+        events = self._core.step()
+        now = self._clock()
+        notes = _StepNotes()
+        changed: dict[str, list[Completion]] = {}
+        for event in events:
+            completion = self._completions.get(event.request_id)
+            if completion is None:  # ended by a stop string or an abort while the step ran
+                continue
+            self._take(completion, event, now, notes)
+            changed.setdefault(completion.parent.request_id, []).append(completion)
+        outputs, self._ready = self._ready, []
+        outputs.extend(self._outputs(changed))
+        if self.observer is not None:
+            self.observer.observe(self._core.stats(), notes.figures())
+        return outputs
+
+    def _take(self, completion: Completion, event: Event, now: float, notes: _StepNotes) -> None:
+        """One event of one completion."""
+        parent = completion.parent
+        if event.prompt_logprobs and completion.index == 0:
+            parent.note_prompt_logprobs(event.prompt_logprobs, self.tokenizer)
+        if event.tokens:
+            notes.tokens(completion, event, now)
+            completion.last_token = now
+        if completion.index == 0:
+            parent.cached_tokens = event.cached_tokens or parent.cached_tokens
+        parent.scheduled_ts = parent.scheduled_ts or event.times.get("scheduled", 0.0)
+        stopped = self._push(completion, event)
+        if completion.finish_reason is not None:
+            parent.preemptions += event.preemptions
+            if stopped:
+                self._core.abort(completion.core_id)
+            self._end(completion)
+            notes.finished.append(_finished(completion, now))
+
+    def _push(self, completion: Completion, event: Event) -> bool:
+        """Text of an event. A tokenizer that fails on a request's tokens ends that request and no other."""
+        try:
+            return completion.push(event)
+        except Exception as error:
+            completion.finish_reason, completion.stop_reason = "error", None
+            completion.error = f"turning tokens into text failed: {type(error).__name__}: {error}"
+            return event.finish_reason is None
+
+    def _end(self, completion: Completion) -> None:
+        """The completion takes no more events."""
+        del self._completions[completion.core_id]
+        completion.parent.unfinished -= 1
+
+    def _outputs(self, changed: dict[str, list[Completion]]) -> list[RequestOutput]:
+        found = []
+        for request_id, completions in changed.items():
+            generation = self._generations[request_id]
+            output = generation.output(sorted(completions, key=_index), self.settings.with_metrics)
+            if generation.unfinished == 0:
+                del self._generations[request_id]
+            if output is not None:
+                found.append(output)
+        return found
+
+    # ---------------------------------------------------------------- the rest
+
+    def check_length(self, length: int) -> None:
+        """Raise ValidationError when a prompt of `length` tokens leaves no room for output."""
+        check_length(length, self.settings.max_model_len)
+
+    def stats(self) -> Stats:
+        """Counters of the scheduler."""
+        return self._core.stats()
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached pages. False when requests still hold some."""
+        return self._core.reset_prefix_cache()
+
+    def close(self) -> None:
+        """Stop the workers and free what they hold. Requests still running get no further output."""
+        self._core.close()
+
+
+class _StepNotes:
+    """Collects the figures of one step for the observer."""
+
+    __slots__ = ("between", "cached", "finished", "first", "generated", "prompt")
+
+    def __init__(self) -> None:
+        self.prompt = 0
+        self.cached = 0
+        self.generated = 0
+        self.first: list[float] = []
+        self.between: list[float] = []
+        self.finished: list[FinishedRequest] = []
+
+    def tokens(self, completion: Completion, event: Event, now: float) -> None:
+        """Note tokens that came, before the completion takes them in."""
+        self.generated += len(event.tokens)
+        if completion.last_token:
+            self.between.append(now - completion.last_token)
+            return
+        completion.first_token = now
+        self.first.append(now - completion.parent.arrival)
+        self.prompt += len(completion.parent.prompt.token_ids)
+        self.cached += event.cached_tokens
+
+    def figures(self) -> StepFigures:
+        """The figures of the step."""
+        return StepFigures(
+            self.prompt, self.cached, self.generated, tuple(self.first), tuple(self.between), tuple(self.finished)
+        )
+
+
+def _finished(completion: Completion, now: float) -> FinishedRequest:
+    parent = completion.parent
+    first, last = completion.first_token, completion.last_token
+    scheduled = parent.scheduled_ts
+    return FinishedRequest(
+        reason=completion.finish_reason or "stop",
+        prompt_tokens=len(parent.prompt.token_ids),
+        generation_tokens=len(completion.token_ids),
+        cached_tokens=parent.cached_tokens,
+        n=parent.params.n,
+        max_tokens=parent.params.max_tokens,
+        whole=now - parent.arrival,
+        queued=max(0.0, scheduled - parent.arrival) if scheduled else 0.0,
+        prefill=max(0.0, first - scheduled) if first and scheduled else 0.0,
+        decode=last - first if first else 0.0,
+    )
+
+
+def _index(completion: Completion) -> int:
+    return completion.index
+
+
+def _wrap(seed: int) -> int:
+    """`seed` as a signed 64-bit integer, which is what the generator takes."""
+    return (seed + 2**63) % 2**64 - 2**63

@@ -1,0 +1,196 @@
+"""One request on its way: its completions, their text and log-probabilities, and the outputs made from them.
+
+Owned by the Engine's thread. Knows Streams and events; knows no scheduler and no executor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from quire.core.params import RequestOutputKind, SamplingParams
+from quire.core.plan import Event, FinishReason, TokenLogprobs
+from quire.engine.outputs import CompletionOutput, Logprob, PromptLogprobs, RequestMetrics, RequestOutput
+from quire.engine.prompts import ReadPrompt
+from quire.text.stream import Stream
+from quire.text.tokenizer import Tokenizer
+
+
+class Completion:
+    """One of the n continuations of a prompt: everything that has come so far."""
+
+    __slots__ = (
+        "core_id",
+        "cumulative_logprob",
+        "error",
+        "finish_reason",
+        "first_token",
+        "index",
+        "last_token",
+        "logprobs",
+        "parent",
+        "stop_reason",
+        "text",
+        "token_ids",
+        "_lazy",
+        "_params",
+        "_sent_text",
+        "_sent_tokens",
+        "_stream",
+        "_tokenizer",
+        "_untold",
+    )
+
+    def __init__(self, parent: Generation, index: int, core_id: str, tokenizer: Tokenizer | None) -> None:
+        params = parent.params
+        self.parent = parent
+        self.index = index
+        self.core_id = core_id
+        self.token_ids: list[int] = []
+        self.text = ""
+        self.logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
+        self.cumulative_logprob = None if params.logprobs is None else 0.0
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | str | None = None
+        self.error: str | None = None
+        self.first_token = 0.0
+        self.last_token = 0.0
+        self._params = params
+        self._tokenizer = tokenizer
+        self._stream = (
+            Stream(tokenizer, params, parent.prompt.token_ids) if tokenizer is not None and params.detokenize else None
+        )
+        # Nobody looks at the text before the end, so it is made there in one go.
+        self._lazy = params.output_kind is RequestOutputKind.FINAL_ONLY and not params.stop
+        self._untold: list[int] = []
+        self._sent_text = 0
+        self._sent_tokens = 0
+
+    def push(self, event: Event) -> bool:
+        """Take in an event. True when a stop string ended the completion, which the core does not know yet."""
+        self.token_ids.extend(event.tokens)
+        if event.logprobs and self.logprobs is not None:
+            for entry in event.logprobs:
+                self.logprobs.append(named_logprobs(entry, self._tokenizer))
+                self.cumulative_logprob += entry.logprobs[0]
+        if event.finish_reason is not None:
+            self.finish_reason = event.finish_reason
+            self.stop_reason = event.stop_reason
+            self.error = event.error
+        if self._stream is None:
+            return False
+        if self._lazy and self.finish_reason is None:
+            self._untold.extend(event.tokens)
+            return False
+        return self._tell(event)
+
+    def _tell(self, event: Event) -> bool:
+        """Turn new tokens into text. The token that ended the completion shows only when asked for."""
+        tokens = [*self._untold, *event.tokens]
+        self._untold = []
+        stopped = event.finish_reason == "stop" and bool(event.tokens)
+        if stopped and not self._params.include_stop_str_in_output:
+            tokens.pop()
+        delta = self._stream.push(tokens)
+        self.text += delta.text
+        if delta.stop_reason is not None:
+            ended_by_core = self.finish_reason is not None
+            self.finish_reason, self.stop_reason = "stop", delta.stop_reason
+            return not ended_by_core
+        if self.finish_reason is not None:
+            self.text += self._stream.finish()
+        return False
+
+    def output(self, delta: bool) -> CompletionOutput:
+        """What to show now: everything, or only what is new since the last call with delta=True."""
+        if not delta:
+            text, token_ids, logprobs = self.text, list(self.token_ids), self.logprobs and list(self.logprobs)
+        else:
+            text, token_ids = self.text[self._sent_text :], self.token_ids[self._sent_tokens :]
+            logprobs = self.logprobs and self.logprobs[self._sent_tokens :]
+            self._sent_text, self._sent_tokens = len(self.text), len(self.token_ids)
+        return CompletionOutput(
+            self.index,
+            text,
+            token_ids,
+            self.cumulative_logprob,
+            logprobs,
+            self.finish_reason,
+            self.stop_reason,
+            self.error,
+        )
+
+
+@dataclass(slots=True)
+class Generation:
+    """A request as the caller made it, with its n completions."""
+
+    request_id: str
+    prompt: ReadPrompt
+    params: SamplingParams
+    arrival_time: float  # Unix seconds
+    arrival: float  # monotonic seconds
+    completions: list[Completion] = field(default_factory=list)
+    prompt_logprobs: PromptLogprobs | None = None
+    cached_tokens: int = 0
+    queued_ts: float = 0.0
+    scheduled_ts: float = 0.0
+    preemptions: int = 0
+    unfinished: int = 0
+
+    def note_prompt_logprobs(self, entries: tuple[TokenLogprobs, ...], tokenizer: Tokenizer | None) -> None:
+        """Append the log-probabilities of further prompt tokens, up to the prompt's end."""
+        if self.prompt_logprobs is None:
+            self.prompt_logprobs = [None]
+        room = len(self.prompt.token_ids) - len(self.prompt_logprobs)
+        self.prompt_logprobs.extend(named_logprobs(entry, tokenizer) for entry in entries[:room])
+
+    def output(self, changed: list[Completion], with_metrics: bool) -> RequestOutput | None:
+        """The RequestOutput for the completions that changed, None when the caller wants to wait for the end."""
+        finished = self.unfinished == 0
+        kind = self.params.output_kind
+        if kind is RequestOutputKind.FINAL_ONLY:
+            if not finished:
+                return None
+            changed = self.completions
+        delta = kind is RequestOutputKind.DELTA
+        outputs = [completion.output(delta) for completion in changed]
+        if delta and not finished:
+            # Text may be held back for a stop string, or wait for the rest of a character.
+            outputs = [item for item in outputs if item.text or item.token_ids or item.finish_reason]
+        if not outputs:
+            return None
+        return RequestOutput(
+            self.request_id,
+            self.prompt.text,
+            list(self.prompt.token_ids),
+            self.prompt_logprobs,
+            outputs,
+            finished,
+            self.metrics() if with_metrics else None,
+            self.cached_tokens,
+        )
+
+    def metrics(self) -> RequestMetrics:
+        """The times so far."""
+        firsts = [completion.first_token for completion in self.completions if completion.first_token]
+        first = min(firsts, default=0.0)
+        return RequestMetrics(
+            arrival_time=self.arrival_time,
+            queued_ts=self.queued_ts,
+            scheduled_ts=self.scheduled_ts,
+            first_token_ts=first,
+            last_token_ts=max((completion.last_token for completion in self.completions), default=0.0),
+            first_token_latency=first - self.arrival if first else 0.0,
+            num_generation_tokens=sum(len(completion.token_ids) for completion in self.completions),
+            num_preemptions=self.preemptions,
+        )
+
+
+def named_logprobs(entry: TokenLogprobs, tokenizer: Tokenizer | None) -> dict[int, Logprob]:
+    """The chosen token first, then the top ones; the first wins when a token comes twice."""
+    found: dict[int, Logprob] = {}
+    for token, logprob, rank in zip(entry.token_ids, entry.logprobs, entry.ranks, strict=True):
+        if token not in found:
+            text = None if tokenizer is None else tokenizer.decode([token], skip_special_tokens=False)
+            found[token] = Logprob(logprob, rank, text)
+    return found
