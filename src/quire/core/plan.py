@@ -1,18 +1,24 @@
 """The messages of one engine step: what to compute (StepPlan), what came out (StepResult), what changed (Event).
 
-All are frozen. A plan speaks of positions, never of token values, so the next plan can be made while the previous one
+All are immutable. A plan speaks of positions, never of token values, so the next plan can be made while the previous one
 still runs. Nothing here knows tensors, text or time.
+
+Span, SpanResult and Event are made once per request and step: as named tuples they cost a quarter of a frozen dataclass.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal, NamedTuple
 
 from quire.core.params import PoolingParams, SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error", "repetition"]
 GroupKind = Literal["full", "window", "state", "cross"]
+
+NO_TIMES: Mapping[str, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +27,11 @@ class GroupSpec:
 
     full: one page per `page_size` positions, kept until the request ends. window: the same, but pages whose positions
     have all left the last `window` positions are given back. state: exactly one page per request, which holds the
-    recurrent state of all its layers. cross: pages for encoder positions, fixed when the request starts.
+    recurrent state of all its layers; here `page_size` is the grid of positions at which prefix snapshots may be taken
+    (that of the other groups), and a span that starts at 0 starts from the empty state whatever the page holds.
+    cross: pages for encoder positions, fixed when the request starts.
+
+    Page 0 of every group is the null page: it counts in `num_pages` but is never handed out.
     """
 
     kind: GroupKind
@@ -58,19 +68,22 @@ class PageGrant:
 
 @dataclass(frozen=True, slots=True)
 class PageCopy:
-    """Copy one page's content before the step computes (copy on write, state snapshots)."""
+    """Copy one page's content before the step computes (state snapshots and their restoring).
+
+    Copies of one plan are made in order, or all sources are read before any target is written.
+    """
 
     group: int
     source: int
     target: int
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """Positions [start, start + count) of the request in row `slot`.
 
     The last len(drafts) of them hold proposed tokens. `sample` is true when the span reaches the end of the tokens
-    known so far, so that a new token comes out of it.
+    known so far, so that a new token comes out of it. The token at `start` may still be on its way: then it is the one
+    that the previous plan samples for this row.
     """
 
     slot: int
@@ -106,9 +119,12 @@ class TokenLogprobs:
     ranks: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class SpanResult:
-    """What one span of the plan produced, in the plan's order."""
+class SpanResult(NamedTuple):
+    """What one span of the plan produced, in the plan's order.
+
+    A span with drafts yields the accepted ones, in order, followed by one token of the model's own: 1 to
+    len(drafts) + 1 tokens. Proposals in `drafts` follow the last of `tokens`; the scheduler may use fewer or none.
+    """
 
     slot: int
     tokens: tuple[int, ...] = ()  # empty unless the span sampled; several when drafts were accepted
@@ -128,9 +144,11 @@ class StepResult:
     seconds: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
-    """What happened to one request in one step; EngineCore hands these to the Engine."""
+class Event(NamedTuple):
+    """What happened to one request in one step; EngineCore hands these to the Engine.
+
+    Times are readings of the scheduler's clock in seconds; a request that never ran has no "scheduled".
+    """
 
     request_id: str
     tokens: tuple[int, ...] = ()
@@ -142,4 +160,4 @@ class Event:
     error: str | None = None
     cached_tokens: int = 0
     preemptions: int = 0
-    times: dict[str, float] = field(default_factory=dict)  # arrival, scheduled, first_token, finished: monotonic seconds
+    times: Mapping[str, float] = NO_TIMES  # with the first token and the end: arrival, scheduled, first_token, finished
