@@ -151,4 +151,3 @@ def write_tokenizer(folder: Path) -> None:
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     fast.save_pretrained(folder)
-

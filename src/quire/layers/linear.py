@@ -12,7 +12,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from quire.kernels.table import Ops, PackedLinear
+from quire.kernels.reference import PackedLinear
+from quire.kernels.table import Ops
 from quire.layers.target import Target
 
 

@@ -1,0 +1,167 @@
+"""Puts weights where they belong: every name is consumed or explicitly ignored, every target is filled.
+
+Tensors come one at a time and are packed at once, so that loading needs the model's weights plus one tensor.
+Knows names and targets, not what the layers do with them.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from quire.errors import CheckpointError
+from quire.layers.target import Target
+
+# Leftovers of old training code that no model reads: rotary tables and causal masks are computed, not loaded.
+LEFTOVERS = (r"rotary_emb\.inv_freq$", r"\.rotary_emb\.(cos|sin)_cached$", r"\.attn\.masked_bias$", r"position_ids$")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadRules:
+    """How names of the checkpoint relate to targets.
+
+    `rename` gives a checkpoint name's target name. `ignored` are patterns of checkpoint names to pass over. `tied` maps
+    a target to the target whose tensor it shares when the checkpoint lacks its own. `optional` are targets that may
+    stay empty. `origin` names the file of a checkpoint name, for messages.
+    """
+
+    rename: Callable[[str], str] = field(default=lambda name: name)
+    ignored: tuple[str, ...] = LEFTOVERS
+    tied: Mapping[str, str] = field(default_factory=dict)
+    optional: frozenset[str] = frozenset()
+    origin: Callable[[str], str] = field(default=lambda name: "the checkpoint")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What loading did; `ignored` are checkpoint names that were passed over on purpose."""
+
+    tensors: int
+    nbytes: int
+    seconds: float
+    ignored: tuple[str, ...]
+    empty: frozenset[str]  # optional targets for which nothing came
+
+
+class Filler:
+    """Fills targets, and knows which are still empty. One per load."""
+
+    def __init__(self, targets: Mapping[str, Target], rules: LoadRules) -> None:
+        self.targets = targets
+        self.rules = rules
+        self._ignored_names = re.compile("|".join(f"(?:{pattern})" for pattern in rules.ignored) or r"(?!)")
+        self._empty = set(targets)
+        self._kept: dict[str, torch.Tensor] = {}  # tensors that a tied target may still need
+        self._tied_sources = set(rules.tied.values()) | set(rules.tied)
+        self._unexpected: list[str] = []
+        self._ignored: list[str] = []
+        self._nbytes = 0
+        self._tensors = 0
+        self._started = time.perf_counter()
+
+    def give(self, name: str, tensor: torch.Tensor, source: str) -> None:
+        """Hand `tensor` to target `name`; `source` is the checkpoint's name for it."""
+        target = self.targets.get(name)
+        if target is None:
+            self.reject(source)
+            return
+        if name not in self._empty:
+            raise CheckpointError(f"Tensor {source!r} in {self.rules.origin(source)} fills {name!r} a second time.")
+        if tuple(tensor.shape) != target.shape:
+            raise CheckpointError(
+                f"Tensor {source!r} in {self.rules.origin(source)} has shape {list(tensor.shape)}, but the config asks "
+                f"for {list(target.shape)}. The weights and config.json do not belong together, or hf_overrides "
+                "changed a size."
+            )
+        stored = target.load(tensor)
+        self._empty.discard(name)
+        self._tensors += 1
+        self._nbytes += tensor.numel() * tensor.element_size()
+        if name in self._tied_sources:
+            self._kept[name] = tensor if stored is None else stored
+
+    def reject(self, source: str) -> None:
+        """A checkpoint name that has no target: ignored by rule, or remembered for the error."""
+        if self._ignored_names.search(source):
+            self._ignored.append(source)
+        else:
+            self._unexpected.append(source)
+
+    def finish(self) -> LoadReport:
+        """Fill tied targets and check that nothing is missing or left over."""
+        for name, source in self.rules.tied.items():
+            # The checkpoint may hold either end of a tie.
+            for empty, full in ((name, source), (source, name)):
+                if empty in self._empty and full in self._kept:
+                    self.give(empty, self._kept[full], full)
+        self._kept.clear()
+        missing = sorted(self._empty - self.rules.optional)
+        if missing:
+            hint = f" Names without a place: {_some(self._unexpected)}." if self._unexpected else ""
+            raise CheckpointError(
+                f"The checkpoint lacks {len(missing)} of {len(self.targets)} weights that the config asks for: "
+                f"{_some(missing)}.{hint} The download may be incomplete, or the weights belong to another config."
+            )
+        if self._unexpected:
+            raise CheckpointError(
+                f"The checkpoint has {len(self._unexpected)} weights that the model has no place for: "
+                + ", ".join(f"{name!r} in {self.rules.origin(name)}" for name in self._unexpected[:3])
+                + ". Running without them would give wrong answers; the weights belong to another config or a newer "
+                "version of the model."
+            )
+        seconds = time.perf_counter() - self._started
+        return LoadReport(self._tensors, self._nbytes, seconds, tuple(self._ignored), frozenset(self._empty))
+
+
+def load_into(
+    targets: Mapping[str, Target], weights: Iterable[tuple[str, torch.Tensor]], rules: LoadRules
+) -> LoadReport:
+    """Fill every target from (checkpoint name, tensor) pairs. Raises CheckpointError naming file and tensor."""
+    filler = Filler(targets, rules)
+    for name, tensor in weights:
+        filler.give(rules.rename(name), tensor, name)
+    return filler.finish()
+
+
+def dummy_weights(targets: Mapping[str, Target], seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """A random tensor for each target, the same for the same seed and name whatever the order.
+
+    Values are repeated from one seeded block, which makes a billion parameters a matter of copying. Matrices are small
+    normal numbers, vectors scales near one or offsets near zero, so that activations stay in range.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    normal = torch.randn(_BLOCK, generator=generator) * 0.02
+    blocks: dict[torch.dtype, torch.Tensor] = {}
+    for name, target in targets.items():
+        if not target.dtype.is_floating_point:
+            yield name, torch.zeros(target.shape, dtype=target.dtype)
+            continue
+        block = blocks.setdefault(target.dtype, normal.to(target.dtype))
+        tensor = torch.empty(target.shape, dtype=target.dtype)
+        _repeat(block, tensor.view(-1), start=zlib.crc32(name.encode()) % _BLOCK)
+        if tensor.dim() <= 1 and name.endswith("weight"):
+            tensor += 1
+        yield name, tensor
+
+
+_BLOCK = 1_048_573  # a prime, so that rows of usual widths do not repeat each other
+
+
+def _repeat(block: torch.Tensor, out: torch.Tensor, start: int) -> None:
+    first = min(out.numel(), block.numel() - start)
+    out[:first] = block[start : start + first]
+    rest = out[first:]
+    whole = rest.numel() // block.numel() * block.numel()
+    if whole:
+        rest[:whole].view(-1, block.numel()).copy_(block.expand(whole // block.numel(), -1))
+    rest[whole:] = block[: rest.numel() - whole]
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:4])
+    return shown + (f" and {len(names) - 4} more" if len(names) > 4 else "")
