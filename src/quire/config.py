@@ -7,8 +7,10 @@ rules across sections, and everything that depends on the model or the machine, 
 from __future__ import annotations
 
 import difflib
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from quire.errors import ConfigError
 
@@ -142,11 +144,11 @@ class EngineOptions:
         """Sort flat keyword arguments into their sections. An unknown name raises ConfigError with the nearest one."""
         sections: dict[str, dict[str, Any]] = {section.name: {} for section in fields(cls)}
         owner = {item.name: section for section, item in engine_fields()}
+        types = get_type_hints(cls)
         for name, value in values.items():
             if name not in owner:
                 raise ConfigError(unknown_option(name, owner))
-            sections[owner[name]][name] = value
-        types = get_type_hints(cls)
+            sections[owner[name]][name] = fitted(name, value, get_type_hints(types[owner[name]])[name])
         return cls(**{section: types[section](**found) for section, found in sections.items()})
 
 
@@ -156,8 +158,39 @@ def engine_fields() -> list[tuple[str, Any]]:
     return [(section.name, item) for section in fields(EngineOptions) for item in fields(types[section.name])]
 
 
-def unknown_option(name: str, known: Any) -> str:
+def fitted(name: str, value: Any, kind: Any) -> Any:
+    """`value` as the type of option `name`: a list becomes a tuple, "auto" a length of -1. Raises ConfigError."""
+    optional = type(None) in get_args(kind)
+    if value is None and optional:
+        return None
+    kinds = [inner for inner in get_args(kind) if inner is not type(None)] if optional else [kind]
+    plain = kinds[0]
+    if get_origin(plain) is Literal:
+        if value not in get_args(plain):
+            raise ConfigError(f"{name} is {value!r}; it can be {', '.join(map(str, get_args(plain)))}.")
+        return value
+    if get_origin(plain) is tuple:
+        return (value,) if isinstance(value, str) else tuple(value)
+    if get_origin(plain) is dict:
+        plain = dict
+    if name == "max_model_len" and value == "auto":
+        return -1
+    if plain is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, plain) or (plain is int and isinstance(value, bool)):
+        # A path is a fine way to name a model, and the only other thing that text options take.
+        if plain is str and isinstance(value, os.PathLike):
+            return os.fspath(value)
+        raise ConfigError(f"{name} is {value!r}, of type {type(value).__name__}; it must be of type {plain.__name__}.")
+    return value
+
+
+def unknown_option(name: str, known: Iterable[str]) -> str:
     """The message for an option nobody knows, with the nearest known one."""
+    return f"Unknown option {name!r}.{nearest(name, known)}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ " Did you mean 'x'?", or nothing when no known name comes near."""
     near = difflib.get_close_matches(name, list(known), n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"Unknown option {name!r}.{hint}"
+    return f" Did you mean {near[0]!r}?" if near else ""

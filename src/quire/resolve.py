@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
@@ -237,19 +235,9 @@ def choose_device(wanted: str) -> Choice[str]:
 
 def measure_machine(device: str, threads: int | None) -> Machine:
     """The device's memory right now, and the threads this process may use."""
-    memory = Device(device).memory()
-    return Machine(device, memory.total, memory.free, threads or available_threads())
-
-
-def available_threads() -> int:
-    """Cores that this process may use: its affinity mask, cut by the control group's quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    limit = Path("/sys/fs/cgroup/cpu.max")
-    if limit.is_file():
-        quota, _, period = limit.read_text().partition(" ")
-        if quota != "max":
-            cores = min(cores, max(1, math.ceil(int(quota) / int(period))))
-    return cores
+    found = Device(device)
+    memory = found.memory()
+    return Machine(device, memory.total, memory.free, threads or found.threads())
 
 
 def checkpoint_dtype(files: ModelFiles) -> torch.dtype | None:

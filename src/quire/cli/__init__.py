@@ -1,0 +1,1 @@
+"""The quire command. Imports nothing here: each subcommand pays only for what it uses."""

@@ -1,0 +1,78 @@
+"""quire chat: talk to a model, in this process or on a server (--url).
+
+/reset forgets the conversation, /system TEXT sets the system prompt, /quit or end of input leaves.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+
+from quire.cli.flags import FlagParser
+from quire.cli.partner import add_partner_flags, ask, open_session
+from quire.cli.session import Message, Session
+
+COMMANDS = "/reset forgets the conversation, /system TEXT sets the system prompt, /quit leaves."
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    parser = FlagParser("quire chat", "Talk to a model, in this process or on a server.", "[MODEL]")
+    parser.add_argument("--system-prompt", metavar="TEXT", help="what the model is told first")
+    add_partner_flags(parser)
+    found = parser.parse(argv)
+    session = open_session(found)
+    try:
+        if found.quick is not None:
+            Conversation(session, found.system_prompt, found.stats).say(found.quick)
+        else:
+            if sys.stdin.isatty():
+                print(COMMANDS)
+            talk(Conversation(session, found.system_prompt, found.stats))
+    finally:
+        session.close()
+    return 0
+
+
+class Conversation:
+    """The messages so far. What the user broke off with Ctrl-C stays as far as it was said."""
+
+    def __init__(self, session: Session, system: str | None, stats: bool) -> None:
+        self._session = session
+        self._stats = stats
+        self.restart(system)
+
+    def restart(self, system: str | None) -> None:
+        """Begin anew with this system prompt."""
+        self.system = system
+        self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+
+    def say(self, text: str) -> None:
+        """Send a message and print the answer as it comes."""
+        self.messages.append({"role": "user", "content": text})
+        pieces: list[str] = []
+        with suppress(KeyboardInterrupt):
+            for piece in self._session.chat(self.messages):
+                pieces.append(piece)
+                print(piece, end="", flush=True)
+        print()
+        self.messages.append({"role": "assistant", "content": "".join(pieces)})
+        if self._stats:
+            print(self._session.figures.line(), file=sys.stderr)
+
+
+def talk(conversation: Conversation) -> None:
+    """Read lines until the end of input or /quit."""
+    while (line := ask("> ")) is not None:
+        word, _, rest = line.strip().partition(" ")
+        if word in ("/quit", "/exit"):
+            return
+        if word == "/reset":
+            conversation.restart(conversation.system)
+        elif word == "/system":
+            conversation.restart(rest or None)
+        elif word.startswith("/") and word[1:].isalpha():
+            print(COMMANDS)
+        elif word:
+            conversation.say(line)

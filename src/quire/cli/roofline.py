@@ -1,0 +1,93 @@
+"""What this machine can do, measured in a fraction of a second, and what that allows a model at best.
+
+A decode step reads all weights once, whatever the batch; a position costs two operations per weight. Knows sizes and
+speeds only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+READ_BYTES = 256 << 20  # far beyond any cache
+SIDE = 1024
+REPEATS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Measured limits: bytes read per second, and floating-point operations per second in float32."""
+
+    bandwidth: float
+    flops: float
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a model asks of a machine: bytes of weights read by each step, weights multiplied per position."""
+
+    read_bytes: int
+    active_weights: int
+
+
+def measure_cpu(threads: int) -> Speed:
+    """Read bandwidth and float32 speed of `threads` cores, by NumPy; the best of a few tries of 0.1 s."""
+    with ThreadPoolExecutor(threads) as team:
+        data = np.ones(READ_BYTES // 4, np.float32)
+        parts = np.array_split(data, threads)
+        seconds = _best(lambda: list(team.map(_read, parts)))
+        bandwidth = data.nbytes / seconds
+    del data, parts
+    left = np.ones((SIDE, SIDE), np.float32)
+    return Speed(bandwidth, 2 * SIDE**3 / _best(lambda: left @ left))
+
+
+def measure_cuda() -> Speed:
+    """The same of a GPU, by PyTorch, in bfloat16."""
+    # Imported here: only a machine with a GPU comes this way, and PyTorch takes a second.
+    import torch
+
+    data = torch.ones(1 << 30, dtype=torch.uint8, device="cuda")
+    left = torch.ones((4 * SIDE, 4 * SIDE), dtype=torch.bfloat16, device="cuda")
+    target = torch.empty_like(data)
+
+    def timed(work: Callable[[], object]) -> float:
+        def finished() -> None:
+            work()
+            torch.cuda.synchronize()
+
+        finished()
+        return _best(finished)
+
+    # A copy reads and writes each byte.
+    return Speed(2 * data.nbytes / timed(lambda: target.copy_(data)), 2 * (4 * SIDE) ** 3 / timed(lambda: left @ left))
+
+
+def _read(part: np.ndarray) -> float:
+    return float(np.dot(part, part))
+
+
+def _best(work: Callable[[], object]) -> float:
+    """Seconds of the fastest of a few tries."""
+    found = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def decode_rate(load: Load, speed: Speed, batch: int, context_bytes: int) -> float:
+    """Output tokens per second, at best, of `batch` requests that read `context_bytes` of pages each per token."""
+    reading = (load.read_bytes + batch * context_bytes) / speed.bandwidth
+    computing = 2 * load.active_weights * batch / speed.flops
+    return batch / max(reading, computing)
+
+
+def prefill_rate(load: Load, speed: Speed) -> float:
+    """Prompt tokens per second, at best, when prompts are long."""
+    return speed.flops / (2 * load.active_weights)
