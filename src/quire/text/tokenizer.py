@@ -75,9 +75,9 @@ class Tokenizer:
                 return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
             with self._lock:
                 return list(self.hf.encode(text, add_special_tokens=add_special_tokens))
-        except UnicodeEncodeError as error:
+        except (UnicodeEncodeError, TypeError) as error:  # Rust says TypeError for what it cannot take as text
             raise ValidationError(
-                "The text is not valid Unicode: it holds half of a surrogate pair.", "prompt"
+                "The text is not valid Unicode, such as half of a surrogate pair.", "prompt"
             ) from error
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
