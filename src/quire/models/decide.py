@@ -1,0 +1,357 @@
+"""Chooses the tier of a model: tries each way of serving it on the tiny twin and takes the first that proves equal.
+
+Equal means: teacher-forced logits of several sequences, packed together in odd chunks on shuffled pages that start as
+NaN, are those of the unmodified twin run on each sequence alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from quire.errors import UnsupportedModelError
+from quire.kernels.table import Ops
+from quire.layers.spec import LayerSpec, ModelLayout
+from quire.models.fallback import SequentialModel, forward_parameters
+from quire.models.interface import BATCH_ARGUMENT
+from quire.models.observe import ROWS, Observation, Observer
+from quire.models.report import CallPlan, MixerPlan, ProbeReport, SequentialPlan
+from quire.models.served import ServedModel
+from quire.models.transformers import TransformersModel
+from quire.models.trial import PagedLoop
+from quire.models.twin import VOCAB, twin_model
+
+logger = logging.getLogger(__name__)
+
+TOLERANCE = 2e-3  # of the largest logit of the twin, or of one: float32 differences are a hundred times smaller
+LENGTHS = (9, 14, 21)
+CHUNKS = (3, 7, 5, 2)
+KNOWN_ARGUMENTS = ("position_ids", "use_cache", "logits_to_keep")
+CACHE_ARGUMENTS = ("past_key_values", "cache_params")
+
+
+@dataclass(slots=True)
+class Reference:
+    """The unmodified twin's answers: what every way of serving must reproduce."""
+
+    sequences: list[list[int]]
+    logits: list[torch.Tensor]  # [length, V] each
+    scale: float
+
+    @classmethod
+    def make(cls, model: nn.Module) -> Reference:
+        """Run each sequence alone and whole, without any cache."""
+        generator = torch.Generator().manual_seed(7)
+        sequences = [torch.randint(3, VOCAB - 14, (n,), generator=generator).tolist() for n in LENGTHS]
+        arguments = {"use_cache": False} if takes(model, "use_cache") else {}
+        logits = []
+        with torch.no_grad():
+            for tokens in sequences:
+                output = model(input_ids=torch.tensor([tokens]), **arguments)
+                logits.append((output.logits if hasattr(output, "logits") else output[0])[0].float())
+        scale = max(1.0, max(float(rows.abs().max()) for rows in logits))
+        return cls(sequences, logits, scale)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A way of serving that proved equal on the twin, and how far it was from the reference."""
+
+    report: ProbeReport
+    difference: float
+
+
+class Decider:
+    """Tries the tiers on the twin of one config. `refused` collects why the better ones did not hold."""
+
+    def __init__(self, model_class: type, twin_config: Any, ops: Ops) -> None:
+        self._class = model_class
+        self._config = twin_config
+        self._ops = ops
+        self.refused: list[str] = []
+        self.reference = Reference.make(self.twin())
+
+    def twin(self) -> nn.Module:
+        """A fresh twin; all of them have the same weights."""
+        return twin_model(self._class, self._config)
+
+    def decide(self) -> Decision:
+        """The best tier that holds. Raises UnsupportedModelError when none does."""
+        for attempt in (self._packed, self._sequential_attention, self._sequential_model):
+            decision = attempt()
+            if decision is not None:
+                return decision
+        raise UnsupportedModelError(
+            f"{self._class.__name__} does not reproduce its own answers on a tiny model in any way that quire knows: "
+            + " ".join(self.refused)
+        )
+
+    def trial(self, report: ProbeReport, prepare: Callable[[nn.Module], None] | None = None) -> float:
+        """Serve a fresh twin by the report, after `prepare` has changed its modules; the largest difference."""
+        model = self.twin()
+        if prepare is not None:
+            prepare(model)
+        return measure(serve(model, report, self._ops), self.reference, self._ops)
+
+    def _packed(self) -> Decision | None:
+        """Tiers A and A+mixer."""
+        model = self.twin()
+        try:
+            observer = Observer(model, model.config, with_linears=False)
+            seen = observer.run(observed_arguments(model, observer))
+        except Exception as error:  # whatever the model's code raises means that this tier does not hold
+            return self._refuse("paged attention", _cause(error))
+        if observer.problems:
+            return self._refuse("paged attention", describe(model, observer.problems))
+        if not seen.attention and not seen.states:
+            return self._refuse("paged attention", "no module calls the attention interface or keeps state in the cache")
+        cause = "the answers differ"
+        for stepwise in (False, True) if seen.states else (False,):
+            report = packed_report(model, seen, stepwise)
+            difference = self._try(report)
+            if isinstance(difference, float) and self._equal(difference):
+                return Decision(report, difference)
+            cause = difference if isinstance(difference, str) else f"logits differ by {difference:.2g}"
+        return self._refuse("paged attention", cause)
+
+    def _sequential_attention(self) -> Decision | None:
+        """Tier B."""
+        model = self.twin()
+        try:
+            observer = Observer(model, model.config, with_linears=False)
+            seen = observer.run(observed_arguments(model, observer), implementation="eager")
+        except Exception as error:
+            return self._refuse("attention per sequence", _cause(error))
+        users = outermost(seen.cache_users)
+        if not users or "" in users:
+            return self._refuse("attention per sequence", "no module inside the model keeps keys in the cache")
+        report = sequential_report(model, seen, users, self._why())
+        difference = self._try(report)
+        if isinstance(difference, float) and self._equal(difference):
+            return Decision(report, difference)
+        cause = difference if isinstance(difference, str) else f"logits differ by {difference:.2g}"
+        return self._refuse("attention per sequence", cause)
+
+    def _sequential_model(self) -> Decision | None:
+        """Tier C: with the library's cache, with the model's own, at last computing everything again each time."""
+        model = self.twin()
+        layers = counted_layers(self._observe_cache(model), model)
+        cause = ""
+        for chunked in (True, False):
+            for mode in ("cache", "own_cache"):
+                report = model_report(model, layers, mode, chunked, self._why())
+                difference = self._try(report)
+                if isinstance(difference, float) and self._equal(difference):
+                    return Decision(report, difference)
+                cause = difference if isinstance(difference, str) else f"logits differ by {difference:.2g}"
+        report = model_report(model, layers, "recompute", True, [*self._why(), f"no cache can be carried: {cause}"])
+        difference = self._try(report)
+        if isinstance(difference, float) and self._equal(difference):
+            return Decision(report, difference)
+        return self._refuse("model per sequence", str(difference))
+
+    def _observe_cache(self, model: nn.Module) -> Observation:
+        observer = Observer(model, model.config, with_linears=False)
+        try:
+            return observer.run(observed_arguments(model, observer), implementation="eager")
+        except Exception:  # then memory cannot be counted; a token still is
+            return observer.seen
+
+    def _try(self, report: ProbeReport) -> float | str:
+        """The difference, or what was raised."""
+        try:
+            return self.trial(report)
+        except Exception as error:
+            return _cause(error)
+
+    def _equal(self, difference: float) -> bool:
+        return difference <= TOLERANCE * self.reference.scale
+
+    def _why(self) -> list[str]:
+        return list(self.refused)
+
+    def _refuse(self, way: str, cause: str) -> None:
+        self.refused.append(f"{way}: {cause}.")
+
+
+def serve(model: nn.Module, report: ProbeReport, ops: Ops) -> ServedModel:
+    """The served model of a report. The model's modules are changed in place."""
+    if report.layout.tier == "C":
+        return SequentialModel(model, report)
+    return TransformersModel(model, report, ops)
+
+
+def measure(served: ServedModel, reference: Reference, ops: Ops) -> float:
+    """Run the reference's sequences together in odd chunks; the largest difference of a logit (nan counts as inf)."""
+    loop = PagedLoop(served, ops)
+    running = [loop.start(slot, tokens) for slot, tokens in enumerate(reference.sequences)]
+    largest = 0.0
+    turn = 0
+    while any(sequence.computed < len(sequence.tokens) for sequence in running):
+        work = []
+        for i, sequence in enumerate(running):
+            left = len(sequence.tokens) - sequence.computed
+            if left and turn >= i:  # later sequences join later
+                count = min(left, CHUNKS[(turn + i) % len(CHUNKS)]) if served.layout.chunked_prefill else left
+                if sequence.computed > 0 and turn % 3 == 2:
+                    count = 1
+                work.append((sequence, count))
+        work = work[::-1] if turn % 2 else work
+        before = [sequence.computed for sequence, _ in work]
+        for (sequence, count), start, logits in zip(work, before, loop.step(work, all_rows=True), strict=True):
+            expected = reference.logits[sequence.slot][start : start + count]
+            difference = float((logits - expected).abs().max())
+            largest = max(largest, difference if difference == difference else float("inf"))
+        turn += 1
+    return largest
+
+
+def observed_arguments(model: nn.Module, observer: Observer, device: str = "cpu") -> dict[str, Any]:
+    """The arguments of the observed forward: one row of ROWS positions, two of them asked for."""
+    positions = torch.arange(ROWS, device=device)[None]
+    arguments: dict[str, Any] = {"input_ids": positions + 3}
+    offered = {"position_ids": positions, "use_cache": True, "logits_to_keep": torch.tensor([3, 5], device=device)}
+    arguments.update({name: value for name, value in offered.items() if takes(model, name)})
+    cache = cache_argument(model)
+    if cache is not None:
+        arguments[cache] = observer.cache
+    if takes_anything(model):
+        arguments[BATCH_ARGUMENT] = ROWS
+    return arguments
+
+
+def takes_anything(model: nn.Module) -> bool:
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in forward_parameters(model).values())
+
+
+def takes(model: nn.Module, name: str) -> bool:
+    """Whether the model's forward takes this argument, by name or among its **kwargs."""
+    return name in forward_parameters(model) or takes_anything(model)
+
+
+def cache_argument(model: nn.Module) -> str | None:
+    return next((name for name in CACHE_ARGUMENTS if name in forward_parameters(model)), None)
+
+
+def _arguments(model: nn.Module, seen: Observation | None) -> tuple[str, ...]:
+    """Known arguments that the forward takes; logits_to_keep only where it was seen to select rows."""
+    names = [name for name in KNOWN_ARGUMENTS if takes(model, name)]
+    if "logits_to_keep" in names and (seen is None or seen.logit_rows != 2):
+        names.remove("logits_to_keep")
+    return tuple(names)
+
+
+def packed_report(model: nn.Module, seen: Observation, stepwise: bool) -> ProbeReport:
+    """Tier A or A+mixer from what was observed, on the twin or on the full-size model."""
+    layers = [_attention_layer(call) for call in seen.attention]
+    calls = tuple(CallPlan(call.module, index) for index, call in enumerate(seen.attention))
+    mixers = []
+    for use in seen.states:
+        mixers.append(
+            MixerPlan(use.module, len(layers), use.layer, use.row_arguments, use.returns_tuple, stepwise)
+        )
+        layers.append(LayerSpec(use.module, "state", states=tuple(use.states)))
+    notes = ["recurrent mixers continue a prompt token by token: their code takes no initial state"] if stepwise else []
+    layout = _layout(model, layers, "A+mixer" if mixers else "A", notes)
+    return ProbeReport(
+        layout=layout,
+        arguments=_arguments(model, seen),
+        cache_argument=cache_argument(model),
+        batch_argument=seen.batch_arrives and not mixers and takes_anything(model),
+        calls=calls,
+        mixers=tuple(mixers),
+    )
+
+
+def sequential_report(model: nn.Module, seen: Observation, users: list[str], why: list[str]) -> ProbeReport:
+    """Tier B: `users` run per sequence on private caches."""
+    plans = tuple(
+        SequentialPlan(name, seen.row_arguments.get(name, ()), seen.returns_tuple.get(name, False)) for name in users
+    )
+    layout = _layout(model, counted_layers(seen, model), "B", why)
+    return ProbeReport(
+        layout=replace(layout, prefix_caching=False),
+        arguments=_arguments(model, seen),
+        cache_argument=cache_argument(model),
+        sequential=plans,
+    )
+
+
+def model_report(model: nn.Module, layers: list[LayerSpec], mode: Any, chunked: bool, why: list[str]) -> ProbeReport:
+    """Tier C."""
+    layout = _layout(model, layers, "C", why)
+    return ProbeReport(
+        layout=replace(layout, prefix_caching=False, chunked_prefill=chunked, batched=False),
+        arguments=_arguments(model, None),
+        cache_argument=cache_argument(model),
+        mode=mode,
+    )
+
+
+def counted_layers(seen: Observation, model: nn.Module) -> list[LayerSpec]:
+    """Layers for the page pool where keys live in private caches: pages count their memory, nothing is stored there."""
+    layers = [
+        LayerSpec(f"{update.module}#{i}", "attention", update.kv_heads, update.kv_heads, update.key_dim, update.value_dim)
+        for i, update in enumerate(seen.updates)
+    ]
+    return layers or [LayerSpec("tokens", "attention", 1, 1, 8, 8)]
+
+
+def outermost(names: list[str]) -> list[str]:
+    """The names that lie in no other of the names."""
+    return [name for name in names if not any(name.startswith(other + ".") for other in names)]
+
+
+def _attention_layer(call: Any) -> LayerSpec:
+    return LayerSpec(
+        name=call.module if call.call == 0 else f"{call.module}#{call.call}",
+        heads=call.heads,
+        kv_heads=call.kv_heads,
+        key_dim=call.key_dim,
+        value_dim=call.value_dim,
+        scale=call.scale,
+        window=call.window,
+        chunk=call.chunk,
+        softcap=call.softcap,
+        sinks=call.sinks,
+        shares=call.shares,
+    )
+
+
+def _layout(model: nn.Module, layers: list[LayerSpec], tier: Any, notes: list[str]) -> ModelLayout:
+    config = model.config.get_text_config()
+    head = model.get_output_embeddings()
+    embedding = model.get_input_embeddings()
+    vocabulary = head.weight.shape[0] if hasattr(head, "weight") else config.vocab_size
+    hidden = getattr(config, "hidden_size", None) or embedding.weight.shape[-1]
+    return ModelLayout(tuple(group_layers(layers)), vocabulary, hidden, tier, notes=tuple(notes))
+
+
+def group_layers(layers: list[LayerSpec]) -> list[LayerSpec]:
+    """Give layers that live equally long the same page tables: full attention, each window size, recurrent state."""
+
+    def key(layer: LayerSpec) -> tuple[int, int]:
+        owner = layer if layer.shares is None else layers[layer.shares]
+        if owner.kind == "state":
+            return (2, 0)
+        return (1, owner.window) if owner.window is not None else (0, 0)
+
+    numbers = {kind: n for n, kind in enumerate(sorted({key(layer) for layer in layers}))}
+    return [replace(layer, group=numbers[key(layer)]) for layer in layers]
+
+
+def describe(model: nn.Module, problems: dict[str, str]) -> str:
+    """Problems by class instead of by module: "LlamaAttention attends in both directions"."""
+    found = {f"{type(model.get_submodule(name)).__name__} {problem}" for name, problem in problems.items()}
+    return "; ".join(sorted(found))
+
+
+def _cause(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:160]}"

@@ -1,0 +1,131 @@
+"""TransformersModel: the library's own modeling code on one packed row, with paged attention and paged state.
+
+Built from a model object and the probe's report. It decides nothing: the report says which module makes which call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache
+
+from quire.kernels.table import Ops
+from quire.layers.batch import Batch
+from quire.layers.spec import ModelLayout
+from quire.models.fallback import PrivateCaches, SequentialModule
+from quire.models.interface import BATCH_ARGUMENT, PAGED, SPEC, CallSequence, LayerCall, current_batch
+from quire.models.mixers import Mixer, StepSplit, stray_state
+from quire.models.report import ProbeReport
+
+
+class PackedCache(DynamicCache):
+    """What the model believes to be its cache: new keys and values pass through, because pages hold the old ones.
+
+    It reports no past, so that nothing in the model derives a position or a mask from it; positions come as arguments.
+    """
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> tuple[Any, Any]:
+        return key, value
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def has_previous_state(self, *_: Any, **__: Any) -> bool:
+        return False
+
+    get_conv_state = update_conv_state = get_recurrent_state = update_recurrent_state = stray_state
+    update_indexer = stray_state
+
+
+class TransformersModel:
+    """A ServedModel of tier A or A+mixer (or B, where some modules run per sequence)."""
+
+    layout: ModelLayout
+
+    def __init__(self, model: nn.Module, report: ProbeReport, ops: Ops) -> None:
+        self.layout = report.layout
+        self.hf_config = model.config
+        self.model = model
+        self._sequences: list[CallSequence] = []
+        self._through_context = not report.batch_argument
+        self._select_rows = "logits_to_keep" not in report.arguments
+        self._keep_rows = not self._select_rows
+        self._positions = "position_ids" in report.arguments
+        self._fixed: dict[str, Any] = {}
+        if report.cache_argument is not None:
+            self._fixed[report.cache_argument] = PackedCache(config=model.config)
+        if "use_cache" in report.arguments:
+            self._fixed["use_cache"] = True
+        self._attach_calls(report, ops)
+        self._attach_mixers(report)
+        self._private = PrivateCaches(model.config) if report.sequential else None
+        self._attach_sequential(report)
+        set_attention(model, SPEC if report.sequential else PAGED)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """The logits [R, V] of batch.logit_rows; see ServedModel."""
+        arguments = dict(self._fixed)
+        arguments["input_ids"] = batch.token_ids[None]
+        if self._positions:
+            arguments["position_ids"] = batch.positions[None]
+        if self._keep_rows:
+            arguments["logits_to_keep"] = batch.logit_rows
+        for calls in self._sequences:
+            calls.restart()
+        if self._private is not None:
+            self._private.begin(batch)
+        with torch.no_grad():
+            if self._through_context:
+                token = current_batch.set(batch)
+                try:
+                    output = self.model(**arguments)
+                finally:
+                    current_batch.reset(token)
+            else:
+                arguments[BATCH_ARGUMENT] = batch
+                output = self.model(**arguments)
+        logits = output.logits[0] if hasattr(output, "logits") else output[0][0]
+        return logits.index_select(0, batch.logit_rows) if self._select_rows else logits
+
+    def release(self, slot: int) -> None:
+        """Drop the private cache of tier B; nothing else is kept outside the caches of the batch."""
+        if self._private is not None:
+            self._private.release(slot)
+
+    def _attach_calls(self, report: ProbeReport, ops: Ops) -> None:
+        by_module: dict[str, list[LayerCall]] = {}
+        for plan in report.calls:
+            call = LayerCall(ops, self.layout.layers[plan.index], plan.index)
+            by_module.setdefault(plan.module, []).append(call)
+        for name, calls in by_module.items():
+            answer = calls[0] if len(calls) == 1 else CallSequence(calls)
+            if isinstance(answer, CallSequence):
+                self._sequences.append(answer)
+            self.model.get_submodule(name).__dict__["quire_call"] = answer
+
+    def _attach_mixers(self, report: ProbeReport) -> None:
+        split = StepSplit()
+        for plan in report.mixers:
+            module = self.model.get_submodule(plan.module)
+            module.__dict__["forward"] = Mixer(module, plan, self.layout.layers[plan.index], split)
+
+    def _attach_sequential(self, report: ProbeReport) -> None:
+        for plan in report.sequential:
+            module = self.model.get_submodule(plan.module)
+            module.__dict__["forward"] = SequentialModule(module, plan, self._private)
+
+
+def set_attention(model: nn.Module, name: str) -> None:
+    """Let every config that a module of the model reads name this attention implementation."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None:
+            config._attn_implementation = name
