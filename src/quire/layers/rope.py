@@ -1,0 +1,87 @@
+"""Rotary position embedding: the cosines and sines of a step's positions, shared by all layers.
+
+How the frequencies follow from a model's config is not known here. Frequencies that depend on a sequence's length
+(dynamic, longrope) are chosen per row from that sequence alone, so that batch mates and chunks change nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from quire.layers.batch import Batch
+
+FIRST_TABLE = 2048  # rows computed at first; the table doubles as sequences grow
+
+
+@dataclass(frozen=True, slots=True)
+class Frequencies:
+    """The R/2 inverse frequencies of the rotated dimensions, and the factor laid on cosines and sines.
+
+    For sequences longer than `threshold` positions, `beyond(length)` gives the frequencies instead; the length of a
+    row is its prompt's, or its own position plus one when that is more.
+    """
+
+    inverse: torch.Tensor  # float32 [R/2]
+    scaling: float = 1.0
+    threshold: int | None = None
+    beyond: Callable[[int], torch.Tensor] | None = None
+
+
+class Rotary:
+    """Makes cos and sin [T, R] in the model's dtype. For "half" each angle appears R/2 apart, else side by side."""
+
+    def __init__(
+        self, frequencies: Frequencies, style: Literal["half", "interleaved"], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.frequencies = frequencies
+        self.style = style
+        self._dtype = dtype
+        self._device = device
+        self._cos, self._sin = self._angles(torch.arange(FIRST_TABLE), frequencies.inverse)
+
+    def tables(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cos [T, R], sin [T, R]) of the step's positions."""
+        longest = max(batch.lengths_host, default=1)
+        if self._cos.shape[0] < longest:
+            rows = 1 << (longest - 1).bit_length()
+            self._cos, self._sin = self._angles(torch.arange(rows), self.frequencies.inverse)
+        cos = self._cos.index_select(0, batch.positions)
+        sin = self._sin.index_select(0, batch.positions)
+        if self.frequencies.threshold is not None and self._any_beyond(batch, self.frequencies.threshold):
+            self._replace_beyond(batch, self.frequencies.threshold, cos, sin)
+        return cos, sin
+
+    def _any_beyond(self, batch: Batch, threshold: int) -> bool:
+        prompts = batch.prompt_lens_host
+        assert prompts is not None, "frequencies that depend on the length need the prompts' lengths"
+        return max(batch.lengths_host, default=0) > threshold or max(prompts, default=0) > threshold
+
+    def _replace_beyond(self, batch: Batch, threshold: int, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        """Overwrite the rows whose sequence is longer than the threshold."""
+        assert self.frequencies.beyond is not None and batch.prompt_lens_host is not None
+        for s, (length, prompt) in enumerate(zip(batch.lengths_host, batch.prompt_lens_host, strict=True)):
+            first, last = batch.starts_host[s], batch.starts_host[s + 1]
+            start = length - (last - first)
+            in_prompt = min(max(prompt - start, 0), last - first)
+            if in_prompt and prompt > threshold:
+                self._write(cos, sin, first, start, in_prompt, prompt)
+            for row in range(first + in_prompt, last):
+                position = start + row - first
+                if position + 1 > threshold:
+                    self._write(cos, sin, row, position, 1, position + 1)
+
+    def _write(self, cos: torch.Tensor, sin: torch.Tensor, row: int, position: int, count: int, length: int) -> None:
+        assert self.frequencies.beyond is not None
+        positions = torch.arange(position, position + count)
+        cos[row : row + count], sin[row : row + count] = self._angles(positions, self.frequencies.beyond(length))
+
+    def _angles(self, positions: torch.Tensor, inverse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = positions[:, None].float() * inverse[None, :].float()
+        both = torch.cat((angles, angles), -1) if self.style == "half" else angles.repeat_interleave(2, -1)
+        scaling = self.frequencies.scaling
+        cos, sin = (both.cos() * scaling).to(self._dtype), (both.sin() * scaling).to(self._dtype)
+        return cos.to(self._device), sin.to(self._device)
