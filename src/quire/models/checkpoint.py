@@ -7,10 +7,10 @@ torch's safe unpickler. Knows files and tensors, not models.
 from __future__ import annotations
 
 import mmap
-import pickle
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Protocol
 
 import torch
@@ -131,7 +131,7 @@ def _load_torch_file(path: Path) -> dict[str, torch.Tensor]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as error:
+    except UnpicklingError as error:
         raise CheckpointError(
             f"The weight file {path} is corrupt, or it contains Python objects other than tensors; quire does not run "
             "code from weight files. Convert it to safetensors where you trust it, or find a safetensors version."
