@@ -338,19 +338,23 @@ def choose_step_tokens(wanted: int | None, device: str, max_num_seqs: int, lengt
 
 def weight_bytes(files: ModelFiles, layout: ModelLayout, dtype: torch.dtype) -> int:
     """Bytes of the weights once loaded. A tied output matrix is packed for its own product, so it counts twice."""
-    if files.weight_format == "safetensors":
-        count = sum(math.prod(header.shape) for header in weight_headers(files).values())
-    elif files.weight_format == "pt":
-        stored = checkpoint_dtype(files) or torch.float32
-        count = sum(path.stat().st_size for path in files.weights) // stored.itemsize
-    else:
-        count = parameter_count(files)
+    count = count_parameters(files)
     if files.text_config.tie_word_embeddings:
         count += layout.vocab_size * layout.hidden_size
     return count * dtype.itemsize
 
 
-def parameter_count(files: ModelFiles) -> int:
+def count_parameters(files: ModelFiles) -> int:
+    """Parameters by the headers of the weight files; by their size for .bin, by the config for dummy weights."""
+    if files.weight_format == "safetensors":
+        return sum(math.prod(header.shape) for header in weight_headers(files).values())
+    if files.weight_format == "pt":
+        stored = checkpoint_dtype(files) or torch.float32
+        return sum(path.stat().st_size for path in files.weights) // stored.itemsize
+    return config_parameters(files)
+
+
+def config_parameters(files: ModelFiles) -> int:
     """Parameters of the model that the config describes; it is built without memory for them."""
     # Imported here: transformers takes seconds, and only a model without weight files needs it at this point.
     from transformers import AutoModelForCausalLM
