@@ -16,7 +16,28 @@ from quire.core.plan import SpanResult, StepPlan, StepResult, TokenLogprobs
 from quire.errors import EngineError
 
 if TYPE_CHECKING:
+    from quire.resolve import EngineConfig
     from quire.worker.worker import Worker
+
+
+def load_worker(config: EngineConfig) -> Worker:
+    """A worker for this configuration, with nothing loaded yet."""
+    # Imported here: the fake executor of this file must not need torch.
+    from quire.worker.worker import Worker, WorkerSetup
+
+    return Worker(
+        WorkerSetup(
+            files=config.files,
+            options=config.options.model,
+            device=config.device,
+            dtype=config.dtype,
+            cache_dtype=config.cache_dtype,
+            threads=config.threads,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=config.max_model_len,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+        )
+    )
 
 
 class Handle(Protocol):

@@ -29,10 +29,8 @@ class Completion:
         "logprobs",
         "parent",
         "stop_reason",
-        "text",
         "token_ids",
         "_lazy",
-        "_params",
         "_sent_text",
         "_sent_tokens",
         "_stream",
@@ -46,7 +44,6 @@ class Completion:
         self.index = index
         self.core_id = core_id
         self.token_ids: list[int] = []
-        self.text = ""
         self.logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
         self.cumulative_logprob = None if params.logprobs is None else 0.0
         self.finish_reason: FinishReason | None = None
@@ -54,7 +51,6 @@ class Completion:
         self.error: str | None = None
         self.first_token = 0.0
         self.last_token = 0.0
-        self._params = params
         self._tokenizer = tokenizer
         self._stream = (
             Stream(tokenizer, params, parent.prompt.token_ids) if tokenizer is not None and params.detokenize else None
@@ -87,27 +83,32 @@ class Completion:
         """Turn new tokens into text. The token that ended the completion shows only when asked for."""
         tokens = [*self._untold, *event.tokens]
         self._untold = []
-        stopped = event.finish_reason == "stop" and bool(event.tokens)
-        if stopped and not self._params.include_stop_str_in_output:
-            tokens.pop()
-        delta = self._stream.push(tokens)
-        self.text += delta.text
-        if delta.stop_reason is not None:
-            ended_by_core = self.finish_reason is not None
-            self.finish_reason, self.stop_reason = "stop", delta.stop_reason
+        delta = self._stream.push(tokens, ended=event.finish_reason == "stop" and bool(event.tokens))
+        if delta.stop is not None:
+            ended_by_core = event.finish_reason is not None
+            self.finish_reason, self.stop_reason = "stop", delta.stop
+            self._drop(len(tokens) - delta.used)
             return not ended_by_core
         if self.finish_reason is not None:
-            self.text += self._stream.finish()
+            self._stream.finish()
         return False
+
+    def _drop(self, count: int) -> None:
+        """Take back the last tokens: they came after a stop string."""
+        if count:
+            del self.token_ids[-count:]
+            if self.logprobs is not None:
+                del self.logprobs[-count:]
+                self.cumulative_logprob = sum(next(iter(entry.values())).logprob for entry in self.logprobs)
 
     def output(self, delta: bool) -> CompletionOutput:
         """What to show now: everything, or only what is new since the last call with delta=True."""
+        text = "" if self._stream is None else self._stream.text
         if not delta:
-            text, token_ids, logprobs = self.text, list(self.token_ids), self.logprobs and list(self.logprobs)
+            token_ids, logprobs = list(self.token_ids), self.logprobs and list(self.logprobs)
         else:
-            text, token_ids = self.text[self._sent_text :], self.token_ids[self._sent_tokens :]
-            logprobs = self.logprobs and self.logprobs[self._sent_tokens :]
-            self._sent_text, self._sent_tokens = len(self.text), len(self.token_ids)
+            token_ids, logprobs = self.token_ids[self._sent_tokens :], self.logprobs and self.logprobs[self._sent_tokens :]
+            self._sent_tokens, self._sent_text, text = len(self.token_ids), len(text), text[self._sent_text :]
         return CompletionOutput(
             self.index,
             text,
@@ -191,6 +192,6 @@ def named_logprobs(entry: TokenLogprobs, tokenizer: Tokenizer | None) -> dict[in
     found: dict[int, Logprob] = {}
     for token, logprob, rank in zip(entry.token_ids, entry.logprobs, entry.ranks, strict=True):
         if token not in found:
-            text = None if tokenizer is None else tokenizer.decode([token], skip_special_tokens=False)
+            text = None if tokenizer is None else tokenizer.token_string(token)
             found[token] = Logprob(logprob, rank, text)
     return found

@@ -1,0 +1,125 @@
+"""Starting an engine in this process: resolve the options, load the model, take the pages, tie the parts together.
+
+Each phase is logged with its time. Everything heavy (torch, the model) comes in with this module.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from quire import sizing
+from quire.config import EngineOptions
+from quire.core.params import SamplingParams
+from quire.core.plan import GroupSpec
+from quire.core.scheduler import Scheduler, SchedulerOptions
+from quire.engine.core import EngineCore
+from quire.engine.engine import Engine, EngineSettings
+from quire.engine.executor import LocalExecutor, load_worker
+from quire.engine.observe import Observer
+from quire.errors import ConfigError, ValidationError
+from quire.kernels.table import load_ops
+from quire.layers.spec import ModelLayout
+from quire.resolve import EngineConfig, resolve
+from quire.text.chat import read_template
+from quire.text.tokenizer import Tokenizer, load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+def start_engine(options: EngineOptions, observer: Observer | None = None) -> Engine:
+    """An Engine over one worker in this process. Raises ConfigError, ModelError or CapacityError."""
+    with phase("resolving options"):
+        config = resolve(options)
+    with phase("loading the tokenizer"):
+        tokenizer = open_tokenizer(config)
+    with phase("loading the model"):
+        executor = LocalExecutor(load_worker(config), threaded=config.max_in_flight > 1)
+        layout: ModelLayout = executor.call("load")
+    with phase("taking memory for pages"):
+        groups = page_groups(config, layout)
+        executor.call("configure", groups)
+    core = EngineCore(Scheduler(scheduler_options(config, layout, groups)), executor, config.max_in_flight)
+    return Engine(core, tokenizer, engine_settings(config, layout, tokenizer), observer)
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Log how long a phase of start-up took."""
+    began = time.perf_counter()
+    yield
+    logger.info("%s took %.2f s", name, time.perf_counter() - began)
+
+
+def open_tokenizer(config: EngineConfig) -> Tokenizer | None:
+    """The model's tokenizer, or None when the user wants none."""
+    options = config.options.model
+    if options.skip_tokenizer_init:
+        return None
+    return load_tokenizer(
+        config.files.tokenizer,
+        config.files.trust_remote_code,
+        config.files.tokenizer_revision,
+        options.hf_token,
+        read_template(options.chat_template),
+    )
+
+
+def page_groups(config: EngineConfig, layout: ModelLayout) -> tuple[GroupSpec, ...]:
+    """The groups of pages: as resolved, unless the loaded model needs other ones than its config promised."""
+    if layout.layers == config.layout.layers:
+        return config.groups
+    costs = sizing.group_costs(layout, config.block_size, config.cache_dtype, load_ops(config.device).cache_bytes)
+    logger.info("the loaded model's layers differ from what its config promised; pages are divided again")
+    return sizing.page_groups(
+        costs, config.memory.pages, config.max_model_len, config.max_num_seqs, config.max_num_batched_tokens
+    )
+
+
+def scheduler_options(
+    config: EngineConfig, layout: ModelLayout, groups: tuple[GroupSpec, ...]
+) -> SchedulerOptions:
+    """What the scheduler must know."""
+    schedule = config.options.schedule
+    return SchedulerOptions(
+        groups=groups,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=config.max_model_len,
+        policy=schedule.scheduling_policy,
+        enable_prefix_caching=config.prefix_caching and layout.prefix_caching,
+        chunked_prefill=config.chunked_prefill and layout.chunked_prefill,
+        long_prefill_token_threshold=schedule.long_prefill_token_threshold,
+        max_in_flight=config.max_in_flight,
+    )
+
+
+def engine_settings(config: EngineConfig, layout: ModelLayout, tokenizer: Tokenizer | None) -> EngineSettings:
+    """What the Engine must know."""
+    options = config.options
+    own_eos = None if tokenizer is None else tokenizer.eos_token_id
+    return EngineSettings(
+        max_model_len=config.max_model_len,
+        vocab_size=layout.vocab_size,
+        eos_token_ids=tuple(dict.fromkeys([*([] if own_eos is None else [own_eos]), *config.files.stop_token_ids])),
+        max_logprobs=options.model.max_logprobs,
+        seed=options.model.seed,
+        default_params=default_params(config.files.sampling_defaults),
+        max_num_queued_reqs=options.schedule.max_num_queued_reqs,
+        max_num_queued_tokens=options.schedule.max_num_queued_tokens,
+        with_metrics=not options.observe.disable_log_stats,
+    )
+
+
+def default_params(defaults: Mapping[str, float | int]) -> SamplingParams:
+    """Sampling parameters for requests that bring none, from the names of generation_config.json."""
+    renamed = {"max_tokens" if name == "max_new_tokens" else name: value for name, value in defaults.items()}
+    try:
+        return SamplingParams(**renamed)
+    except ValidationError as error:
+        raise ConfigError(
+            f"The model's generation config has an impossible default: {error}. Correct it with "
+            f"override_generation_config, or set generation_config to 'vllm' to ignore its sampling defaults."
+        ) from error

@@ -1,0 +1,226 @@
+"""LLM: a model in this process, for batches of prompts. The same engine as the server's, without its network.
+
+Every method returns its results in the order of its input.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import count
+from types import TracebackType
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from quire.config import EngineOptions
+from quire.core.params import RequestOutputKind, SamplingParams
+from quire.engine.engine import Engine, Prepared
+from quire.engine.outputs import RequestOutput
+from quire.engine.prompts import Prompt
+from quire.errors import ConfigError, ValidationError
+from quire.text.chat import ChatOptions, prompt_text, read_template
+from quire.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+Message = Mapping[str, Any]
+Progress = bool | Callable[..., tqdm]
+
+# Options of other engines that change nothing here, with the values that ask for nothing else.
+WITHOUT_EFFECT: dict[str, tuple[object, ...]] = {
+    "enforce_eager": (True, False),
+    "tokenizer_mode": ("auto", "hf"),
+    "task": ("auto", "generate"),
+    "runner": ("auto", "generate"),
+    "convert": ("auto", "none"),
+    "cpu_offload_gb": (0,),
+    "swap_space": (0, 4),
+    "disable_custom_all_reduce": (True, False),
+}
+
+
+class LLM:
+    """A loaded model.
+
+    >>> llm = LLM()  # the bundled model; or a folder, or a hub id
+    >>> llm.generate("Once upon a time", SamplingParams(max_tokens=20))[0].outputs[0].text
+
+    Keyword arguments are the engine's options (see config.py), by the names of the command line's flags with
+    underscores; an unknown one raises ConfigError with the nearest name.
+    """
+
+    def __init__(self, model: str | None = None, **options: Any) -> None:
+        values = {"model": model, "disable_log_stats": True, **options}
+        for name in [name for name in values if name in WITHOUT_EFFECT]:
+            value = values.pop(name)
+            if value not in WITHOUT_EFFECT[name]:
+                allowed = " or ".join(repr(item) for item in WITHOUT_EFFECT[name])
+                raise ConfigError(f"{name} is {value!r}; this version of quire takes only {allowed}. Leave it out.")
+        self._engine = Engine.from_options(EngineOptions.from_flat(values))
+        self._ids = count()
+
+    # ---------------------------------------------------------------- generation
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: Progress = True,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Continue each prompt: a string, a list of token ids, or a dict (TextPrompt, TokensPrompt); one or many.
+
+        `sampling_params` are one for all or one for each; None takes the model's own defaults. A prompt or parameter
+        that is wrong raises ValidationError before anything runs; a request that fails while it runs has
+        finish_reason "error" in its output and leaves the others alone.
+        """
+        listed = _listed(prompts)
+        return self._run(self._prepare(listed, sampling_params, priority, special=True), use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: Progress = True,
+        *,
+        priority: Sequence[int] | None = None,
+        chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer a conversation, or each of several. Messages are in the form of the OpenAI API."""
+        if self._engine.tokenizer is None:
+            raise ValidationError("chat needs a tokenizer, and this engine runs without one", "messages")
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        options = ChatOptions(
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            template=read_template(chat_template),
+            template_kwargs=chat_template_kwargs or {},
+            content_format=chat_template_content_format,
+        )
+        prompts: list[Prompt] = [prompt_text(self._engine.tokenizer, talk, options) for talk in conversations]
+        # The template has written the special tokens already.
+        return self._run(self._prepare(prompts, sampling_params, priority, special=False), use_tqdm)
+
+    def _prepare(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        priority: Sequence[int] | None,
+        special: bool,
+    ) -> list[Prepared]:
+        """Check and tokenize everything before anything starts."""
+        if params is None:
+            params = self._engine.settings.default_params
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        ranks = [0] * len(prompts) if priority is None else list(priority)
+        for name, values in (("sampling_params", each), ("priority", ranks)):
+            if len(values) != len(prompts):
+                raise ValidationError(
+                    f"The lengths of prompts ({len(prompts)}) and {name} ({len(values)}) must be the same", name
+                )
+        return [
+            self._engine.prepare(str(next(self._ids)), prompt, _whole(wish), rank, special)
+            for prompt, wish, rank in zip(prompts, each, ranks, strict=True)
+        ]
+
+    def _run(self, requests: Sequence[Prepared], use_tqdm: Progress) -> list[RequestOutput]:
+        """Run the requests to their ends. Whatever interrupts it, none of them goes on."""
+        done: dict[str, RequestOutput] = {}
+        bar = _Bar(len(requests), use_tqdm)
+        try:
+            for request in requests:
+                self._engine.submit(request)
+            while len(done) < len(requests):
+                for output in self._engine.step():
+                    done[output.request_id] = output
+                    bar.finished(output)
+        finally:
+            bar.close()
+            left = [request.request_id for request in requests if request.request_id not in done]
+            if left:
+                self._engine.abort(left)
+                self._engine.step()  # takes the last outputs, which nobody wants any more
+        return [done[request.request_id] for request in requests]
+
+    # ---------------------------------------------------------------- the rest
+
+    def get_tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer, None with skip_tokenizer_init. Its `hf` is the transformers object."""
+        return self._engine.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What generate() uses when it is given no parameters: from the model's generation_config.json."""
+        return self._engine.settings.default_params
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget what is known of earlier prompts. False while requests hold some of it."""
+        return self._engine.reset_prefix_cache()
+
+    def close(self) -> None:
+        """Free the model and its pages. The object cannot be used afterwards."""
+        self._engine.close()
+
+    def __enter__(self) -> LLM:
+        """The object itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close."""
+        self.close()
+
+
+def _listed(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+    """One prompt as a list of one. A list of integers is one prompt of token ids."""
+    if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Sequence):
+        return [prompts]
+    if prompts and isinstance(prompts[0], int):
+        return [prompts]  # type: ignore[list-item]
+    return prompts  # type: ignore[return-value]
+
+
+def _whole(params: SamplingParams) -> SamplingParams:
+    """The same wishes, answered once at the end."""
+    if not isinstance(params, SamplingParams):
+        raise ValidationError(f"sampling_params must be SamplingParams, found {type(params).__name__}", "sampling_params")
+    return replace(params, output_kind=RequestOutputKind.FINAL_ONLY)
+
+
+class _Bar:
+    """The progress bar: prompts done, and tokens per second in and out."""
+
+    def __init__(self, total: int, wanted: Progress) -> None:
+        make = tqdm if wanted is True else wanted
+        self._bar = make(total=total, desc="Processed prompts", dynamic_ncols=True, postfix="") if make else None
+        self._began = time.perf_counter()
+        self._read = 0
+        self._written = 0
+
+    def finished(self, output: RequestOutput) -> None:
+        """Count a finished request."""
+        if self._bar is None:
+            return
+        self._read += len(output.prompt_token_ids)
+        self._written += sum(len(completion.token_ids) for completion in output.outputs)
+        seconds = max(time.perf_counter() - self._began, 1e-9)
+        self._bar.postfix = (
+            f"est. speed input: {self._read / seconds:.2f} toks/s, output: {self._written / seconds:.2f} toks/s"
+        )
+        self._bar.update(1)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if self._bar is not None:
+            self._bar.refresh()
+            self._bar.close()

@@ -1,0 +1,168 @@
+"""Gathers the tensors of one step from the spans of its plan.
+
+Positions are known on the host, token values and page numbers only on the device: indices are computed with numpy,
+then one gather per tensor. No loop over positions, and a handful of operations however many rows there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from quire.core.params import SamplingParams
+from quire.core.plan import Span
+from quire.layers.batch import Batch, GroupInputs
+from quire.worker.device import Device
+from quire.worker.slots import Slots
+
+
+@dataclass(slots=True)
+class PromptRows:
+    """Rows of the logits [first, first + count) that speak of the prompt tokens after position `start` of a span."""
+
+    span: int  # index in the step
+    slot: int
+    start: int
+    first: int
+    count: int
+
+
+@dataclass(slots=True)
+class Rows:
+    """The rows of the logits from which tokens are chosen; R of them.
+
+    `positions` are those of the tokens to be chosen. The host arrays hold the same as the tensors.
+    """
+
+    spans: list[int]  # index in the step of each row's span
+    logit_rows: list[int] | None  # rows within the logits; None when they are all of them, in order
+    slots_host: np.ndarray  # int64 [R]
+    positions_host: np.ndarray  # int64 [R]
+    slots: torch.Tensor  # int64 [R]
+    positions: torch.Tensor  # int64 [R]
+
+
+@dataclass(slots=True)
+class Step:
+    """A gathered step: the batch for the model, and what its logits are for."""
+
+    batch: Batch
+    rows: Rows
+    prompts: list[PromptRows]
+
+
+def gather(spans: Sequence[Span], slots: Slots, caches: list[Any], device: Device) -> Step:
+    """The tensors for computing `spans`, in their order."""
+    rows = np.array([span.slot for span in spans], dtype=np.int64)
+    firsts = np.array([span.start for span in spans], dtype=np.int64)
+    counts = np.array([span.count for span in spans], dtype=np.int64)
+    starts = np.zeros(len(spans) + 1, dtype=np.int64)
+    np.cumsum(counts, out=starts[1:])
+    lengths = firsts + counts
+    total = int(starts[-1])
+    if total == len(spans):
+        positions, row_of = firsts, rows
+    else:
+        positions = np.arange(total) + np.repeat(firsts - starts[:-1], counts)
+        row_of = np.repeat(rows, counts)
+    wanted = _wanted_rows(spans, slots, starts)
+    device_rows = device.to_device(torch.from_numpy(rows))
+    batch = Batch(
+        token_ids=_take(slots.tokens, row_of * slots.width + positions, device).long(),
+        positions=device.to_device(torch.from_numpy(positions)),
+        starts=device.to_device(torch.from_numpy(starts.astype(np.int32))),
+        lengths=device.to_device(torch.from_numpy(lengths.astype(np.int32))),
+        logit_rows=device.to_device(torch.from_numpy(wanted.logit_rows)),
+        rows=device_rows,
+        starts_host=starts.tolist(),
+        lengths_host=lengths.tolist(),
+        rows_host=rows.tolist(),
+        groups=_groups(slots, device_rows, row_of, positions, int(lengths.max()), device),
+        caches=caches,
+        prompt_lengths=device.to_device(torch.from_numpy(slots.prompt_lens[rows])),
+    )
+    chosen = wanted.sampled
+    everyone = len(chosen) == len(spans)
+    picked_rows = rows if everyone else rows[chosen]
+    picked_positions = lengths if everyone else lengths[chosen]
+    return Step(
+        batch,
+        Rows(
+            chosen,
+            wanted.within if wanted.prompts else None,
+            picked_rows,
+            picked_positions,
+            device_rows if everyone else device.to_device(torch.from_numpy(picked_rows)),
+            device.to_device(torch.from_numpy(picked_positions)),
+        ),
+        wanted.prompts,
+    )
+
+
+@dataclass(slots=True)
+class _Wanted:
+    """Which rows of the step need logits, and what for."""
+
+    logit_rows: np.ndarray  # int64 [R], rows of the step
+    sampled: list[int]  # spans that choose a token
+    within: list[int]  # where their logits lie among logit_rows
+    prompts: list[PromptRows]
+
+
+def _wanted_rows(spans: Sequence[Span], slots: Slots, starts: np.ndarray) -> _Wanted:
+    sampled = [index for index, span in enumerate(spans) if span.sample]
+    asking = [index for index, span in enumerate(spans) if _prompt_rows(span, slots) > 0]
+    if not asking:
+        ends = starts[1:] - 1
+        return _Wanted(ends if len(sampled) == len(spans) else ends[sampled], sampled, [], [])
+    pieces: list[np.ndarray] = []
+    within: list[int] = []
+    prompts: list[PromptRows] = []
+    found = 0
+    for index, span in enumerate(spans):
+        count = _prompt_rows(span, slots)
+        first = int(starts[index])
+        if count > 0:
+            pieces.append(np.arange(first, first + count))
+            prompts.append(PromptRows(index, span.slot, span.start, found, count))
+            found += count
+        if span.sample:
+            # The row that predicts the token after the span is never one of the prompt's own.
+            pieces.append(np.array([starts[index + 1] - 1]))
+            within.append(found)
+            found += 1
+    return _Wanted(np.concatenate(pieces), sampled, within, prompts)
+
+
+def _prompt_rows(span: Span, slots: Slots) -> int:
+    """How many rows of the span predict a prompt token whose log-probability is wanted."""
+    params = slots.params[span.slot]
+    if not isinstance(params, SamplingParams) or params.prompt_logprobs is None:
+        return 0
+    return min(span.count, int(slots.prompt_lens[span.slot]) - 1 - span.start)
+
+
+def _groups(
+    slots: Slots, rows: torch.Tensor, row_of: np.ndarray, positions: np.ndarray, longest: int, device: Device
+) -> list[GroupInputs]:
+    found = []
+    for group, table in zip(slots.groups, slots.tables, strict=True):
+        width = table.shape[1]
+        if group.kind == "state":
+            pages = table.index_select(0, rows)
+            found.append(GroupInputs(1, pages, _take(table, row_of, device).long()))
+            continue
+        size = group.page_size
+        page_slots = _take(table, row_of * width + positions // size, device).long()
+        page_slots.mul_(size).add_(device.to_device(torch.from_numpy(positions % size)))
+        used = -(-longest // size)
+        found.append(GroupInputs(size, table[:, :used].index_select(0, rows), page_slots))
+    return found
+
+
+def _take(table: torch.Tensor, indices: np.ndarray, device: Device) -> torch.Tensor:
+    return table.view(-1).index_select(0, device.to_device(torch.from_numpy(indices)))

@@ -1,0 +1,75 @@
+"""Log-probabilities and ranks of chosen, top and prompt tokens.
+
+Functions of logits alone; which rows want them, and from which logits, is decided in sampler.py.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from quire.core.plan import TokenLogprobs
+
+LogprobsMode = Literal["raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"]
+
+ROWS_AT_ONCE = 64  # bounds the float32 copies when a long prompt asks for all of its log-probabilities
+
+
+def token_logprobs(
+    logits: torch.Tensor, chosen: torch.Tensor, wanted: list[int], mode: LogprobsMode
+) -> list[TokenLogprobs]:
+    """For each row of `logits` [R, V]: the chosen token (int64 [R]), then the wanted[row] best (-1: all of them).
+
+    In the two logits modes the raw scores take the place of log-probabilities. The rank of the chosen token is the
+    number of tokens that are at least as likely, itself included.
+    """
+    found: list[TokenLogprobs] = []
+    for first in range(0, logits.shape[0], ROWS_AT_ONCE):
+        part = slice(first, first + ROWS_AT_ONCE)
+        found.extend(_part(logits[part].float(), chosen[part], wanted[part], mode))
+    return found
+
+
+def _part(logits: torch.Tensor, chosen: torch.Tensor, wanted: list[int], mode: LogprobsMode) -> list[TokenLogprobs]:
+    scores = logits if mode.endswith("logits") else torch.log_softmax(logits, dim=-1)
+    picked = scores.gather(1, chosen[:, None])
+    ranks = (scores >= picked).sum(-1).tolist()
+    vocab = scores.shape[1]
+    counts = [vocab if count == -1 else min(count, vocab) for count in wanted]
+    most = max(counts)
+    best = scores.topk(most, dim=-1) if most else None
+    ids = best.indices.tolist() if best is not None else [[]] * len(counts)
+    values = best.values.tolist() if best is not None else [[]] * len(counts)
+    tokens, firsts = chosen.tolist(), picked[:, 0].tolist()
+    return [
+        TokenLogprobs(
+            (tokens[row], *ids[row][:count]),
+            (firsts[row], *values[row][:count]),
+            (ranks[row], *range(1, count + 1)),
+        )
+        for row, count in enumerate(counts)
+    ]
+
+
+def filtered(
+    logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
+) -> torch.Tensor:
+    """Float32 logits [R, V] divided by the temperature, with what min_p, top_k and top_p drop at -inf.
+
+    The same rules as the op `sample`, for reporting the distribution that it draws from. Rows of temperature 0 are
+    returned as they are.
+    """
+    greedy = (temperature == 0)[:, None]
+    scaled = logits / torch.where(greedy, 1.0, temperature[:, None])
+    weights = torch.exp(scaled - scaled.amax(-1, keepdim=True))
+    kept = weights >= min_p[:, None]
+    ordered, order = torch.where(kept, weights, 0.0).sort(dim=-1, descending=True, stable=True)
+    last = torch.where(top_k > 0, top_k, logits.shape[1]).clamp(max=logits.shape[1]).long() - 1
+    ordered = torch.where(ordered >= ordered.gather(1, last[:, None]), ordered, 0.0).double()
+    before = ordered.cumsum(-1) - ordered
+    share = top_p.double()[:, None]
+    chosen = ((before < share * ordered.sum(-1, keepdim=True)) | (share >= 1)) & (ordered > 0)
+    chosen[:, 0] = True
+    kept = torch.zeros_like(chosen).scatter_(1, order, chosen)
+    return torch.where(kept | greedy, scaled, float("-inf"))

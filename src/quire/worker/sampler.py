@@ -1,0 +1,142 @@
+"""Sampler: from logits to tokens, each row by its own parameters and its own random numbers.
+
+Order: snapshot for raw log-probabilities, the steps of logit_steps.py, temperature, min-p, top-k, top-p, the draw. What
+is drawn depends on the row's logits, its seed and the position of the token, on nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from quire.core.params import SamplingParams
+from quire.core.plan import Admission, TokenLogprobs
+from quire.errors import RequestFailedError
+from quire.kernels.table import Ops
+from quire.worker.batch import PromptRows, Rows
+from quire.worker.device import Device
+from quire.worker.logit_steps import LOGIT_STEPS
+from quire.worker.logprobs import LogprobsMode, filtered, token_logprobs
+from quire.worker.slots import Slots
+
+
+@dataclass(slots=True)
+class Choices:
+    """What was chosen. `tokens` stays on the device; a row that could not choose has -1 there."""
+
+    tokens: torch.Tensor  # int64 [R]
+    tokens_host: list[int]
+    logprobs: dict[int, TokenLogprobs]  # by row, for those that asked
+
+
+class Sampler:
+    """Knows the parameters of every row of the Slots."""
+
+    def __init__(self, slots: Slots, ops: Ops, device: Device, logprobs_mode: LogprobsMode) -> None:
+        count, where = slots.num_slots, device.torch_device
+        self._slots = slots
+        self._ops = ops
+        self._device = device
+        self._mode: LogprobsMode = logprobs_mode
+        self._steps = [make(slots, device) for make in LOGIT_STEPS]
+        self._uses = np.zeros((len(self._steps), count), dtype=bool)
+        self._random = np.zeros(count, dtype=bool)  # rows that are not greedy
+        self._logprobs = np.full(count, -2, dtype=np.int64)  # how many are wanted; -1 all, -2 not asked for
+        self._temperature = torch.zeros(count, dtype=torch.float32, device=where)
+        self._top_k = torch.zeros(count, dtype=torch.int32, device=where)
+        self._top_p = torch.ones(count, dtype=torch.float32, device=where)
+        self._min_p = torch.zeros(count, dtype=torch.float32, device=where)
+        self._seeds = torch.zeros(count, dtype=torch.int64, device=where)
+
+    def admit(self, new: Admission) -> None:
+        """Take note of a request's parameters."""
+        params = new.params
+        if not isinstance(params, SamplingParams):
+            return
+        slot = new.slot
+        for index, step in enumerate(self._steps):
+            self._uses[index, slot] = step.admit(new, params)
+        self._random[slot] = not params.greedy
+        self._logprobs[slot] = -2 if params.logprobs is None else params.logprobs
+        self._temperature[slot] = 0.0 if params.greedy else params.temperature
+        self._top_k[slot] = params.top_k
+        self._top_p[slot] = params.top_p
+        self._min_p[slot] = params.min_p
+        self._seeds[slot] = new.seed
+
+    def release(self, slot: int) -> None:
+        """Forget a row, so that it costs nothing."""
+        self._uses[:, slot] = False
+        self._random[slot] = False
+        self._logprobs[slot] = -2
+
+    def choose(self, logits: torch.Tensor, rows: Rows) -> Choices:
+        """One token for each row of `logits` [R, V]. Leaves `logits` as they are."""
+        scores = self._processed(logits, rows)
+        if self._random[rows.slots_host].any():
+            tokens = self._draw(scores, rows)
+        else:
+            tokens = self._ops.argmax(scores)
+        # NaN and +inf show in the largest value of a row, and so does a row in which every token is forbidden.
+        tokens = torch.where(torch.isfinite(scores.amax(-1)), tokens, -1)
+        return Choices(tokens, self._device.to_host(tokens).tolist(), self._report(logits, scores, tokens, rows))
+
+    def _processed(self, logits: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """Logits after the steps; the same tensor when no row uses any."""
+        active = self._uses[:, rows.slots_host]
+        if not active.any():
+            return logits
+        scores = logits.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        for step, using in zip(self._steps, active, strict=True):
+            if using.any():
+                step.apply(scores, np.flatnonzero(using).tolist(), rows)
+        return scores
+
+    def _draw(self, scores: torch.Tensor, rows: Rows) -> torch.Tensor:
+        seeds = self._seeds.index_select(0, rows.slots)
+        return self._ops.sample(
+            scores,
+            self._temperature.index_select(0, rows.slots),
+            self._top_k.index_select(0, rows.slots),
+            self._top_p.index_select(0, rows.slots),
+            self._min_p.index_select(0, rows.slots),
+            self._ops.uniform(seeds, rows.positions),
+        )
+
+    def _report(
+        self, logits: torch.Tensor, scores: torch.Tensor, tokens: torch.Tensor, rows: Rows
+    ) -> dict[int, TokenLogprobs]:
+        """Log-probabilities of the rows that asked for them."""
+        wanted = self._logprobs[rows.slots_host]
+        asking = np.flatnonzero(wanted > -2)
+        if not asking.size:
+            return {}
+        picked = self._device.to_device(torch.from_numpy(asking))
+        if self._mode.startswith("raw"):
+            source = logits.index_select(0, picked)
+        else:
+            slots = rows.slots.index_select(0, picked)
+            settings = (self._temperature, self._top_k, self._top_p, self._min_p)
+            source = filtered(scores.index_select(0, picked).float(), *(item.index_select(0, slots) for item in settings))
+        chosen = tokens.index_select(0, picked).clamp_(min=0)
+        entries = token_logprobs(source, chosen, wanted[asking].tolist(), self._mode)
+        return dict(zip(asking.tolist(), entries, strict=True))
+
+    def prompt_logprobs(self, logits: torch.Tensor, part: PromptRows) -> tuple[TokenLogprobs, ...]:
+        """Of the prompt tokens at positions start + 1 .. start + count, from the logits before any step."""
+        params = self._slots.params[part.slot]
+        assert isinstance(params, SamplingParams) and params.prompt_logprobs is not None
+        tokens = self._slots.tokens[part.slot, part.start + 1 : part.start + 1 + part.count].long()
+        wanted = [params.prompt_logprobs] * part.count
+        return tuple(token_logprobs(logits[part.first : part.first + part.count], tokens, wanted, self._mode))
+
+    def explain(self, logits: torch.Tensor) -> RequestFailedError:
+        """Why a row with these raw logits [V] could not choose a token."""
+        if torch.isfinite(logits.amax()):
+            return RequestFailedError(
+                "no token is left to choose: allowed_token_ids, bad_words, min_tokens and logit_bias together forbid "
+                "the whole vocabulary"
+            )
+        return RequestFailedError("the model computed no usable scores (NaN or infinity) for this request")

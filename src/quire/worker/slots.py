@@ -1,0 +1,76 @@
+"""Slots: one stable row per live request: its tokens, its page tables, its parameters.
+
+Only the Runner writes here, following the plan. Tokens and tables live on the device, so that a step can read what the
+step before it chose without anybody waiting; what a loop reads (lengths of prompts, parameters) stays on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from quire.core.params import PoolingParams, SamplingParams
+from quire.core.plan import Admission, GroupSpec, PageGrant
+from quire.worker.device import Device
+
+
+class Slots:
+    """Rows 0 .. num_slots - 1. A row is free, or holds one request from its admission to its release."""
+
+    def __init__(self, num_slots: int, max_model_len: int, groups: Sequence[GroupSpec], device: Device) -> None:
+        where = device.torch_device
+        self._device = device
+        self.num_slots = num_slots
+        self.width = max_model_len + 1  # the last token of a full request is stored although it is never computed
+        self.groups = tuple(groups)
+        # Left as it comes: a position is written before any span reads it.
+        self.tokens = torch.empty(num_slots, self.width, dtype=torch.int32, device=where)
+        self.tables = [
+            torch.zeros(num_slots, table_width(group, max_model_len), dtype=torch.int32, device=where)
+            for group in groups
+        ]
+        self.prompt_lens = np.zeros(num_slots, dtype=np.int64)
+        self.params: list[SamplingParams | PoolingParams | None] = [None] * num_slots
+        self.request_ids: list[str] = [""] * num_slots
+        self.errors: dict[int, str] = {}  # rows whose admission failed, with the reason
+
+    def admit(self, new: Admission) -> None:
+        """Put a request into its row. Tables are filled by the grants that follow."""
+        tokens = torch.tensor(new.token_ids, dtype=torch.int32)
+        self.tokens[new.slot, : len(new.token_ids)] = self._device.to_device(tokens)
+        self.prompt_lens[new.slot] = new.prompt_len
+        self.params[new.slot] = new.params
+        self.request_ids[new.slot] = new.request_id
+
+    def release(self, slot: int) -> None:
+        """Free a row."""
+        self.params[slot] = None
+        self.request_ids[slot] = ""
+        self.errors.pop(slot, None)
+
+    def grant(self, grants: Sequence[PageGrant]) -> None:
+        """Enter pages into the tables: one write per group, however many grants there are."""
+        for group, table in enumerate(self.tables):
+            width = table.shape[1]
+            entries: list[int] = []
+            pages: list[int] = []
+            for item in grants:
+                if item.group == group:
+                    first = item.slot * width + item.index
+                    entries.extend(range(first, first + len(item.pages)))
+                    pages.extend(item.pages)
+            if entries:
+                where = self._device.to_device(torch.tensor(entries, dtype=torch.int64))
+                values = self._device.to_device(torch.tensor(pages, dtype=torch.int32))
+                table.view(-1).index_copy_(0, where, values)
+
+    def store(self, slots: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Write chosen tokens, all int64 [R]: row, position, token."""
+        self.tokens.view(-1).index_copy_(0, slots * self.width + positions, tokens.to(torch.int32))
+
+
+def table_width(group: GroupSpec, max_model_len: int) -> int:
+    """Entries of one request's table."""
+    return 1 if group.kind == "state" else -(-max_model_len // group.page_size)

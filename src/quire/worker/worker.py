@@ -1,0 +1,89 @@
+"""Worker: one device's life: load a model, take memory for its pages, run plans, close.
+
+An executor is the only caller. What is decided (how many pages, how many rows) comes from outside.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from quire.config import ModelOptions
+from quire.core.plan import GroupSpec, StepPlan, StepResult
+from quire.errors import EngineError
+from quire.kernels.table import Ops, load_ops
+from quire.layers.spec import ModelLayout
+from quire.models.build import build_model
+from quire.models.hub import ModelFiles
+from quire.models.served import ServedModel
+from quire.worker.device import Device, DeviceMemory
+from quire.worker.kvstore import KVStore
+from quire.worker.runner import Runner
+from quire.worker.sampler import Sampler
+from quire.worker.slots import Slots
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSetup:
+    """What a worker must know of the engine's configuration."""
+
+    files: ModelFiles
+    options: ModelOptions
+    device: str
+    dtype: torch.dtype
+    cache_dtype: torch.dtype
+    threads: int
+    max_num_seqs: int
+    max_model_len: int
+    max_num_batched_tokens: int
+
+
+class Worker:
+    """load(), then configure(), then run() as often as wanted."""
+
+    def __init__(self, setup: WorkerSetup) -> None:
+        self._setup = setup
+        self._device = Device(setup.device)
+        self._ops: Ops = load_ops(setup.device)
+        self._ops.set_threads(setup.threads)
+        self._model: ServedModel | None = None
+        self._runner: Runner | None = None
+
+    def load(self) -> ModelLayout:
+        """Load the model and return its layout. Raises ModelError."""
+        began = time.perf_counter()
+        setup = self._setup
+        self._model = build_model(setup.files, setup.options, setup.dtype, self._device.torch_device, self._ops)
+        logger.info("loaded %s in %.2f s", setup.files.name, time.perf_counter() - began)
+        return self._model.layout
+
+    def memory(self) -> DeviceMemory:
+        """The device's memory as it is now."""
+        return self._device.memory()
+
+    def configure(self, groups: Sequence[GroupSpec]) -> None:
+        """Take memory for the pages and get ready to run. Raises CapacityError."""
+        if self._model is None:
+            raise EngineError("configure() comes after load()")
+        setup = self._setup
+        store = KVStore(self._model.layout, groups, setup.cache_dtype, self._ops, self._device)
+        slots = Slots(setup.max_num_seqs, setup.max_model_len, groups, self._device)
+        sampler = Sampler(slots, self._ops, self._device, setup.options.logprobs_mode)
+        self._runner = Runner(self._model, slots, store, sampler, self._device, setup.max_num_batched_tokens)
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Run one plan."""
+        if self._runner is None:
+            raise EngineError("run() comes after configure()")
+        return self._runner.run(plan)
+
+    def close(self) -> None:
+        """Let go of the model and the pages."""
+        self._runner = None
+        self._model = None
