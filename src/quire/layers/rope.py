@@ -51,19 +51,17 @@ class Rotary:
             self._cos, self._sin = self._angles(torch.arange(rows), self.frequencies.inverse)
         cos = self._cos.index_select(0, batch.positions)
         sin = self._sin.index_select(0, batch.positions)
-        if self.frequencies.threshold is not None and self._any_beyond(batch, self.frequencies.threshold):
+        if self.frequencies.threshold is not None:
             self._replace_beyond(batch, self.frequencies.threshold, cos, sin)
         return cos, sin
 
-    def _any_beyond(self, batch: Batch, threshold: int) -> bool:
-        prompts = batch.prompt_lens_host
-        assert prompts is not None, "frequencies that depend on the length need the prompts' lengths"
-        return max(batch.lengths_host, default=0) > threshold or max(prompts, default=0) > threshold
-
     def _replace_beyond(self, batch: Batch, threshold: int, cos: torch.Tensor, sin: torch.Tensor) -> None:
         """Overwrite the rows whose sequence is longer than the threshold."""
-        assert self.frequencies.beyond is not None and batch.prompt_lens_host is not None
-        for s, (length, prompt) in enumerate(zip(batch.lengths_host, batch.prompt_lens_host, strict=True)):
+        assert batch.prompt_lengths is not None, "frequencies that depend on the length need the prompts' lengths"
+        prompts = batch.prompt_lengths.tolist()
+        for s, (length, prompt) in enumerate(zip(batch.lengths_host, prompts, strict=True)):
+            if max(length, prompt) <= threshold:
+                continue
             first, last = batch.starts_host[s], batch.starts_host[s + 1]
             start = length - (last - first)
             in_prompt = min(max(prompt - start, 0), last - first)

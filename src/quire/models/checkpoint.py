@@ -60,9 +60,8 @@ class Checkpoint:
         return str(self.headers[name].path)
 
 
-def stream_weights(files: ModelFiles) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each tensor of the model once, in file order. A tensor's file pages are let go when the next one is asked for."""
-    checkpoint = Checkpoint(files)
+def stream_weights(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each tensor once, in file order. A tensor's file pages are let go when the next one is asked for."""
     for name in checkpoint.headers:
         yield name, checkpoint.read(name)
         checkpoint.forget(name)

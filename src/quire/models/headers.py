@@ -93,7 +93,7 @@ def _header(path: Path, name: str, entry: Any, base: int, size: int) -> WeightHe
         raise _broken(path, f"the header entry of tensor {name!r} is malformed") from error
     if kind not in DTYPES:
         raise CheckpointError(
-            f"Tensor {name!r} in {path} has data type {kind!r}, which quire cannot read. Known ones are {', '.join(DTYPES)}."
+            f"Tensor {name!r} in {path} has data type {kind!r}, which quire cannot read; it reads {', '.join(DTYPES)}."
         )
     dtype = DTYPES[kind]
     nbytes = math.prod(shape) * dtype.itemsize

@@ -30,7 +30,11 @@ BUILT_IN: dict[str, str | type] = {
 
 
 class ModelRegistry:
-    """Architecture name -> native class. A class is called as `build(files, dtype, device, ops, max_model_len)`."""
+    """Architecture name -> native class.
+
+    A native class is built as `Class(files, dtype, device, ops)` without weights, reads them in `load(files, seed)`, and
+    is a ServedModel from then on; its classmethod `layout_of(files)` says what memory it will need.
+    """
 
     _classes: dict[str, str | type] = dict(BUILT_IN)
     _plugins_loaded = False

@@ -1,0 +1,61 @@
+"""Experts: many gated feed-forward blocks, of which each row uses a few. Knows nothing of models or routers.
+
+Rows are sorted by expert, each expert computes its rows in one product, and each row adds its experts' outputs in the
+order of its own choice: what a row gets does not depend on the others.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from quire.kernels.table import Ops
+from quire.layers.mlp import GatedMLP
+
+
+class Experts(nn.Module):
+    """`count` gated blocks of the same shape; each holds its weights packed."""
+
+    def __init__(
+        self,
+        ops: Ops,
+        count: int,
+        size: int,
+        inner: int,
+        activation: str,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.size = size
+        self.blocks = nn.ModuleList(GatedMLP(ops, size, inner, activation, False, dtype, device) for _ in range(count))
+
+    def forward(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """x [T, size], chosen int64 [T, K] expert of each choice, weights [T, K] -> [T, size] in x's dtype."""
+        rows, choices = chosen.shape
+        flat = chosen.reshape(-1)
+        order = flat.argsort(stable=True)
+        counts = torch.bincount(flat, minlength=len(self.blocks)).tolist()
+        gathered = x.index_select(0, order // choices)
+        outputs = torch.empty_like(gathered)
+        start = 0
+        for block, count in zip(self.blocks, counts, strict=True):
+            if count:
+                outputs[start : start + count] = block.forward(gathered[start : start + count])
+                start += count
+        placed = torch.empty_like(outputs)
+        placed[order] = outputs
+        per_choice = placed.view(rows, choices, self.size)
+        total = torch.zeros(rows, self.size, dtype=torch.float32, device=x.device)
+        for choice in range(choices):
+            total.addcmul_(per_choice[:, choice].float(), weights[:, choice, None].float())
+        return total.to(x.dtype)
+
+
+def route(logits: torch.Tensor, choices: int, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Router logits [T, E] -> (chosen int64 [T, K], weights [T, K] in the logits' dtype): the largest probabilities."""
+    probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
+    weights, chosen = torch.topk(probabilities, choices, dim=-1)
+    if renormalize:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    return chosen, weights.to(logits.dtype)
