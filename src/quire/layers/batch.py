@@ -41,4 +41,3 @@ class Batch:
     caches: list[Any]  # per LayerSpec: the KV cache object of kernels.new_cache, or a list of state tensors
     adapters: torch.Tensor | None = None  # int32 [T]: adapter slot of each position, None when none is active
     prompt_lengths: torch.Tensor | None = None  # int64 [S]: length of each prompt; ropes that grow with it need it
-    prompt_lens_host: list[int] | None = None  # [S]: rotary frequencies of some models depend on the prompt's length

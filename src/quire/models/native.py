@@ -100,7 +100,7 @@ def shape_of(architecture: str, config: Any) -> Shape:
     layers = config.num_hidden_layers
     if config.hidden_act not in ACTIVATIONS:
         raise UnsupportedModelError(
-            f"The native {architecture} has no activation {values['hidden_act']!r}; it has {', '.join(ACTIVATIONS)}. "
+            f"The native {architecture} has no activation {config.hidden_act!r}; it has {', '.join(ACTIVATIONS)}. "
             "Use --model-impl transformers."
         )
 
