@@ -132,7 +132,8 @@ def start(options: EngineOptions) -> tuple[Engine, EngineConfig]:
     from quire.engine.engine import Engine
     from quire.resolve import resolve
 
-    return Engine.from_options(options), resolve(options)
+    config = resolve(options)
+    return Engine.from_options(options), config
 
 
 def no_tokenizer(text: str) -> list[int]:
