@@ -50,7 +50,7 @@ def _suggesting(cls: type[_Params]) -> type[_Params]:
                 raise ValidationError(f"{cls.__name__} has no field {name!r}.{hint}", name)
         made(self, *args, **values)
 
-    cls.__init__ = checked  # type: ignore[method-assign]
+    cls.__init__ = checked  # type: ignore[assignment]
     return cls
 
 

@@ -88,7 +88,7 @@ class Span(NamedTuple):
 
     slot: int
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides the method of tuples, which nobody calls on a span
     sample: bool
     drafts: tuple[int, ...] = ()
 

@@ -1,0 +1,146 @@
+"""PagePool: who owns each page of one layer group, which free pages still hold known content, what is evicted next.
+
+PageNames: the name of a page is a keyed hash of everything its content depends on. Nothing here knows requests, layers
+or tensors: a page is an integer.
+"""
+
+from __future__ import annotations
+
+import secrets
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from hashlib import blake2b
+
+NULL_PAGE = 0
+NAME_BYTES = 16
+
+
+class PageNames:
+    """Names pages by content: 128-bit hashes, each made of the one before it and the page's tokens.
+
+    A page's keys and values depend on all tokens before it, so a name stands for the whole prefix. The key is random
+    per process: nobody outside can search for tokens whose page would be taken for somebody else's.
+    """
+
+    __slots__ = ("_key",)
+
+    def __init__(self, key: bytes | None = None) -> None:
+        self._key = secrets.token_bytes(32) if key is None else key
+
+    def root(self, salt: bytes) -> bytes:
+        """The name before the first page: `salt` is what else the content depends on (model, adapter, media, tenant)."""
+        return blake2b(salt, digest_size=NAME_BYTES, key=self._key, person=b"root").digest()
+
+    def follow(self, previous: bytes, token_ids: Sequence[int]) -> bytes:
+        """The name of the page with `token_ids` that follows the page named `previous`."""
+        content = previous + array("q", token_ids).tobytes()
+        return blake2b(content, digest_size=NAME_BYTES, key=self._key, person=b"page").digest()
+
+
+class PagePool:
+    """The pages 1 .. num_pages - 1 of one layer group. Page 0 is the null page and belongs to nobody.
+
+    A page is in exactly one of three places:
+      blank   free, content worthless
+      kept    free, but named: a later request with the same prefix may share it; oldest given back is evicted first
+      owned   by one or more owners; it may be named too, and then further owners may share it
+    """
+
+    __slots__ = ("_blank", "_kept", "_names", "_owners", "_page_of", "num_pages")
+
+    def __init__(self, num_pages: int) -> None:
+        self.num_pages = num_pages
+        self._owners = [0] * num_pages
+        self._names: list[bytes | None] = [None] * num_pages
+        self._page_of: dict[bytes, int] = {}
+        self._blank = list(range(num_pages - 1, 0, -1))  # a stack, lowest page on top
+        self._kept: OrderedDict[int, None] = OrderedDict()
+
+    @property
+    def free(self) -> int:
+        """Pages that take() can hand out: blank ones, and kept ones after eviction."""
+        return len(self._blank) + len(self._kept)
+
+    @property
+    def named(self) -> int:
+        """Pages whose content is known by name, owned or not."""
+        return len(self._page_of)
+
+    def take(self, count: int) -> list[int]:
+        """Hand out `count` pages with one owner each; the caller has checked `free`. Evicts the oldest kept pages."""
+        assert count <= self.free, f"{count} pages asked for, {self.free} free"
+        pages = []
+        for _ in range(count):
+            if self._blank:
+                page = self._blank.pop()
+            else:
+                page, _ = self._kept.popitem(last=False)
+                self._forget(page)
+            self._owners[page] = 1
+            pages.append(page)
+        return pages
+
+    def find(self, name: bytes) -> int:
+        """The page with this name, or NULL_PAGE."""
+        return self._page_of.get(name, NULL_PAGE)
+
+    def is_kept(self, page: int) -> bool:
+        """True for a free page whose content is still known."""
+        return page in self._kept
+
+    def share(self, page: int) -> None:
+        """One more owner for a named page, which leaves the free pages if it was there."""
+        assert self._names[page] is not None, f"page {page} has no name"
+        if self._owners[page] == 0:
+            del self._kept[page]
+        self._owners[page] += 1
+
+    def give_back(self, pages: Iterable[int]) -> None:
+        """One owner fewer for each page. Of those that become free, the first in the order given is evicted first."""
+        owners = self._owners
+        for page in pages:
+            assert owners[page] > 0, f"page {page} given back by nobody"
+            owners[page] -= 1
+            if owners[page]:
+                continue
+            if self._names[page] is None:
+                self._blank.append(page)
+            else:
+                self._kept[page] = None
+
+    def name(self, page: int, name: bytes) -> None:
+        """Make an owned page known. If another page has the same content already, this one stays nameless."""
+        assert self._owners[page] > 0, f"page {page} is named while nobody owns it"
+        if name not in self._page_of and self._names[page] is None:
+            self._names[page] = name
+            self._page_of[name] = page
+
+    def forget_all(self) -> None:
+        """Drop every name: no page can be shared any more, those owned stay with their owners."""
+        for page in list(self._page_of.values()):
+            self._forget(page)
+        self._blank.extend(self._kept)
+        self._kept.clear()
+
+    def check(self, owners: Mapping[int, int]) -> None:
+        """Assert that every page is in exactly one place and that `owners` (page -> holders) is what is counted here."""
+        blank, kept = set(self._blank), set(self._kept)
+        assert len(blank) == len(self._blank), "a page is blank twice"
+        assert not blank & kept, f"pages both blank and kept: {blank & kept}"
+        assert NULL_PAGE not in blank and NULL_PAGE not in kept and NULL_PAGE not in owners, "the null page is in use"
+        for page in range(1, self.num_pages):
+            counted, held = self._owners[page], owners.get(page, 0)
+            assert counted == held, f"page {page}: {counted} owners counted, {held} found"
+            assert (page in blank or page in kept) == (counted == 0), f"page {page} with {counted} owners is misplaced"
+            assert page not in blank or self._names[page] is None, f"blank page {page} has a name"
+            assert page not in kept or self._names[page] is not None, f"kept page {page} has no name"
+        for name, page in self._page_of.items():
+            assert self._names[page] == name, f"page {page} is listed under a name that is not its own"
+        assert len(self._page_of) == sum(name is not None for name in self._names), "a named page is not listed"
+
+    def _forget(self, page: int) -> None:
+        name = self._names[page]
+        assert name is not None
+        del self._page_of[name]
+        self._names[page] = None

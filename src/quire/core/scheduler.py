@@ -1,0 +1,488 @@
+"""Scheduler: decides what the next step computes (schedule) and takes in what came out (apply).
+
+One sentence: every request has tokens, some of them are computed, and each step lets it catch up. There is no prefill,
+no decode and no resumption. Integers only: nothing here knows tensors, text or devices. One thread uses it.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from quire.core.landing import append, contradiction, last_event, take_drafts, times, unsent
+from quire.core.options import SchedulerOptions
+from quire.core.params import SamplingParams
+from quire.core.plan import (
+    NO_TIMES,
+    Admission,
+    Event,
+    FinishReason,
+    PageCopy,
+    PageGrant,
+    Span,
+    SpanResult,
+    StepPlan,
+    StepResult,
+)
+from quire.core.queue import ORDERS, WaitingLine
+from quire.core.request import GONE, NOWHERE, CoreRequest, Request
+from quire.core.stats import Stats
+from quire.core.stop import check_stop, stop_rules
+from quire.core.tables import PageTables
+from quire.errors import ValidationError
+
+__all__ = ["CoreRequest", "Scheduler", "SchedulerOptions"]
+
+
+@dataclass(slots=True)
+class _Draft:
+    """The plan in the making; `rows` are the requests of `spans`, in the same order."""
+
+    left: int  # positions of the budget not yet spent
+    admitted: list[Admission] = field(default_factory=list)
+    grants: list[PageGrant] = field(default_factory=list)
+    copies: list[PageCopy] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
+    rows: list[Request] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A plan that was handed out and whose result has not come back."""
+
+    plan: StepPlan
+    rows: list[Request]
+
+
+@dataclass(frozen=True, slots=True)
+class _Blocked:
+    """The front of the line could not be admitted when so many pages were to be had; fewer need not be tried."""
+
+    request: Request
+    slack: list[int]
+
+
+class Scheduler:
+    """Requests in line, requests running, plans in flight.
+
+    `running` and the line are both ordered by the request's key. The largest key is preempted first and the smallest is
+    served first, so the first request always gets on: it can take the pages of all others, and add() has refused those
+    that could not run alone. Because victims come from the end, a victim has never been given a span in the same step.
+    """
+
+    def __init__(self, options: SchedulerOptions, clock: Callable[[], float] = time.monotonic) -> None:
+        self.options = options
+        self._clock = clock
+        self._order = ORDERS[options.policy]
+        # A hit, like a draft, is a span of several positions that does not begin at 0: some models cannot do that.
+        caching = options.enable_prefix_caching and options.chunked_prefill
+        self._tables = PageTables(options.groups, options.max_num_batched_tokens, caching)
+        # A rejected draft cannot be subtracted from a recurrent state.
+        self._use_drafts = options.chunked_prefill and not self._tables.has_state
+        # Room for running requests to grow, so that admitting one does not soon preempt another.
+        self._reserve = [max(1, group.pool.num_pages // 100) if group.grows else 0 for group in self._tables.groups]
+        self._requests: dict[str, Request] = {}
+        self._running: list[Request] = []
+        self._waiting = WaitingLine()
+        self._slots = list(range(options.max_num_seqs - 1, -1, -1))
+        self._released: list[int] = []
+        self._flights: deque[_Flight] = deque()
+        self._blocked: _Blocked | None = None
+        self._steps = 0
+        self._arrivals = 0
+        self._totals = Stats()
+
+    # ---- requests in and out
+
+    def add(self, request: CoreRequest) -> Event | None:
+        """Put a request in line. Returns its last event if its `generated` tokens already end it, else None.
+
+        Raises ValidationError for what can never run because of its length or id, CapacityError for what needs more
+        pages than exist.
+        """
+        if request.request_id in self._requests:
+            raise ValidationError(
+                "A request with this id is running; choose another, or wait for its end",
+                "request_id",
+                request.request_id,
+            )
+        self.options.refuse_length(request)
+        tokens = [*request.prompt_token_ids, *request.generated]
+        rules = stop_rules(request.params, len(request.prompt_token_ids), self.options.max_model_len)
+        least = self._tables.least(rules.limit - 1, request.encoder_tokens, self.options.chunked_prefill)
+        self.options.refuse_pages(request, rules.limit, least)
+        known = Request(
+            request,
+            key=self._order(request, self._arrivals),
+            tokens=tokens,
+            rules=rules,
+            limit=rules.limit,
+            watched=rules.watched,
+            tables=self._tables.new_tables(),
+            known=len(tokens),
+            logprobs_sent=len(request.prompt_token_ids) - 1 if request.generated else 0,
+        )
+        self._arrivals += 1
+        stop = check_stop(tokens, rules) if request.generated else None
+        if stop is not None:
+            return last_event(known, stop.reason, self._clock(), stop_token=stop.token)
+        self._requests[request.request_id] = known
+        self._waiting.push(known)
+        return None
+
+    def abort(self, request_id: str) -> Event | None:
+        """End a request at once, wherever it is; what is in flight for it is dropped. None if it is not known."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return None
+        if request.slot == NOWHERE:
+            self._waiting.remove(request)
+        else:
+            self._running.remove(request)
+        self._remove(request, "abort")
+        return last_event(request, "abort", self._clock())
+
+    def has_work(self) -> bool:
+        """True while a request waits or runs, or a plan is in flight."""
+        return bool(self._requests or self._flights)
+
+    def stats(self) -> Stats:
+        """The counters so far and the gauges of this moment."""
+        pools = [group.pool for group in self._tables.groups]
+        return dataclasses.replace(
+            self._totals,
+            running=len(self._running),
+            waiting=len(self._waiting),
+            waiting_tokens=self._waiting.tokens,
+            in_flight=len(self._flights),
+            pages=tuple(pool.num_pages - 1 for pool in pools),
+            free_pages=tuple(pool.free for pool in pools),
+            named_pages=tuple(pool.named for pool in pools),
+            steps=self._steps,
+            finished=dict(self._totals.finished),
+        )
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached content. False if running requests go on with pages computed before this call."""
+        self._tables.forget()
+        self._blocked = None
+        return not self._running
+
+    def check(self) -> None:
+        """Assert every invariant; for tests, which call it after each step."""
+        running = self._running
+        assert all(a.key < b.key for a, b in pairwise(running)), "running requests are out of order"
+        slots = [request.slot for request in running]
+        assert len(set(slots)) == len(slots), "two requests share a slot"
+        assert sorted(slots + self._slots) == list(range(self.options.max_num_seqs)), "slots were lost or doubled"
+        waiting = list(self._waiting)
+        assert len(waiting) == len(self._waiting), "the waiting line counts wrong"
+        assert self._waiting.tokens == sum(len(request.tokens) for request in waiting), "waiting tokens count wrong"
+        assert {id(request) for request in running + waiting} == {id(request) for request in self._requests.values()}
+        for request in waiting:
+            assert request.slot == NOWHERE and request.epoch == GONE and request.in_flight == 0
+            assert request.known == len(request.tokens) and not any(table.pages for table in request.tables)
+        for request in running:
+            lives = [flight for flight in self._flights if flight.plan.step >= request.epoch]
+            flights = sum(row is request for flight in lives for row in flight.rows)
+            assert request.in_flight == flights, "spans in flight count wrong"
+            assert request.computed <= request.planned and request.computed < request.limit
+            assert request.in_flight or request.computed == request.planned < request.known == len(request.tokens)
+        self._tables.check(running)
+
+    # ---- planning
+
+    def schedule(self) -> StepPlan | None:
+        """The next step; None when there is nothing to compute before a plan in flight has been applied, or at all."""
+        if len(self._flights) >= self.options.max_in_flight:
+            return None
+        draft = _Draft(self.options.max_num_batched_tokens)
+        if self._serve_running(draft):
+            self._admit_waiting(draft)
+        if not draft.spans:
+            return None
+        plan = StepPlan(
+            self._steps,
+            tuple(self._released),
+            tuple(draft.admitted),
+            tuple(draft.grants),
+            tuple(draft.copies),
+            tuple(draft.spans),
+        )
+        self._released.clear()
+        self._flights.append(_Flight(plan, draft.rows))
+        self._steps += 1
+        self._totals.computed_tokens += self.options.max_num_batched_tokens - draft.left
+        return plan
+
+    def _serve_running(self, draft: _Draft) -> bool:
+        """A span for each running request that is behind, first in order first. False if one had to be preempted."""
+        running = self._running
+        preemptions = self._totals.preemptions
+        spans, rows, left = draft.spans, draft.rows, draft.left
+        singles = NOWHERE  # requests that still need one position; counted when a longer span might crowd them out
+        for request in running:  # may lose its end on the way
+            if not left:
+                break
+            start, known = request.planned, request.known
+            if start >= known or known >= request.limit or (request.drafting and request.in_flight):
+                continue  # up to date, or about to end, or its next position depends on what is in flight
+            if start + 1 == known and not request.drafts:
+                singles -= 1
+                if start < request.room:
+                    spans.append(Span(request.slot, start, 1, True))
+                    rows.append(request)
+                    request.planned = known
+                    request.known = known + 1
+                    request.in_flight += 1
+                    left -= 1
+                    continue
+                share = left
+            else:
+                if singles < 0:
+                    singles = sum(
+                        other.planned + 1 == other.known < other.limit and not other.drafts for other in running
+                    )
+                share = max(1, left - singles)
+            draft.left = left
+            self._catch_up(request, share, draft)
+            left = draft.left
+        draft.left = left
+        return self._totals.preemptions == preemptions
+
+    def _catch_up(self, request: Request, share: int, draft: _Draft) -> None:
+        """Plan at most `share` positions of a running request, taking pages from those behind it if need be."""
+        tables = self._tables
+        end = self._span_end(request, share)
+        if end <= request.planned:
+            return
+        if request.drafts:
+            most = min(share - 1, request.limit - request.known - 1)
+            request.drafts = request.drafts[: max(0, most)]
+            if not tables.fits(request, end + len(request.drafts)):
+                request.drafts = ()
+        while not tables.fits(request, end + len(request.drafts)):
+            if request.in_flight:
+                return  # its own window may give pages back when that lands; before that nobody need suffer
+            victim = self._running[-1]
+            self._preempt(victim)
+            if victim is request:
+                return
+        self._plan_span(request, end, draft)
+
+    def _span_end(self, request: Request, share: int) -> int:
+        """How far the next span may go: not past what is known, the budget, the pool, or a state to be kept."""
+        start = request.planned
+        if not self.options.chunked_prefill:
+            return request.known if request.known - start <= share else start
+        threshold = self.options.long_prefill_token_threshold
+        if threshold and len(self._requests) > 1:
+            share = min(share, threshold)
+        end = min(request.known, start + share, self._tables.reach(request))
+        if start < request.snapshot_at < end:
+            end = request.snapshot_at
+        return end
+
+    def _plan_span(self, request: Request, end: int, draft: _Draft) -> None:
+        """Take the pages up to `end` plus the request's drafts, and add the span to the plan."""
+        start, drafts = request.planned, request.drafts
+        draft.grants += self._tables.extend(request, end + len(drafts))
+        if start == request.snapshot_at:
+            draft.copies += self._tables.keep_states(request)
+        sample = end == request.known
+        count = end - start + len(drafts)
+        draft.spans.append(Span(request.slot, start, count, sample, drafts))
+        draft.rows.append(request)
+        draft.left -= count
+        request.planned = start + count
+        request.known += sample
+        request.in_flight += 1
+        if drafts:
+            request.drafts = ()
+            self._totals.drafts += 1
+            self._totals.draft_tokens += len(drafts)
+
+    def _preempt(self, request: Request) -> None:
+        """Take the last running request's slot and pages; it goes back in line and computes its tokens again."""
+        assert self._running[-1] is request
+        self._running.pop()
+        self._vacate(request)
+        request.preemptions += 1
+        request.known = len(request.tokens)
+        self._totals.preemptions += 1
+        self._waiting.push(request)
+
+    def _vacate(self, request: Request) -> None:
+        """Slot and pages go back; whatever is in flight for the request will be dropped because of its epoch."""
+        self._tables.release(request)
+        self._released.append(request.slot)
+        self._slots.append(request.slot)
+        request.slot, request.epoch = NOWHERE, GONE
+        request.computed = request.planned = request.in_flight = 0
+        request.drafts, request.drafting = (), False
+
+    def _admit_waiting(self, draft: _Draft) -> None:
+        """Let requests in from the front of the line while slots, budget and pages last."""
+        if not (len(self._waiting) and self._slots and draft.left):
+            return
+        slack = self._slack()
+        while self._slots and draft.left:
+            request = self._waiting.front()
+            if request is None or self._is_blocked(request, slack):
+                return
+            if not self.options.chunked_prefill and request.known > draft.left:
+                return
+            spoken_for = self._find_pages(request, slack)
+            if spoken_for is None:
+                self._blocked = _Blocked(request, slack)
+                return
+            if not self._running:
+                slack = [free - reserve for free, reserve in zip(slack, self._reserve, strict=True)]
+            slack = [free - pages for free, pages in zip(slack, spoken_for, strict=True)]
+            self._admit(request, draft)
+
+    def _slack(self) -> list[int]:
+        """Free pages per group that no running request will want in order to catch up."""
+        slack = self._tables.free()
+        for request in self._running:
+            if request.planned < len(request.tokens):
+                slack = [free - wanted for free, wanted in zip(slack, self._tables.demand(request), strict=True)]
+        if self._running:
+            slack = [free - reserve for free, reserve in zip(slack, self._reserve, strict=True)]
+        return slack
+
+    def _is_blocked(self, request: Request, slack: list[int]) -> bool:
+        """True if this request was tried when at least as many pages were to be had. Spares it hashing and looking."""
+        blocked = self._blocked
+        if blocked is None or blocked.request is not request or not self._running:
+            return False
+        return all(now <= then for now, then in zip(slack, blocked.slack, strict=True))
+
+    def _find_pages(self, request: Request, slack: list[int]) -> list[int] | None:
+        """Let the request share what is known of its prefix. Returns the pages that it takes or will want, per group;
+        None, and then it holds nothing, if that is more than `slack`.
+        """
+        for most in (self._longest_hit(request), 0):
+            free = self._tables.free()
+            hit = self._tables.adopt(request, most)
+            shared = [before - now for before, now in zip(free, self._tables.free(), strict=True)]
+            total = [pages + more for pages, more in zip(shared, self._tables.demand(request), strict=True)]
+            if all(pages <= limit for pages, limit in zip(total, slack, strict=True)):
+                return total
+            self._tables.release(request)
+            request.computed = request.planned = 0
+            if self._running or not hit:
+                break
+            # Alone, yet what the hit holds is in the way: a state's only page besides its snapshot, say.
+        return None
+
+    def _longest_hit(self, request: Request) -> int:
+        """Positions that may come from the cache: never the last, and none whose log-probabilities are still owed."""
+        params = request.given.params
+        most = len(request.tokens) - 1
+        if isinstance(params, SamplingParams) and params.prompt_logprobs is not None:
+            return most if request.logprobs_sent == request.rules.prompt_len - 1 else request.logprobs_sent
+        return 0 if params.skip_reading_prefix_cache else most
+
+    def _admit(self, request: Request, draft: _Draft) -> None:
+        """Give the front of the line, whose shared pages are found, a slot and its first span."""
+        self._waiting.pop()
+        bisect.insort(self._running, request, key=lambda other: other.key)
+        given, hit = request.given, request.planned
+        request.slot = self._slots.pop()
+        request.epoch = self._steps
+        self._totals.cache_queries += len(request.tokens)
+        self._totals.cache_hits += hit
+        if request.cached_tokens == NOWHERE:
+            request.cached_tokens = min(hit, request.rules.prompt_len)
+            request.scheduled = self._clock()
+            self._totals.prompt_tokens += request.rules.prompt_len
+            self._totals.cached_tokens += request.cached_tokens
+        draft.admitted.append(
+            Admission(
+                request.slot,
+                given.request_id,
+                tuple(request.tokens),
+                request.rules.prompt_len,
+                given.params,
+                given.seed,
+                given.adapter,
+            )
+        )
+        self._plan_span(request, self._span_end(request, draft.left), draft)
+        draft.copies += self._tables.restore(request)
+
+    # ---- results
+
+    def apply(self, plan: StepPlan, result: StepResult) -> list[Event]:
+        """Take in the result of the oldest plan in flight; an event for each request that something happened to."""
+        flight = self._flights.popleft()
+        assert flight.plan.step == plan.step == result.step, "results must be applied in the order of their plans"
+        events: list[Event] = []
+        step, now, before = plan.step, self._clock(), len(self._requests)
+        for request, span, outcome in zip(flight.rows, flight.plan.spans, result.spans, strict=True):
+            if request.epoch > step:
+                continue  # ended or preempted meanwhile: computed for an earlier life
+            event = self._land(request, span, outcome, now)
+            if event is not None:
+                events.append(event)
+                if event.finish_reason is not None:
+                    self._remove(request, event.finish_reason)
+        if len(self._requests) < before:
+            self._running = [request for request in self._running if request.slot != NOWHERE]
+        return events
+
+    def _land(self, request: Request, span: Span, outcome: SpanResult, now: float) -> Event | None:
+        """Count what a span computed and append its tokens. Returns what there is to tell."""
+        error = outcome.error or contradiction(span, outcome)
+        if error is not None:
+            return last_event(request, "error", now, error=error)
+        request.in_flight -= 1
+        request.computed += span.count
+        tokens, logprobs, prompt_logprobs = outcome.tokens, outcome.logprobs, outcome.prompt_logprobs
+        if prompt_logprobs:
+            prompt_logprobs = unsent(request, span, prompt_logprobs)
+        stamps, stop = NO_TIMES, None
+        if span.sample:
+            length = len(request.tokens)
+            stop = append(request, span, tokens, self._totals)
+            kept = len(request.tokens) - length
+            if kept < len(tokens):
+                tokens, logprobs = tokens[:kept], logprobs[:kept]
+            self._totals.generated_tokens += kept
+            if request.first_token is None:
+                request.first_token = now
+                stamps = times(request)
+            if self._use_drafts:
+                take_drafts(request, outcome.drafts)
+        if request.computed >= request.publish_at:
+            self._tables.publish(request)
+        if stop is not None:
+            return last_event(
+                request,
+                stop.reason,
+                now,
+                tokens=tokens,
+                logprobs=logprobs,
+                prompt_logprobs=prompt_logprobs,
+                pooled=outcome.pooled,
+                stop_token=stop.token,
+            )
+        if not (tokens or prompt_logprobs):
+            return None
+        request_id, cached = request.given.request_id, request.cached_tokens
+        return Event(
+            request_id, tokens, logprobs, prompt_logprobs, None, None, None, None, cached, request.preemptions, stamps
+        )
+
+    def _remove(self, request: Request, reason: FinishReason) -> None:
+        """The request has ended: nothing of it stays but a count. The caller takes it out of its list or line."""
+        del self._requests[request.given.request_id]
+        if request.slot != NOWHERE:
+            self._vacate(request)
+        self._totals.finished[reason] = self._totals.finished.get(reason, 0) + 1

@@ -1,0 +1,40 @@
+"""Stats: the scheduler's counters and gauges as plain data. How they are shown is not known here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Stats:
+    """Counters since the start, and gauges of this moment (running, waiting, pages). Token counts unless said otherwise.
+
+    Preempted work that is computed again counts again in computed_tokens, nowhere else.
+    """
+
+    running: int = 0  # requests
+    waiting: int = 0  # requests
+    waiting_tokens: int = 0
+    in_flight: int = 0  # plans
+    pages: tuple[int, ...] = ()  # per group, the null page left out
+    free_pages: tuple[int, ...] = ()  # per group; those that hold known content included
+    named_pages: tuple[int, ...] = ()  # per group, pages whose content is known
+    steps: int = 0
+    computed_tokens: int = 0
+    prompt_tokens: int = 0  # of requests admitted for the first time
+    cached_tokens: int = 0  # of those, found in the prefix cache
+    cache_queries: int = 0  # tokens looked up, at every admission
+    cache_hits: int = 0  # tokens found, at every admission
+    generated_tokens: int = 0
+    preemptions: int = 0
+    drafts: int = 0  # spans that carried drafts
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    finished: dict[str, int] = field(default_factory=dict)  # requests by finish reason
+
+    @property
+    def page_usage(self) -> float:
+        """Share of the pages that are owned, 0 to 1, in the fullest group."""
+        return max(
+            (1.0 - free / total for total, free in zip(self.pages, self.free_pages, strict=True) if total), default=0.0
+        )
