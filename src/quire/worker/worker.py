@@ -59,7 +59,8 @@ class Worker:
         """Load the model and return its layout. Raises ModelError."""
         began = time.perf_counter()
         setup = self._setup
-        self._model = build_model(setup.files, setup.options, setup.dtype, self._device.torch_device, self._ops)
+        with self._device.stream():
+            self._model = build_model(setup.files, setup.options, setup.dtype, self._device.torch_device, self._ops)
         logger.info("loaded %s in %.2f s", setup.files.name, time.perf_counter() - began)
         return self._model.layout
 
@@ -72,7 +73,8 @@ class Worker:
         if self._model is None:
             raise EngineError("configure() comes after load()")
         setup = self._setup
-        store = KVStore(self._model.layout, groups, setup.cache_dtype, self._ops, self._device)
+        with self._device.stream():
+            store = KVStore(self._model.layout, groups, setup.cache_dtype, self._ops, self._device)
         slots = Slots(setup.max_num_seqs, setup.max_model_len, groups, self._device)
         sampler = Sampler(slots, self._ops, self._device, setup.options.logprobs_mode)
         self._runner = Runner(self._model, slots, store, sampler, self._device, setup.max_num_batched_tokens)
@@ -81,7 +83,8 @@ class Worker:
         """Run one plan."""
         if self._runner is None:
             raise EngineError("run() comes after configure()")
-        return self._runner.run(plan)
+        with self._device.stream():
+            return self._runner.run(plan)
 
     def close(self) -> None:
         """Let go of the model and the pages."""
