@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from quire.core.options import SchedulerOptions
 from quire.core.plan import GroupSpec
-from quire.core.scheduler import Scheduler, SchedulerOptions
+from quire.core.scheduler import Scheduler
 from quire.engine.core import EngineCore
 from quire.engine.engine import Engine, EngineSettings
 from quire.engine.executor import Executor, FakeExecutor, NextToken

@@ -9,7 +9,7 @@ from bytes_engine import EOS, VOCAB, Shape, byte_engine, drain, finals, mixer, s
 
 from quire.core.params import RequestOutputKind, SamplingParams
 from quire.core.plan import StepPlan, StepResult
-from quire.engine.executor import FakeExecutor
+from quire.engine.executor import Done, FakeExecutor, Handle
 from quire.engine.outputs import RequestOutput
 from quire.errors import CapacityError, OverloadedError, ValidationError
 
@@ -271,29 +271,28 @@ def test_a_failing_request_leaves_its_neighbours_alone():
 
 
 class BreakingExecutor(FakeExecutor):
-    """Raises in place of the given steps: the first time while submitting, then while computing."""
+    """Fails in step 2: "submit" raises at once, "wait" raises later, "short" brings a result with nothing in it."""
 
-    def __init__(self, model, broken_steps) -> None:
-        super().__init__(model)
-        self._broken = broken_steps
+    def __init__(self, way: str) -> None:
+        super().__init__(mixer)
+        self._way = way
 
-    def submit(self, plan: StepPlan):
-        if plan.step == min(self._broken):
+    def submit(self, plan: StepPlan) -> Handle:
+        if plan.step != 2:
+            return super().submit(plan)
+        if self._way == "submit":
             raise OSError("the pipe is gone")
-        return super().submit(plan)
-
-    def _run(self, plan: StepPlan) -> StepResult:
-        result = super()._run(plan)
-        if plan.step in self._broken:
-            return StepResult(plan.step, result.spans[:0])
-        return result
+        if self._way == "wait":
+            return Done(None, OSError("the pipe is gone"))
+        return Done(StepResult(plan.step, ()))
 
 
-def test_a_step_that_fails_as_a_whole_ends_its_requests_and_not_the_engine():
-    engine = byte_engine(BreakingExecutor(mixer, {2}))
+@pytest.mark.parametrize("way", ["submit", "wait", "short"])
+def test_a_step_that_fails_as_a_whole_ends_its_requests_and_not_the_engine(way):
+    engine = byte_engine(BreakingExecutor(way))
     engine.add("a", "xy", SamplingParams(max_tokens=9))
     found = finals(drain(engine))
-    assert "the pipe is gone" in found["a"].outputs[0].error
+    assert ("the pipe is gone" if way != "short" else "0 entries") in found["a"].outputs[0].error
     assert run(engine, ("b", "xy", SamplingParams(max_tokens=3)))["b"].outputs[0].finish_reason == "length"
 
 

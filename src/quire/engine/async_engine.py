@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -113,7 +113,7 @@ class AsyncEngine:
         request_id: str,
         priority: int = 0,
         add_special_tokens: bool = True,
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Outputs of one request as they come; the last one has `finished` set. Leaving the iterator aborts it."""
         arguments = (request_id, prompt, params, priority, add_special_tokens)
         if isinstance(prompt, str) and len(prompt) > LONG_TEXT:
@@ -133,7 +133,8 @@ class AsyncEngine:
                 yield item
         finally:
             if not ended:
-                self._command(lambda: self._abandon(request_id, waiter), _ignore)
+                with contextlib.suppress(EngineDeadError):  # then it has ended already
+                    self._command(lambda: self._abandon(request_id, waiter), _ignore)
 
     async def abort(self, request_ids: str | Iterable[str]) -> None:
         """End requests; whoever iterates them gets a last output with finish_reason "abort". Unknown ids pass."""

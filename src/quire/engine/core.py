@@ -15,6 +15,7 @@ from quire.core.request import CoreRequest
 from quire.core.scheduler import Scheduler
 from quire.core.stats import Stats
 from quire.engine.executor import Executor, Handle
+from quire.errors import EngineError
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,10 @@ class EngineCore:
         exception is beyond one request: the executor itself.
         """
         try:
-            return handle.result()
+            result = handle.result()
+            if result.step != plan.step or len(result.spans) != len(plan.spans):
+                raise EngineError(f"the result of step {result.step} has {len(result.spans)} entries")
+            return result
         except Exception as error:
             logger.exception("step %d failed; its %d requests end with an error", plan.step, len(plan.spans))
             message = f"the step failed: {type(error).__name__}: {error}"

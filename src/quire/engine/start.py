@@ -12,9 +12,10 @@ from contextlib import contextmanager
 
 from quire import sizing
 from quire.config import EngineOptions
+from quire.core.options import SchedulerOptions
 from quire.core.params import SamplingParams
 from quire.core.plan import GroupSpec
-from quire.core.scheduler import Scheduler, SchedulerOptions
+from quire.core.scheduler import Scheduler
 from quire.engine.core import EngineCore
 from quire.engine.engine import Engine, EngineSettings
 from quire.engine.executor import LocalExecutor, load_worker

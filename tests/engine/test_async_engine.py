@@ -1,0 +1,194 @@
+"""AsyncEngine: many coroutines over one engine; cancelling, aborting, errors and endings reach the right one."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from bytes_engine import Shape, byte_engine, mixer, speaker
+
+from quire.core.params import RequestOutputKind, SamplingParams
+from quire.engine.async_engine import LONG_TEXT, AsyncEngine
+from quire.engine.executor import FakeExecutor
+from quire.errors import EngineDeadError, ValidationError
+
+DELTA = RequestOutputKind.DELTA
+FINAL = RequestOutputKind.FINAL_ONLY
+
+
+async def last_of(engine: AsyncEngine, prompt, params, request_id: str):
+    output = None
+    async for item in engine.generate(prompt, params, request_id):
+        output = item
+    return output
+
+
+async def settle(engine: AsyncEngine) -> None:
+    """Wait until nothing runs or waits."""
+    for _ in range(500):
+        stats = await engine.stats()
+        if not stats.running and not stats.waiting:
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("requests are still there")
+
+
+def test_streams_side_by_side():
+    async def main():
+        async with AsyncEngine(byte_engine(speaker("hello"), Shape(max_in_flight=2))) as engine:
+            texts: dict[int, list[str]] = {index: [] for index in range(20)}
+
+            async def read(index: int) -> None:
+                params = SamplingParams(max_tokens=9, output_kind=DELTA)
+                async for output in engine.generate("?", params, str(index)):
+                    texts[index].append(output.outputs[0].text)
+
+            await asyncio.gather(*(read(index) for index in texts))
+            return texts
+
+    assert all("".join(pieces) == "hello" and len(pieces) > 2 for pieces in asyncio.run(main()).values())
+
+
+def test_only_the_last_output_is_finished():
+    async def main():
+        async with AsyncEngine(byte_engine(speaker("hello"))) as engine:
+            return [output.finished async for output in engine.generate("?", None, "a")]
+
+    flags = asyncio.run(main())
+    assert flags == [False] * (len(flags) - 1) + [True]
+
+
+def test_cancelling_the_reader_aborts_the_request():
+    async def main():
+        executor = FakeExecutor(mixer, delay=0.01)
+        async with AsyncEngine(byte_engine(executor)) as engine:
+            params = SamplingParams(max_tokens=150, output_kind=FINAL)
+            reader = asyncio.create_task(last_of(engine, "x", params, "a"))
+            await asyncio.sleep(0.1)
+            assert (await engine.stats()).running == 1
+            reader.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await reader
+            await settle(engine)
+            assert (await engine.stats()).finished == {"abort": 1}
+            # The id is free again.
+            output = await last_of(engine, "x", SamplingParams(max_tokens=2), "a")
+            assert output.outputs[0].finish_reason == "length"
+
+    asyncio.run(main())
+
+
+def test_leaving_the_loop_aborts_the_request():
+    async def main():
+        async with AsyncEngine(byte_engine(FakeExecutor(mixer, delay=0.005))) as engine:
+            stream = engine.generate("x", SamplingParams(max_tokens=150, output_kind=DELTA), "a")
+            async for _ in stream:
+                break
+            await stream.aclose()
+            await settle(engine)
+
+    asyncio.run(main())
+
+
+def test_an_explicit_abort_gives_a_last_output():
+    async def main():
+        async with AsyncEngine(byte_engine(FakeExecutor(mixer, delay=0.01))) as engine:
+            params = SamplingParams(max_tokens=150, output_kind=FINAL)
+            reader = asyncio.create_task(last_of(engine, "x", params, "a"))
+            await asyncio.sleep(0.1)
+            await engine.abort("a")
+            output = await reader
+            assert output.finished and output.outputs[0].finish_reason == "abort"
+            assert len(output.outputs[0].token_ids) > 0
+
+    asyncio.run(main())
+
+
+def test_wrong_requests_raise_in_their_own_coroutine():
+    async def main():
+        async with AsyncEngine(byte_engine(FakeExecutor(mixer, delay=0.01))) as engine:
+            good = asyncio.create_task(last_of(engine, "x", SamplingParams(max_tokens=20), "a"))
+            await asyncio.sleep(0.02)
+            with pytest.raises(ValidationError, match="cannot be empty"):
+                await last_of(engine, "", None, "b")
+            with pytest.raises(ValidationError, match="already running"):
+                await last_of(engine, "x", None, "a")
+            with pytest.raises(ValidationError, match="longer than the maximum model length"):
+                await last_of(engine, "x" * (LONG_TEXT + 1), None, "c")
+            assert len((await good).outputs[0].token_ids) == 20
+
+    asyncio.run(main())
+
+
+def test_a_request_that_fails_while_running_ends_with_its_error():
+    def model(tokens: tuple[int, ...]) -> int:
+        if tokens[0] == ord("!"):
+            raise ArithmeticError("broken")
+        return mixer(tokens)
+
+    async def main():
+        async with AsyncEngine(byte_engine(model)) as engine:
+            bad, good = await asyncio.gather(last_of(engine, "!", None, "a"), last_of(engine, "?", None, "b"))
+            assert bad.outputs[0].finish_reason == "error" and "broken" in bad.outputs[0].error
+            assert good.outputs[0].finish_reason == "length"
+            await engine.check_health()
+
+    asyncio.run(main())
+
+
+def test_closing_ends_streams_and_refuses_new_ones():
+    async def main():
+        engine = AsyncEngine(byte_engine(FakeExecutor(mixer, delay=0.01)))
+        with pytest.raises(EngineDeadError, match="never started"):
+            await last_of(engine, "x", None, "early")
+        engine.start()
+        reader = asyncio.create_task(last_of(engine, "x", SamplingParams(max_tokens=150), "a"))
+        await asyncio.sleep(0.05)
+        await engine.close()
+        assert (await reader).outputs[0].finish_reason == "abort"
+        with pytest.raises(EngineDeadError):
+            await last_of(engine, "x", None, "b")
+        assert not engine.is_running
+
+    asyncio.run(main())
+
+
+def test_an_engine_that_dies_tells_everybody():
+    async def main():
+        inner = byte_engine(FakeExecutor(mixer, delay=0.01))
+        async with AsyncEngine(inner) as engine:
+            reader = asyncio.create_task(last_of(engine, "x", SamplingParams(max_tokens=150), "a"))
+            await asyncio.sleep(0.05)
+
+            def broken() -> list:
+                raise MemoryError("no more")
+
+            inner.step = broken
+            with pytest.raises(EngineDeadError, match="no more"):
+                await reader
+            with pytest.raises(EngineDeadError, match="no more"):
+                await engine.check_health()
+            with pytest.raises(EngineDeadError, match="no more"):
+                await last_of(engine, "x", None, "b")
+
+    asyncio.run(main())
+
+
+def test_a_call_that_fails_raises_at_the_caller():
+    async def main():
+        async with AsyncEngine(byte_engine(mixer)) as engine:
+            with pytest.raises(ZeroDivisionError):
+                await engine.call(lambda: 1 // 0)
+            assert await engine.reset_prefix_cache() is True
+
+    asyncio.run(main())
+
+
+def test_two_event_loops_share_an_engine():
+    """The engine's thread wakes each coroutine in its own loop."""
+    engine = AsyncEngine(byte_engine(speaker("hey")))
+    engine.start()
+    first = asyncio.run(last_of(engine, "?", SamplingParams(output_kind=FINAL), "a"))
+    second = asyncio.run(last_of(engine, "?", SamplingParams(output_kind=FINAL), "b"))
+    assert first.outputs[0].text == second.outputs[0].text == "hey"
+    asyncio.run(engine.close())
