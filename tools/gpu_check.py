@@ -45,7 +45,7 @@ def models() -> dict[str, Any]:
     params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
     for family in FAMILIES:
         with tempfile.TemporaryDirectory() as folder:
-            write_tiny(family, Path(folder))
+            write_tiny(Path(folder), family)
             theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).cuda().eval()
             expected = [
                 theirs.generate(
