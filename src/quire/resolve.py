@@ -116,8 +116,8 @@ def resolve(options: EngineOptions, machine: Machine | None = None) -> EngineCon
     if machine is None:
         machine = measure_machine(log.take("device", choose_device(options.parallel.device)), options.parallel.threads)
     impl = select_impl(files, options.model.model_impl)
-    layout = layout_of(files)
     dtype = log.take("dtype", choose_dtype(options.model.dtype, checkpoint_dtype(files), machine.device))
+    layout = layout_of(files, impl, dtype)
     cache_dtype = log.take("kv_cache_dtype", choose_cache_dtype(options.cache.kv_cache_dtype, dtype))
     block_size = log.take("block_size", choose_block_size(options.cache.block_size, machine.device))
     limit = model_length(files)

@@ -6,6 +6,7 @@ One model is in memory at a time. Knows how to run one prompt through a ServedMo
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -19,7 +20,9 @@ from quire.core.params import SamplingParams
 from quire.core.plan import Admission, GroupSpec, PageGrant, Span
 from quire.errors import ConfigError
 from quire.kernels.table import load_ops
+from quire.layers.norm import RMSNorm
 from quire.models.build import build_model
+from quire.models.native import NativeDecoder
 from quire.models.served import ServedModel
 from quire.resolve import EngineConfig, resolve
 from quire.text.tokenizer import load_tokenizer
@@ -94,8 +97,7 @@ def run_served(model: ServedModel, config: EngineConfig, prompts: list[list[int]
     store = KVStore(model.layout, groups, config.cache_dtype, ops, device)
     slots = Slots(1, longest + 1, groups, device)
     traces = Traces()
-    root = model if isinstance(model, nn.Module) else getattr(model, "model", None)
-    with torch.inference_mode(), Listener(root) as listener:
+    with torch.inference_mode(), Listener(model) as listener:
         for ids in prompts:
             admission = Admission(0, "verify", tuple(ids), len(ids), SamplingParams(prompt_logprobs=0), 0)
             slots.admit(admission)
@@ -118,26 +120,47 @@ def run_served(model: ServedModel, config: EngineConfig, prompts: list[list[int]
 class Listener:
     """Hears what each decoder layer hands on, in order, while it is entered."""
 
-    def __init__(self, root: nn.Module | None) -> None:
+    def __init__(self, model: object) -> None:
         self.heard: list[torch.Tensor] = []
-        self._layers = decoder_layers(root)
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._model = model
+        self._undo: list[Callable[[], None]] = []
 
     def __enter__(self) -> Listener:
-        self._hooks = [layer.register_forward_hook(self._hear) for layer in self._layers]
+        if isinstance(self._model, NativeDecoder):
+            # Its layers leave the residual sum to the norm that follows.
+            norms = [layer.input_norm for layer in self._model.layers[1:]] + [self._model.norm]
+            self._undo = [self._wrap(norm) for norm in norms]
+        else:
+            self._undo = [layer.register_forward_hook(self._hook).remove for layer in decoder_layers(self._model)]
         return self
 
     def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        for undo in self._undo:
+            undo()
 
-    def _hear(self, module: nn.Module, inputs: object, output: object) -> None:
+    def _hook(self, module: nn.Module, inputs: object, output: object) -> None:
         self.heard.append(output[0] if isinstance(output, tuple) else output)  # type: ignore[arg-type]
 
+    def _wrap(self, norm: RMSNorm) -> Callable[[], None]:
+        add = norm.add
 
-def decoder_layers(root: nn.Module | None) -> list[nn.Module]:
+        def listening(x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            normed, whole = add(x, residual)
+            self.heard.append(whole.clone())
+            return normed, whole
+
+        norm.__dict__["add"] = listening
+
+        def undo() -> None:
+            del norm.__dict__["add"]
+
+        return undo
+
+
+def decoder_layers(model: object) -> list[nn.Module]:
     """The children of the longest list of modules, which is the decoder; none when there is no such list."""
-    if root is None:
+    root = model if isinstance(model, nn.Module) else getattr(model, "model", None)
+    if not isinstance(root, nn.Module):
         return []
     lists = [module for module in root.modules() if isinstance(module, nn.ModuleList)]
     return list(max(lists, key=len, default=[]))
