@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,11 @@ class Tokenizer:
         self._backend = _bare_backend(hf)
         self._lock = threading.Lock()  # the library's Python tokenizers, and its argument handling, are not thread-safe
         self.pieces: Pieces | None = None if self._backend is None else pieces_of(self._backend)
+
+    @cached_property
+    def longest_token(self) -> int:
+        """The most characters that one token can stand for."""
+        return max((len(token) for token in self.hf.get_vocab()), default=1)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with the tokenizer's own BOS and the like unless switched off."""

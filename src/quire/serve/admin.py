@@ -1,0 +1,145 @@
+"""The routes that generate nothing: health, version, metrics, models, and tokens to and from text."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter, Request
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.responses import JSONResponse, Response
+
+import quire
+from quire.errors import NotFoundError, ValidationError
+from quire.serve.chats import render
+from quire.serve.errors import failure_of
+from quire.serve.protocol import DetokenizeRequest, TokenizeRequest
+from quire.serve.service import LONG_TEXT, ModelCard, Service
+from quire.text import ChatOptions
+
+router = APIRouter()
+
+
+@router.get("/health")
+async def health(request: Request) -> Response:
+    """200 while requests can be served, 503 when the engine has stopped or the server drains."""
+    service: Service = request.app.state.service
+    try:
+        await service.check_ready()
+    except Exception as error:
+        return failure_of(error).response()
+    return Response()
+
+
+@router.api_route("/ping", methods=["GET", "POST"], operation_id="ping")
+async def ping(request: Request) -> Response:
+    """The same as /health."""
+    return await health(request)
+
+
+@router.get("/version")
+async def version() -> dict[str, str]:
+    """quire's version."""
+    return {"version": quire.__version__}
+
+
+@router.get("/load")
+async def load(request: Request) -> dict[str, int]:
+    """Requests that are being answered."""
+    service: Service = request.app.state.service
+    return {"server_load": service.requests}
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Figures for Prometheus."""
+    service: Service = request.app.state.service
+    if service.registry is None:
+        raise NotFoundError("This server keeps no metrics (disable_log_stats).")
+    return Response(generate_latest(service.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/v1/models")
+async def list_models(request: Request) -> dict[str, Any]:
+    """Every name under which the model is served."""
+    card = request.app.state.service.card
+    return {"object": "list", "data": [_model(card, name) for name in card.names]}
+
+
+@router.get("/v1/models/{name:path}")
+async def retrieve_model(name: str, request: Request) -> dict[str, Any]:
+    """One name of the model."""
+    service: Service = request.app.state.service
+    service.check_model(name)
+    return _model(service.card, name)
+
+
+def _model(card: ModelCard, name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": card.created,
+        "owned_by": "quire",
+        "root": card.root or name,
+        "parent": None,
+        "max_model_len": card.max_model_len,
+        "permission": [
+            {
+                "id": f"modelperm-{name}",
+                "object": "model_permission",
+                "created": card.created,
+                "allow_create_engine": False,
+                "allow_sampling": True,
+                "allow_logprobs": True,
+                "allow_search_indices": False,
+                "allow_view": True,
+                "allow_fine_tuning": False,
+                "organization": "*",
+                "group": None,
+                "is_blocking": False,
+            }
+        ],
+    }
+
+
+@router.post("/tokenize")
+async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
+    """Token ids of a prompt or of a conversation."""
+    service: Service = request.app.state.service
+    service.check_model(body.model)
+    body.check()
+    tokenizer = service.tokenizer
+    if body.prompt is not None:
+        text, special = body.prompt, body.add_special_tokens is not False
+    else:
+        options = ChatOptions(
+            tools=body.tools or None,
+            add_generation_prompt=body.generation_prompt,
+            continue_final_message=bool(body.continue_final_message),
+            template_kwargs={**service.chat_template_kwargs, **(body.chat_template_kwargs or {})},
+        )
+        text, special = await render(tokenizer, body.messages or [], options), bool(body.add_special_tokens)
+    if len(text) > LONG_TEXT:
+        ids = await asyncio.to_thread(tokenizer.encode, text, special)
+    else:
+        ids = tokenizer.encode(text, special)
+    return {
+        "count": len(ids),
+        "max_model_len": service.card.max_model_len,
+        "tokens": ids,
+        "token_strs": [tokenizer.token_string(token) for token in ids] if body.return_token_strs else None,
+    }
+
+
+@router.post("/detokenize")
+async def detokenize(body: DetokenizeRequest, request: Request) -> JSONResponse:
+    """The text of token ids, special tokens included."""
+    service: Service = request.app.state.service
+    service.check_model(body.model)
+    body.check_extra()
+    outside = next((token for token in body.tokens if token >= service.tokenizer.vocab_size), None)
+    if outside is not None:
+        raise ValidationError(
+            f"Token id {outside} is out of vocabulary; ids go from 0 to {service.tokenizer.vocab_size - 1}.", "tokens"
+        )
+    return JSONResponse({"prompt": service.tokenizer.decode(body.tokens, skip_special_tokens=False)})

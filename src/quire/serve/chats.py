@@ -1,0 +1,193 @@
+"""POST /v1/chat/completions: one function per shape of answer. What the engine does for it is in service.py."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from quire.core.params import SamplingParams
+from quire.engine.outputs import CompletionOutput, RequestOutput
+from quire.serve.logprobs import TokenNames, chat_logprobs, prompt_logprobs
+from quire.serve.protocol import ChatRequest
+from quire.serve.service import LONG_TEXT, Job, Service, new_id
+from quire.serve.sse import EventStream, event, json_response, until_left
+from quire.serve.usage import Usage
+from quire.text import ChatOptions, Tokenizer, prompt_text
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions")
+async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
+    """Answer a conversation."""
+    service: Service = request.app.state.service
+    service.check_model(body.model)
+    body.check()
+    answer = _Answer(
+        service,
+        body,
+        new_id("chatcmpl", request.headers.get("x-request-id"), body.request_id),
+        body.params(service.card.defaults),
+    )
+    if not body.stream:
+        return json_response(await until_left(request, answer.whole()))
+    events = answer.events()
+    return EventStream(await until_left(request, anext(events)), events)
+
+
+async def render(tokenizer: Tokenizer, messages: Sequence[Any], options: ChatOptions) -> str:
+    """The prompt text of a conversation; a long one is made in a thread."""
+    if sum(len(str(message)) for message in messages) > LONG_TEXT:
+        return await asyncio.to_thread(prompt_text, tokenizer, messages, options)
+    return prompt_text(tokenizer, messages, options)
+
+
+@dataclass(slots=True)
+class _Answer:
+    """One request's answer in the making."""
+
+    service: Service
+    body: ChatRequest
+    id: str
+    params: SamplingParams
+    created: int = field(default_factory=lambda: int(time.time()))
+    prompt: str = ""
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer as one object."""
+        output: RequestOutput | None = None
+        async for found in self._outputs():
+            output = found  # the last one has everything
+        assert output is not None, "the engine ends every request with an output"
+        usage = Usage(self.service.options.enable_prompt_tokens_details)
+        usage.add_prompt(0, len(output.prompt_token_ids), output.num_cached_tokens)
+        usage.completion_tokens = sum(len(completion.token_ids) for completion in output.outputs)
+        wants_ids = bool(self.body.return_token_ids)
+        return self._frame("chat.completion") | {
+            "choices": [self._choice(completion) for completion in output.outputs],
+            "service_tier": None,
+            "system_fingerprint": self.service.card.fingerprint,
+            "usage": usage.body(),
+            "prompt_logprobs": prompt_logprobs(output.prompt_logprobs, self._names()),
+            "prompt_token_ids": output.prompt_token_ids if wants_ids else None,
+            "prompt_text": self.prompt if self.body.return_prompt_text else None,
+        }
+
+    async def events(self) -> AsyncGenerator[bytes]:
+        """The answer as server-sent events, without the closing [DONE]. Each choice begins with its role."""
+        forced = self.service.options.enable_force_include_usage
+        continuous = forced or self.body.continuous_usage
+        usage = Usage(self.service.options.enable_prompt_tokens_details)
+        begun: set[int] = set()
+
+        def chunk(choice: dict[str, Any], finished: bool = False) -> dict[str, Any]:
+            content = self._frame("chat.completion.chunk") | {"choices": [choice]}
+            if finished:
+                content["system_fingerprint"] = self.service.card.fingerprint
+            return content | ({"usage": usage.body()} if continuous else {})
+
+        async for output in self._outputs():
+            usage.add_prompt(0, len(output.prompt_token_ids), output.num_cached_tokens)
+            if not begun:
+                for number in range(self.params.n):
+                    yield event(chunk(self._opening(number)) | self._prompt_ids(output))
+                begun.add(0)
+            for completion in output.outputs:
+                usage.completion_tokens += len(completion.token_ids)
+                finished = completion.finish_reason is not None
+                yield event(chunk(self._delta(completion), finished))
+        if forced or self.body.include_usage:
+            end = {"choices": [], "system_fingerprint": self.service.card.fingerprint, "usage": usage.body()}
+            yield event(self._frame("chat.completion.chunk") | end)
+
+    async def _outputs(self) -> AsyncGenerator[RequestOutput]:
+        body = self.body
+        options = ChatOptions(
+            tools=body.tools,
+            documents=body.documents,
+            add_generation_prompt=body.generation_prompt,
+            continue_final_message=bool(body.continue_final_message),
+            template_kwargs={**self.service.chat_template_kwargs, **body.template_variables()},
+        )
+        self.prompt = await render(self.service.tokenizer, body.messages, options)
+        special = bool(body.add_special_tokens)
+        job: Job = await self.service.encode(self.prompt, body, special, self.params.max_tokens or 1)
+        async for _, output in self.service.outputs(self.id, [job], self.params, body, special):
+            yield output
+
+    def _frame(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.service.card.names[0]}
+
+    def _prompt_ids(self, output: RequestOutput) -> dict[str, Any]:
+        return {"prompt_token_ids": output.prompt_token_ids} if self.body.return_token_ids else {}
+
+    def _names(self) -> TokenNames:
+        as_ids = self.body.return_tokens_as_token_ids
+        return TokenNames(
+            self.service.engine.tokenizer,
+            self.service.options.return_tokens_as_token_ids if as_ids is None else as_ids,
+        )
+
+    def _role(self) -> str:
+        """The role of the answer: that of the last message where it is continued."""
+        last = self.body.messages[-1]
+        if not self.body.generation_prompt and isinstance(last, Mapping) and isinstance(last.get("role"), str):
+            return last["role"]
+        return self.service.options.response_role
+
+    def _echoed(self) -> str:
+        """The last message's text where the answer shall begin with it."""
+        last = self.body.messages[-1]
+        if not self.body.echo or last.get("role") != self._role():
+            return ""
+        content = last.get("content")
+        return content if isinstance(content, str) else ""
+
+    def _logprobs(self, completion: CompletionOutput) -> dict[str, Any] | None:
+        if self.body.top is None or completion.logprobs is None:
+            return None
+        return chat_logprobs(completion.token_ids, completion.logprobs, self.body.top, self._names())
+
+    def _choice(self, completion: CompletionOutput) -> dict[str, Any]:
+        """One choice of the whole answer."""
+        return {
+            "index": completion.index,
+            "message": {
+                "role": self._role(),
+                "content": self._echoed() + completion.text,
+                "refusal": None,
+                "annotations": None,
+                "audio": None,
+                "function_call": None,
+                "reasoning": None,
+            },
+            "logprobs": self._logprobs(completion),
+            "finish_reason": completion.finish_reason,
+            "stop_reason": completion.stop_reason,
+            "token_ids": list(completion.token_ids) if self.body.return_token_ids else None,
+        }
+
+    def _opening(self, number: int) -> dict[str, Any]:
+        """The first chunk of a choice."""
+        delta = {"role": self._role(), "content": self._echoed()}
+        return {"index": number, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def _delta(self, new: CompletionOutput) -> dict[str, Any]:
+        """One choice of a later chunk."""
+        choice: dict[str, Any] = {
+            "index": new.index,
+            "delta": {"content": new.text},
+            "logprobs": self._logprobs(new),
+            "finish_reason": new.finish_reason,
+        }
+        if new.finish_reason is not None:
+            choice["stop_reason"] = new.stop_reason
+        if self.body.return_token_ids:
+            choice["token_ids"] = list(new.token_ids)
+        return choice

@@ -1,0 +1,102 @@
+"""What clients see when something goes wrong: one shape of body, a status, and never a word about the inside.
+
+Messages of quire's own client errors are made for clients and go out as they are; all others are logged and replaced.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass, field
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from quire.errors import CapacityError, ClientError, EngineDeadError, NotFoundError, OverloadedError, RequestFailedError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An error as it goes to the client."""
+
+    status: int
+    type: str
+    message: str
+    param: str | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def body(self) -> dict[str, object]:
+        """The JSON body, also used inside a stream."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.status}}
+
+    def response(self) -> JSONResponse:
+        """The HTTP response."""
+        return JSONResponse(self.body(), self.status, self.headers)
+
+
+_NAMES = {
+    400: "BadRequestError",
+    401: "AuthenticationError",
+    404: "NotFoundError",
+    405: "MethodNotAllowedError",
+    413: "RequestTooLargeError",
+    422: "UnprocessableEntityError",
+    503: "ServiceUnavailableError",
+}
+
+
+def failure_of(error: BaseException) -> Failure:
+    """The answer to an exception. Unexpected ones are logged with their traceback."""
+    if isinstance(error, OverloadedError):
+        wait = {"Retry-After": str(max(1, math.ceil(error.retry_after or 1)))}
+        return Failure(error.status, _NAMES[503], error.message, error.field, wait)
+    if isinstance(error, ClientError):
+        kind = _NAMES[404] if isinstance(error, NotFoundError) else _NAMES.get(error.status, _NAMES[400])
+        return Failure(error.status, kind, error.message, error.field)
+    if isinstance(error, CapacityError):  # this request needs more than the engine has, today and tomorrow
+        return Failure(400, _NAMES[400], str(error))
+    if isinstance(error, EngineDeadError):
+        return Failure(503, _NAMES[503], "The engine has stopped. The server's log says why.")
+    if isinstance(error, RequestFailedError):
+        return Failure(500, "InternalServerError", str(error))
+    logger.error("a request failed unexpectedly", exc_info=error)
+    return Failure(500, "InternalServerError", "The server failed on this request. Its log says why.")
+
+
+def install(app: FastAPI) -> None:
+    """Answer every exception of the routes in the one shape."""
+    app.add_exception_handler(RequestValidationError, _invalid_body)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(ClientError, _any_error)
+    app.add_exception_handler(CapacityError, _any_error)
+    app.add_exception_handler(EngineDeadError, _any_error)
+    app.add_exception_handler(RequestFailedError, _any_error)
+
+
+async def _any_error(_: Request, error: Exception) -> JSONResponse:
+    return failure_of(error).response()
+
+
+async def _http_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    kind = _NAMES.get(error.status_code, "BadRequestError" if error.status_code < 500 else "InternalServerError")
+    return Failure(error.status_code, kind, str(error.detail), headers=dict(error.headers or {})).response()
+
+
+async def _invalid_body(request: Request, error: Exception) -> JSONResponse:
+    """A body that is no JSON, or whose fields have the wrong type. The values themselves are not repeated."""
+    assert isinstance(error, RequestValidationError)
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        return Failure(400, "Bad Request", "The Content-Type must be application/json.").response()
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return Failure(400, "Bad Request", "The body is not valid JSON.").response()
+    place = ".".join(str(part) for part in first["loc"] if part != "body")
+    more = len(error.errors()) - 1
+    others = f" ({more} more such errors)" if more else ""
+    return Failure(400, "Bad Request", f"{place or 'body'}: {first['msg']}{others}", place or None).response()

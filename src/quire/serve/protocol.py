@@ -1,0 +1,398 @@
+"""The bodies that clients send: their fields, bounds and defaults, and what becomes of them in the engine.
+
+A field that is known here and cannot be honoured is refused, never ignored; an unknown one is ignored, and logged when it
+looks like a misspelling. Knows no engine and no HTTP.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from quire.core.params import RequestOutputKind, SamplingParams
+from quire.errors import ValidationError
+
+logger = logging.getLogger(__name__)
+
+MOST_PROMPTS = 1024
+MOST_COMPLETIONS = 16384  # prompts times n, in one request
+MOST_STOPS = 64
+LONGEST_STOP = 4096  # characters
+LONGEST_SALT = 128
+DEFAULT_COMPLETION_TOKENS = 16
+
+Int32 = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
+Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+
+# What quire knows and cannot do yet, with the values that ask for nothing.
+_REFUSED: dict[str, tuple[object, ...]] = {
+    "suffix": (None, ""),
+    "prompt_embeds": (None,),
+    "best_of": (None, 1),
+    "use_beam_search": (None, False),
+    "length_penalty": (None, 1, 1.0),
+    "response_format": (None, {"type": "text"}),
+    "structured_outputs": (None,),
+    "structural_tag": (None,),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "guided_choice": (None,),
+    "guided_grammar": (None,),
+    "grammar": (None,),
+    "logprob_token_ids": (None, []),
+    "thinking_token_budget": (None, -1),
+    "include_reasoning": (None, True),
+    "kv_transfer_params": (None,),
+    "ec_transfer_params": (None,),
+    "vllm_xargs": (None, {}),
+    "logits_processors": (None, []),
+    "stream_interval": (None, 1),
+    "watermarking": (None, False),
+    "mm_processor_kwargs": (None, {}),
+    "media_io_kwargs": (None, {}),
+    "audio": (None,),
+    "modalities": (None, ["text"]),
+    "web_search_options": (None,),
+    "functions": (None, []),
+    "function_call": (None, "none"),
+}
+# Known, and without any effect on the answer: notes for the operator, or wishes about speed and billing.
+_NO_EFFECT = frozenset(
+    (
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "prediction",
+        "parallel_tool_calls",
+        "session_id",
+        "verbosity",
+    )
+)
+
+
+class ApiRequest(BaseModel):
+    """A JSON body. Fields that are not declared stay in `model_extra`."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    model: str | None = None
+
+    def check_extra(self) -> None:
+        """Refuse what is known and cannot be done; log what looks like a misspelt field."""
+        for name, value in (self.model_extra or {}).items():
+            if name in _REFUSED:
+                if value not in _REFUSED[name]:
+                    raise ValidationError(f"The field {name} is not supported yet by this server. Leave it out.", name)
+            elif name not in _NO_EFFECT:
+                _note_unknown(type(self), name[:64])
+
+
+class StreamOptions(BaseModel):
+    """What a stream carries besides text."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class GenerationRequest(ApiRequest):
+    """The fields that completions and chat completions share."""
+
+    n: Int32 | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: Int32 | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: Int64 | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[Int32] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    max_tokens: Int32 | None = None
+    min_tokens: Int32 | None = None
+    logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[Int32] | None = None
+    bad_words: list[str] | None = None
+    prompt_logprobs: Int32 | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    repetition_detection: dict[str, Int32] | None = None
+    truncate_prompt_tokens: Int32 | None = None
+    truncation_side: str | None = None
+    priority: Int32 | None = None
+    cache_salt: str | None = None
+    request_id: str | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    echo: bool | None = None
+
+    def check(self) -> None:
+        """What one field cannot tell alone. Raises ValidationError."""
+        self.check_extra()
+        if self.stream_options is not None and not self.stream:
+            raise ValidationError("stream_options needs stream to be true.", "stream_options")
+        if self.stream and self.prompt_logprobs is not None and self.prompt_logprobs != 0:
+            raise ValidationError("prompt_logprobs cannot be sent in a stream. Ask without stream.", "prompt_logprobs")
+        if self.truncation_side not in (None, "left", "right"):
+            raise ValidationError("truncation_side must be left or right.", "truncation_side")
+        if self.truncate_prompt_tokens is not None and (
+            self.truncate_prompt_tokens < -1 or self.truncate_prompt_tokens == 0
+        ):
+            raise ValidationError("truncate_prompt_tokens must be -1 or at least 1.", "truncate_prompt_tokens")
+        self._check_stop()
+        self._check_salt()
+
+    def _check_stop(self) -> None:
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        if len(stops) > MOST_STOPS or any(len(stop) > LONGEST_STOP for stop in stops):
+            raise ValidationError(f"stop may hold {MOST_STOPS} strings of {LONGEST_STOP} characters at most.", "stop")
+
+    def _check_salt(self) -> None:
+        salt = self.cache_salt
+        if salt is not None and (not 1 <= len(salt) <= LONGEST_SALT or any(mark in salt for mark in "@/\\\0")):
+            raise ValidationError(
+                f"cache_salt must have 1 to {LONGEST_SALT} characters, none of them @, /, \\ or NUL.", "cache_salt"
+            )
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether the stream shall end with the usage."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether every chunk of the stream shall carry the usage so far."""
+        return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
+
+    def sampling_params(
+        self,
+        defaults: SamplingParams,
+        max_tokens: int | None,
+        logprobs: int | None,
+        prompt_logprobs: int | None,
+    ) -> SamplingParams:
+        """What the engine is asked for. Fields that were not given come from `defaults`, the model's own settings."""
+        given = {name: getattr(self, name) for name in _PASSED_ON if getattr(self, name) is not None}
+        chosen = {name: getattr(defaults, name) for name in _DEFAULTED} | given
+        return SamplingParams(
+            **chosen,
+            max_tokens=max_tokens,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            logit_bias=_biases(self.logit_bias or {}),
+            output_kind=RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY,
+        )
+
+
+# Fields that the model's own settings fill when a request leaves them out; and all that go to SamplingParams as they are.
+_DEFAULTED = ("repetition_penalty", "presence_penalty", "frequency_penalty", "temperature", "top_p", "top_k", "min_p")
+_PASSED_ON = (
+    *_DEFAULTED,
+    "n",
+    "seed",
+    "stop",
+    "stop_token_ids",
+    "ignore_eos",
+    "min_tokens",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "include_stop_str_in_output",
+    "allowed_token_ids",
+    "bad_words",
+    "repetition_detection",
+)
+
+
+class CompletionRequest(GenerationRequest):
+    """POST /v1/completions. `prompt`: a string, token ids, or a list of either."""
+
+    prompt: Any = None
+    logprobs: Int32 | None = None
+    add_special_tokens: bool | None = None
+
+    @property
+    def output_tokens(self) -> int:
+        """The most tokens to generate."""
+        return DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
+
+    @property
+    def only_echo(self) -> bool:
+        """Whether the prompt is all that is wanted, with its log-probabilities. The engine still makes one token."""
+        return bool(self.echo) and self.output_tokens == 0
+
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts one by one. What they hold is checked by the engine."""
+        if self.prompt is None:
+            raise ValidationError("The field prompt is missing: a string, token ids, or a list of either.", "prompt")
+        found = _prompt_list(self.prompt)
+        if len(found) > MOST_PROMPTS or len(found) * max(1, self.n or 1) > MOST_COMPLETIONS:
+            raise ValidationError(
+                f"A request may hold {MOST_PROMPTS} prompts, and {MOST_COMPLETIONS} completions in all.", "prompt"
+            )
+        if any(prompt == "" for prompt in found):
+            raise ValidationError("A prompt is empty. Give at least one character or token.", "prompt")
+        return found
+
+    def params(self, defaults: SamplingParams) -> SamplingParams:
+        """What the engine is asked for."""
+        prompt_logprobs = self.logprobs if self.echo and self.prompt_logprobs is None else self.prompt_logprobs
+        limit = max(self.output_tokens, 1) if self.echo else self.output_tokens
+        return self.sampling_params(defaults, limit, self.logprobs, prompt_logprobs)
+
+
+class ChatRequest(GenerationRequest):
+    """POST /v1/chat/completions. Messages are checked where the prompt is made of them, in quire.text.chat."""
+
+    messages: list[Any]
+    max_completion_tokens: Int32 | None = None
+    logprobs: bool | None = None
+    top_logprobs: Int32 | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Any = None
+    documents: list[dict[str, Any]] | None = None
+    reasoning_effort: str | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_prompt_text: bool | None = None
+
+    def check(self) -> None:
+        """What one field cannot tell alone. Raises ValidationError."""
+        super().check()
+        if self.tools is not None and not self.tools:
+            raise ValidationError("tools is an empty list. Leave it out, or name at least one tool.", "tools")
+        choice = self.tool_choice if self.tool_choice is not None else ("auto" if self.tools else "none")
+        if choice != "none" and (self.tools or choice != "auto"):
+            raise ValidationError(
+                'tool_choice is not supported yet by this server, except for "none", which shows the tools to the '
+                "model and leaves its answer as text.",
+                "tool_choice",
+            )
+        if self.top_logprobs and not self.logprobs:
+            raise ValidationError("top_logprobs needs logprobs to be true.", "top_logprobs")
+        if self.top_logprobs is not None and self.top_logprobs < -1:
+            raise ValidationError("top_logprobs must be at least 0, or -1 for the whole vocabulary.", "top_logprobs")
+        check_template_fields(self.chat_template, self.add_generation_prompt, self.continue_final_message)
+
+    @property
+    def top(self) -> int | None:
+        """How many alternatives to report with each token; None for no log-probabilities at all."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def generation_prompt(self) -> bool:
+        """Whether the model starts a new message."""
+        return not self.continue_final_message if self.add_generation_prompt is None else self.add_generation_prompt
+
+    def template_variables(self) -> dict[str, Any]:
+        """Variables for the chat template."""
+        given = dict(self.chat_template_kwargs or {})
+        if self.reasoning_effort is not None:
+            given.setdefault("reasoning_effort", self.reasoning_effort)
+            given.setdefault("enable_thinking", self.reasoning_effort != "none")
+        return given
+
+    def params(self, defaults: SamplingParams) -> SamplingParams:
+        """What the engine is asked for. Without a limit the answer may fill the model's context."""
+        limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        return self.sampling_params(defaults, limit, self.top, self.prompt_logprobs)
+
+
+class TokenizeRequest(ApiRequest):
+    """POST /tokenize: either `prompt` or `messages`."""
+
+    prompt: str | None = None
+    messages: list[Any] | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    tools: list[dict[str, Any]] | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def check(self) -> None:
+        """What one field cannot tell alone. Raises ValidationError."""
+        self.check_extra()
+        if (self.prompt is None) == (self.messages is None):
+            raise ValidationError("Give either prompt or messages.", "prompt")
+        check_template_fields(self.chat_template, self.add_generation_prompt, self.continue_final_message)
+
+    @property
+    def generation_prompt(self) -> bool:
+        """Whether the model starts a new message."""
+        return not self.continue_final_message if self.add_generation_prompt is None else self.add_generation_prompt
+
+
+class DetokenizeRequest(ApiRequest):
+    """POST /detokenize."""
+
+    tokens: list[Annotated[int, Field(ge=0, le=2**31 - 1)]]
+
+
+def check_template_fields(template: str | None, generation: bool | None, continuation: bool | None) -> None:
+    """Clients bring no templates of their own, and ask for an answer or a continuation."""
+    if template is not None:
+        raise ValidationError(
+            "chat_template is not accepted from clients. Start the server with the option chat_template.",
+            "chat_template",
+        )
+    if generation and continuation:
+        raise ValidationError(
+            "add_generation_prompt and continue_final_message exclude each other.", "continue_final_message"
+        )
+
+
+def _prompt_list(prompt: object) -> list[str | list[int]]:
+    """One prompt or several, as a list."""
+    wrong = ValidationError("prompt must be a string, a list of token ids, or a list of either.", "prompt")
+    if isinstance(prompt, str):
+        return [prompt]
+    if not isinstance(prompt, list):
+        raise wrong
+    if not prompt:
+        raise ValidationError("prompt is an empty list. Give at least one prompt.", "prompt")
+    if _are_ids(prompt):
+        return [prompt]
+    if all(isinstance(item, str) for item in prompt) or all(
+        isinstance(item, list) and _are_ids(item) for item in prompt
+    ):
+        return prompt
+    raise wrong
+
+
+def _are_ids(items: list[object]) -> bool:
+    return all(type(item) is int for item in items)
+
+
+def _biases(given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
+    """logit_bias with its keys as token ids."""
+    try:
+        return tuple((int(token), bias) for token, bias in given.items())
+    except ValueError as error:
+        raise ValidationError("logit_bias must have token ids as its keys.", "logit_bias") from error
+
+
+@lru_cache(maxsize=1024)  # each misspelling is logged once, and a flood of them stays cheap
+def _note_unknown(body: type[ApiRequest], name: str) -> None:
+    known: Iterable[str] = [*body.model_fields, *_REFUSED, *_NO_EFFECT]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    if near:
+        logger.warning("a request has the unknown field %r, which is ignored; was %r meant?", name, near[0])
+    else:
+        logger.debug("a request has the unknown field %r, which is ignored", name)

@@ -1,0 +1,245 @@
+"""Service: what all routes share, and the way from a request's prompts to a stream of the engine's outputs.
+
+Knows the AsyncEngine; knows no route and no shape of an answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import re
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from prometheus_client import CollectorRegistry
+
+from quire.config import ServeOptions
+from quire.core.params import SamplingParams
+from quire.engine.async_engine import AsyncEngine
+from quire.engine.outputs import RequestOutput
+from quire.engine.prompts import Prompt
+from quire.errors import NotFoundError, OverloadedError, RequestFailedError, ValidationError
+from quire.serve.protocol import GenerationRequest
+from quire.text import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+LONG_TEXT = 20_000  # characters from which on text is worked on in a thread, so that other streams go on
+_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """The served model as clients see it. The first name is the one reported."""
+
+    names: tuple[str, ...]
+    max_model_len: int
+    root: str = ""
+    created: int = field(default_factory=lambda: int(time.time()))
+    defaults: SamplingParams = field(default_factory=SamplingParams)  # for fields that requests leave out
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One prompt of a request, ready for the engine."""
+
+    prompt: Prompt
+    tokens: int | None  # None when the engine counts them
+
+
+@dataclass(slots=True)
+class Service:
+    """The engine, the model's card and the options; `live` holds the engine's ids of all running requests."""
+
+    engine: AsyncEngine
+    card: ModelCard
+    options: ServeOptions
+    registry: CollectorRegistry | None = None
+    chat_template_kwargs: dict[str, object] = field(default_factory=dict)
+    live: set[str] = field(default_factory=set)
+    requests: int = 0  # being answered now, for /load
+    draining: bool = False
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer; ValidationError where the engine runs without one."""
+        found = self.engine.tokenizer
+        if found is None:
+            raise ValidationError("This server runs without a tokenizer; send prompts as token ids.", "prompt")
+        return found
+
+    def check_model(self, name: str | None) -> None:
+        """Raise NotFoundError for a model that is not served."""
+        if name and name not in self.card.names:
+            names = ", ".join(f"`{known}`" for known in self.card.names)
+            raise NotFoundError(f"The model `{name[:200]}` does not exist. Served here: {names}.", "model")
+
+    async def check_ready(self) -> None:
+        """Raise when no request can be taken now."""
+        if self.draining:
+            raise OverloadedError("The server is shutting down.", retry_after=5)
+        await self.engine.check_health()
+
+    async def encode(self, text: str, body: GenerationRequest, special: bool, room: int) -> Job:
+        """A text prompt as token ids, cut as the body wants. `room`: tokens that the output needs at least."""
+        if self.engine.tokenizer is None and body.truncate_prompt_tokens is None:
+            return Job(_salted({"prompt": text}, body), None)
+        tokenizer, limit = self.tokenizer, self.card.max_model_len
+        if body.truncate_prompt_tokens is None and len(text) > limit * max(tokenizer.longest_token, 16):
+            raise ValidationError(
+                f"The prompt has {len(text)} characters, more than {limit} tokens can hold, which is the model's "
+                "maximum length.",
+                "prompt",
+            )
+        if len(text) > LONG_TEXT:
+            ids = await asyncio.to_thread(tokenizer.encode, text, special)
+        else:
+            ids = tokenizer.encode(text, special)
+        ids = self.cut(ids, body, room)
+        return Job(_salted({"prompt": text, "prompt_token_ids": ids}, body), len(ids))
+
+    def job_of_ids(self, ids: list[int], body: GenerationRequest, room: int) -> Job:
+        """A prompt of token ids."""
+        ids = self.cut(ids, body, room)
+        return Job(_salted({"prompt_token_ids": ids}, body), len(ids))
+
+    def cut(self, ids: list[int], body: GenerationRequest, room: int) -> list[int]:
+        """The prompt within truncate_prompt_tokens; -1 means what fits beside the output."""
+        most = body.truncate_prompt_tokens
+        if most is None:
+            return ids
+        limit = self.card.max_model_len
+        if most > limit:
+            raise ValidationError(
+                f"truncate_prompt_tokens is larger than the model's maximum length of {limit}.",
+                "truncate_prompt_tokens",
+            )
+        most = max(1, limit - room) if most == -1 else most
+        return ids[:most] if body.truncation_side == "right" else ids[-most:]
+
+    async def outputs(
+        self, request_id: str, jobs: Sequence[Job], params: SamplingParams, body: GenerationRequest, special: bool
+    ) -> AsyncGenerator[tuple[int, RequestOutput]]:
+        """(index of the prompt, output) as they come. Leaving the iterator aborts what still runs.
+
+        A completion that failed raises RequestFailedError; the reason is only logged.
+        """
+        await self.check_ready()
+        began, tally = time.monotonic(), _Tally()
+        self.requests += 1
+        try:
+            sources = [
+                self._one(f"{request_id}-{index}-{uuid.uuid4().hex[:8]}", job, params, body.priority or 0, special)
+                for index, job in enumerate(jobs)
+            ]
+            async with aclosing(merged(sources)) as found:
+                async for index, output in found:
+                    tally.note(output)
+                    _raise_failed(output)
+                    yield index, output
+        except BaseException as error:
+            tally.note_end(error)
+            raise
+        finally:
+            self.requests -= 1
+            logger.info(
+                "%s %s: %d tokens out, %.2f s", request_id, tally.ending, tally.tokens, time.monotonic() - began
+            )
+
+    async def _one(
+        self, engine_id: str, job: Job, params: SamplingParams, priority: int, special: bool
+    ) -> AsyncGenerator[RequestOutput]:
+        self.live.add(engine_id)
+        try:
+            generation = self.engine.generate(job.prompt, params, engine_id, priority, special)
+            async with aclosing(generation) as outputs:
+                async for output in outputs:
+                    yield output
+        finally:
+            self.live.discard(engine_id)
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What the log says of a request when it is over."""
+
+    tokens: int = 0
+    ending: str = "client left"
+
+    def note(self, output: RequestOutput) -> None:
+        self.tokens += sum(len(completion.token_ids) for completion in output.outputs)
+        reasons = [completion.finish_reason for completion in output.outputs if completion.finish_reason]
+        if output.finished and reasons:
+            self.ending = "/".join(dict.fromkeys(reasons))
+
+    def note_end(self, error: BaseException) -> None:
+        if isinstance(error, Exception):
+            self.ending = f"failed ({type(error).__name__})"
+        elif not isinstance(error, GeneratorExit):
+            self.ending = "client left"
+
+
+def _raise_failed(output: RequestOutput) -> None:
+    for completion in output.outputs:
+        if completion.finish_reason == "error":
+            logger.error("request %s failed while running: %s", output.request_id, completion.error)
+            raise RequestFailedError("This request failed while it was running. The server's log says why.")
+
+
+async def merged(sources: Sequence[AsyncGenerator[RequestOutput]]) -> AsyncGenerator[tuple[int, RequestOutput]]:
+    """All outputs of all sources, with the index of their source, as they come. The first error ends everything."""
+    if len(sources) == 1:
+        async with aclosing(sources[0]) as outputs:
+            async for output in outputs:
+                yield 0, output
+        return
+    queue: asyncio.Queue[tuple[int, RequestOutput | Exception | None]] = asyncio.Queue()
+
+    async def pump(index: int, source: AsyncGenerator[RequestOutput]) -> None:
+        try:
+            async for output in source:
+                queue.put_nowait((index, output))
+            queue.put_nowait((index, None))
+        except Exception as error:
+            queue.put_nowait((index, error))
+
+    tasks = [asyncio.create_task(pump(index, source)) for index, source in enumerate(sources)]
+    try:
+        open_sources = len(tasks)
+        while open_sources:
+            index, item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                open_sources -= 1
+            else:
+                yield index, item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def new_id(prefix: str, header: str | None, field_value: str | None) -> str:
+    """The id of a response: the client's own, from the header X-Request-Id or the field, where it is usable."""
+    for given in (header, field_value):
+        if given and _ID.fullmatch(given):
+            return f"{prefix}-{given}"
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def fingerprint(version: str, *parts: object) -> str:
+    """What system_fingerprint says: the version, and a hash of what else decides the numbers."""
+    digest = hashlib.sha256("|".join(map(str, parts)).encode()).hexdigest()
+    return f"quire-{version}-{digest[:8]}"
+
+
+def _salted(prompt: dict[str, object], body: GenerationRequest) -> Prompt:
+    if body.cache_salt is not None:
+        prompt["cache_salt"] = body.cache_salt
+    return prompt  # type: ignore[return-value]

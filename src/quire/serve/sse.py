@@ -1,0 +1,94 @@
+"""Answers that last: server-sent events, and noticing that the client has left. Knows no model and no protocol."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from quire.serve.errors import failure_of
+
+DONE = b"data: [DONE]\n\n"
+_Answer = TypeVar("_Answer")
+_encode = msgspec.json.Encoder().encode
+
+
+class ClientLeft(Exception):
+    """Nobody waits for the answer any more."""
+
+
+def event(content: object) -> bytes:
+    """One server-sent event with JSON in it."""
+    return b"data: " + _encode(content) + b"\n\n"
+
+
+def json_response(content: object) -> Response:
+    """A whole JSON answer."""
+    return Response(_encode(content), media_type="application/json")
+
+
+async def until_left(request: Request, work: Awaitable[_Answer]) -> _Answer:
+    """The result of `work`. When the client leaves first, cancel it and raise ClientLeft."""
+    task = asyncio.ensure_future(work)
+    left = asyncio.ensure_future(_left(request.receive))
+    try:
+        await asyncio.wait((task, left), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientLeft
+    finally:
+        await _cancel(task, left)
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _cancel(*tasks: asyncio.Future[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class EventStream(StreamingResponse):
+    """Events as they come, ended by [DONE]. An error becomes an event; a client that leaves ends the iterator."""
+
+    def __init__(self, first: bytes, rest: AsyncGenerator[bytes]) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(rest, headers=headers, media_type="text/event-stream")
+        self._first = first
+        self._rest = rest
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send everything, unless the client leaves."""
+        task = asyncio.ensure_future(self._send(send))
+        left = asyncio.ensure_future(_left(receive))
+        try:
+            await asyncio.wait((task, left), return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                task.result()
+        finally:
+            await _cancel(task, left)
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await _body(send, self._first)
+        try:
+            async with aclosing(self._rest) as rest:
+                async for chunk in rest:
+                    await _body(send, chunk)
+        except Exception as error:
+            await _body(send, event(failure_of(error).body()))
+        await _body(send, DONE)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _body(send: Send, chunk: bytes) -> None:
+    await send({"type": "http.response.body", "body": chunk, "more_body": True})
