@@ -193,7 +193,9 @@ def _listed(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
 def _whole(params: SamplingParams) -> SamplingParams:
     """The same wishes, answered once at the end."""
     if not isinstance(params, SamplingParams):
-        raise ValidationError(f"sampling_params must be SamplingParams, found {type(params).__name__}", "sampling_params")
+        raise ValidationError(
+            f"sampling_params must be SamplingParams, found {type(params).__name__}", "sampling_params"
+        )
     return replace(params, output_kind=RequestOutputKind.FINAL_ONLY)
 
 

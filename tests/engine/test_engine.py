@@ -335,7 +335,10 @@ def test_a_tokenizer_that_fails_ends_its_request_only():
         ({"prompt": "x", "cache_salt": ""}, "cache_salt"),
         (b"bytes", "must be a string, a list"),
         (None, "must be a string, a list"),
-        ("x" * 40, r"plus the number of requested output tokens \(at least 1\) is longer than the maximum model length"),
+        (
+            "x" * 40,
+            r"plus the number of requested output tokens \(at least 1\) is longer than the maximum model length",
+        ),
         ("x" * 41, "is longer than the maximum model length of 40"),
         ("\ud800", "surrogate|Unicode|utf-8"),
     ],

@@ -104,11 +104,11 @@ class Completion:
     def output(self, delta: bool) -> CompletionOutput:
         """What to show now: everything, or only what is new since the last call with delta=True."""
         text = "" if self._stream is None else self._stream.text
-        if not delta:
-            token_ids, logprobs = list(self.token_ids), self.logprobs and list(self.logprobs)
-        else:
-            token_ids, logprobs = self.token_ids[self._sent_tokens :], self.logprobs and self.logprobs[self._sent_tokens :]
-            self._sent_tokens, self._sent_text, text = len(self.token_ids), len(text), text[self._sent_text :]
+        first_token, first_character = (self._sent_tokens, self._sent_text) if delta else (0, 0)
+        if delta:
+            self._sent_tokens, self._sent_text = len(self.token_ids), len(text)
+        text, token_ids = text[first_character:], self.token_ids[first_token:]
+        logprobs = None if self.logprobs is None else self.logprobs[first_token:]
         return CompletionOutput(
             self.index,
             text,

@@ -79,9 +79,7 @@ def page_groups(config: EngineConfig, layout: ModelLayout) -> tuple[GroupSpec, .
     )
 
 
-def scheduler_options(
-    config: EngineConfig, layout: ModelLayout, groups: tuple[GroupSpec, ...]
-) -> SchedulerOptions:
+def scheduler_options(config: EngineConfig, layout: ModelLayout, groups: tuple[GroupSpec, ...]) -> SchedulerOptions:
     """What the scheduler must know."""
     schedule = config.options.schedule
     return SchedulerOptions(

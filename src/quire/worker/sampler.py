@@ -119,7 +119,9 @@ class Sampler:
         else:
             slots = rows.slots.index_select(0, picked)
             settings = (self._temperature, self._top_k, self._top_p, self._min_p)
-            source = filtered(scores.index_select(0, picked).float(), *(item.index_select(0, slots) for item in settings))
+            source = filtered(
+                scores.index_select(0, picked).float(), *(item.index_select(0, slots) for item in settings)
+            )
         chosen = tokens.index_select(0, picked).clamp_(min=0)
         entries = token_logprobs(source, chosen, wanted[asking].tolist(), self._mode)
         return dict(zip(asking.tolist(), entries, strict=True))
