@@ -67,7 +67,7 @@ def tale_openings(books: list[Book], longest: int = 700) -> list[str]:
     openings = []
     for book in books:
         for title, *following in zip(book.paragraphs, book.paragraphs[1:], book.paragraphs[2:], strict=False):
-            if _TALE_TITLE.match(title) and not _TALE_TITLE.match(following[0]):
+            if _TALE_TITLE.match(title) and len(following[0]) > 80:
                 openings.append(_whole_sentences(" ".join(following), longest))
     return [opening for opening in openings if len(opening) > 100]
 

@@ -11,7 +11,19 @@ from random import Random
 from typing import Any
 
 from . import tales
-from .words import ADJECTIVES, BEASTS, CITIES, COLOURS, NAMES, PEOPLE, PLACES, SKIES, THINGS, TRADES
+from .words import (
+    ADJECTIVES,
+    BEASTS,
+    CITIES,
+    COLOURS,
+    NAMES,
+    PEOPLE,
+    PLACES,
+    SKIES,
+    THINGS,
+    TRADES,
+    with_article,
+)
 
 Message = dict[str, Any]
 Tool = dict[str, Any]
@@ -91,7 +103,7 @@ def retell(random: Random, material: Material) -> Exercise:
 def count(random: Random, material: Material) -> Exercise:
     if random.random() < 0.3:
         things = random.sample(THINGS, random.randint(2, 7))
-        listed = ", ".join(f"a {thing}" for thing in things)
+        listed = ", ".join(map(with_article, things))
         return _simple("count", f"How many things are these: {listed}?", f"{len(things)}.")
     low = random.randint(1, 40)
     high = low + random.randint(2, 9)
@@ -199,7 +211,10 @@ def tool_call(random: Random, material: Material) -> Exercise:
     tools = [tool, *others]
     random.shuffle(tools)
     name = tool["function"]["name"]
-    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": name, "arguments": arguments}}]}
+    call = {
+        "role": "assistant",
+        "tool_calls": [{"type": "function", "function": {"name": name, "arguments": arguments}}],
+    }
     messages: list[Message] = [{"role": "user", "content": question}, call]
     if random.random() < 0.35:
         messages += [{"role": "tool", "content": said}, {"role": "assistant", "content": answer}]
@@ -227,7 +242,10 @@ def reading(random: Random, material: Material) -> Exercise:
 
 
 SMALL_TALK = (
-    (("Hello!", "Good day!", "Hi!", "Good morning.", "Hello, how are you?"), "Good day to you! I am well. Shall I tell a tale?"),
+    (
+        ("Hello!", "Good day!", "Hi!", "Good morning.", "Hello, how are you?"),
+        "Good day to you! I am well. Shall I tell a tale?",
+    ),
     (("Who are you?", "What are you?", "What is your name?"), "I am quire-tale, a small model that tells tales."),
     (("What can you do?", "How can you help me?"), "I can tell a tale, count, add small numbers and answer in JSON."),
     (("Thank you!", "Thanks.", "That was a fine tale."), "You are welcome, my friend."),

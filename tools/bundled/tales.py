@@ -5,7 +5,7 @@ They hang together because one set of choices fills the whole tale, so that a sm
 
 from random import Random
 
-from .words import ADJECTIVES, BEASTS, COLOURS, PEOPLE, PLACES, THINGS
+from .words import ADJECTIVES, BEASTS, COLOURS, PEOPLE, PLACES, THINGS, with_article
 
 _BEGINNINGS = (
     "Once upon a time there was {a_hero} who lived near {place}.",
@@ -26,13 +26,13 @@ _SETTINGS_OUT = (
 )
 _MEETINGS = (
     "There stood {a_friend}, who said, 'Where are you going?' 'I am looking for the {thing},' said the {hero}.",
-    "On the way there sat {a_friend}. 'What are you looking for?' asked the {friend}. 'For a {thing},' said the {hero}.",
+    "On the way there sat {a_friend}. 'What do you seek?' asked the {friend}. 'A {thing},' said the {hero}.",
     "Soon {a_friend} came by and said, 'Why are you so sad?' 'Because I have no {thing},' answered the {hero}.",
 )
 _TRIALS = (
     "'Give me some of your bread,' said the {friend}, 'and I will help you.' The {hero} gave all the bread gladly.",
     "'Stay with me for three days,' said the {friend}, 'and do what I tell you.' And the {hero} did so.",
-    "'You must not look behind you,' said the {friend}, 'or it will go ill with you.' And the {hero} did not look back.",
+    "'You must not look behind you,' said the {friend}, 'or it will go ill with you.' The {hero} did not look back.",
 )
 _FINDINGS = (
     "Then the {friend} opened a door, and there lay the {thing}, shining like the sun.",
@@ -41,13 +41,9 @@ _FINDINGS = (
 )
 _ENDS = (
     "So the {hero} went home full of joy, and they lived happily together till the end of their days.",
-    "The {hero} thanked the {friend} with all his heart, and from that day on they were good friends.",
+    "The {hero} thanked the {friend} with a full heart, and from that day on they were good friends.",
     "Then all sorrow was at an end, and if they have not died, they are living still.",
 )
-
-
-def _with_article(words: str) -> str:
-    return ("an " if words[0] in "aeiou" else "a ") + words
 
 
 def made_up(random: Random, hero: str) -> str:
@@ -57,8 +53,8 @@ def made_up(random: Random, hero: str) -> str:
     choices = {
         "hero": hero,
         "friend": friend,
-        "a_hero": _with_article(f"{random.choice(ADJECTIVES)} {hero}"),
-        "a_friend": _with_article(f"{random.choice(ADJECTIVES)} {friend}"),
+        "a_hero": with_article(f"{random.choice(ADJECTIVES)} {hero}"),
+        "a_friend": with_article(f"{random.choice(ADJECTIVES)} {friend}"),
         "thing": f"{random.choice(COLOURS)} {random.choice(THINGS)}",
         "place": f"the {near}",
         "far": f"the {far}",
