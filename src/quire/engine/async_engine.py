@@ -64,9 +64,14 @@ class AsyncEngine:
         self._thread: threading.Thread | None = None
 
     @classmethod
-    def from_options(cls, options: EngineOptions, observer: Observer | None = None) -> AsyncEngine:
-        """Load a model and start its thread."""
-        running = cls(Engine.from_options(options, observer))
+    def from_options(
+        cls,
+        options: EngineOptions,
+        observer: Observer | None = None,
+        on_phase: Callable[[str, float], None] | None = None,
+    ) -> AsyncEngine:
+        """Load a model and start its thread; `on_phase` is told each phase of the start and its seconds."""
+        running = cls(Engine.from_options(options, observer, on_phase))
         running.start()
         return running
 

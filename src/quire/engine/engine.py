@@ -39,6 +39,7 @@ class EngineSettings:
     max_num_queued_reqs: int | None = None
     max_num_queued_tokens: int | None = None
     with_metrics: bool = True  # fill RequestOutput.metrics
+    model_names: tuple[str, ...] = ()  # under which clients know the model; the first one is reported
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +81,24 @@ class Engine:
         self._generations: dict[str, Generation] = {}
         self._completions: dict[str, Completion] = {}  # live ones, by their id in the core
         self._ready: list[RequestOutput] = []  # outputs that came about outside of a step
+        self._aborted: list[FinishedRequest] = []  # since the last step, for the observer
         self._numbers = count()
 
     @classmethod
-    def from_options(cls, options: EngineOptions, observer: Observer | None = None) -> Engine:
-        """Find, load and start a model. Raises ConfigError, ModelError or CapacityError."""
+    def from_options(
+        cls,
+        options: EngineOptions,
+        observer: Observer | None = None,
+        on_phase: Callable[[str, float], None] | None = None,
+    ) -> Engine:
+        """Find, load and start a model; `on_phase` is told each phase and its seconds.
+
+        Raises ConfigError, ModelError or CapacityError.
+        """
         # Imported here: torch and the model come with it, and an Engine over another executor needs neither.
         from quire.engine.start import start_engine
 
-        return start_engine(options, observer)
+        return start_engine(options, observer, on_phase)
 
     # ---------------------------------------------------------------- requests in
 
@@ -209,6 +219,7 @@ class Engine:
                     self._core.abort(completion.core_id)
                     completion.push(Event(completion.core_id, finish_reason="abort"))
                     self._end(completion)
+                    self._aborted.append(_finished(completion, self._clock()))
                     changed.append(completion)
             self._ready.extend(self._outputs({request_id: changed}))
 
@@ -222,7 +233,8 @@ class Engine:
         """Run one step of the engine and return what changed. A failed request ends with finish_reason "error"."""
         events = self._core.step()
         now = self._clock()
-        notes = _StepNotes()
+        notes = _StepNotes(self._aborted)
+        self._aborted = []
         changed: dict[str, list[Completion]] = {}
         for event in events:
             completion = self._completions.get(event.request_id)
@@ -304,13 +316,13 @@ class _StepNotes:
 
     __slots__ = ("between", "cached", "finished", "first", "generated", "prompt")
 
-    def __init__(self) -> None:
+    def __init__(self, finished: list[FinishedRequest]) -> None:
         self.prompt = 0
         self.cached = 0
         self.generated = 0
         self.first: list[float] = []
         self.between: list[float] = []
-        self.finished: list[FinishedRequest] = []
+        self.finished = finished
 
     def tokens(self, completion: Completion, event: Event, now: float) -> None:
         """Note tokens that came, before the completion takes them in."""

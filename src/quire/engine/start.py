@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from quire import sizing
@@ -30,16 +30,19 @@ from quire.text.tokenizer import Tokenizer, load_tokenizer
 logger = logging.getLogger(__name__)
 
 
-def start_engine(options: EngineOptions, observer: Observer | None = None) -> Engine:
+OnPhase = Callable[[str, float], None]  # told each phase's name and its seconds
+
+
+def start_engine(options: EngineOptions, observer: Observer | None = None, on_phase: OnPhase | None = None) -> Engine:
     """An Engine over one worker in this process. Raises ConfigError, ModelError or CapacityError."""
-    with phase("resolving options"):
+    with phase("resolving options", on_phase):
         config = resolve(options)
-    with phase("loading the tokenizer"):
+    with phase("loading the tokenizer", on_phase):
         tokenizer = open_tokenizer(config)
-    with phase("loading the model"):
+    with phase("loading the model", on_phase):
         executor = LocalExecutor(load_worker(config), threaded=config.max_in_flight > 1)
         layout: ModelLayout = executor.call("load")
-    with phase("taking memory for pages"):
+    with phase("taking memory for pages", on_phase):
         groups = page_groups(config, layout)
         executor.call("configure", groups)
     core = EngineCore(Scheduler(scheduler_options(config, layout, groups)), executor, config.max_in_flight)
@@ -47,11 +50,14 @@ def start_engine(options: EngineOptions, observer: Observer | None = None) -> En
 
 
 @contextmanager
-def phase(name: str) -> Iterator[None]:
-    """Log how long a phase of start-up took."""
+def phase(name: str, on_phase: OnPhase | None = None) -> Iterator[None]:
+    """Log how long a phase of start-up took, and tell whoever wants to know."""
     began = time.perf_counter()
     yield
-    logger.info("%s took %.2f s", name, time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    logger.info("%s took %.2f s", name, seconds)
+    if on_phase is not None:
+        on_phase(name, seconds)
 
 
 def open_tokenizer(config: EngineConfig) -> Tokenizer | None:
@@ -109,6 +115,7 @@ def engine_settings(config: EngineConfig, layout: ModelLayout, tokenizer: Tokeni
         max_num_queued_reqs=options.schedule.max_num_queued_reqs,
         max_num_queued_tokens=options.schedule.max_num_queued_tokens,
         with_metrics=not options.observe.disable_log_stats,
+        model_names=config.served_model_names,
     )
 
 
