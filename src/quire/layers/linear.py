@@ -6,6 +6,8 @@ last one has come, and the buffer is dropped: loading needs the model's weights 
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from functools import partial
 
@@ -96,7 +98,7 @@ class Linear(nn.Module):
             whole = self._weight if kind == "weight" else self._bias
             if whole is None:
                 shape = (self.out_features, self.in_features) if kind == "weight" else (self.out_features,)
-                whole = torch.empty(shape, dtype=self.dtype, device=self.device)
+                whole = _gathering(shape, self.dtype, self.device)
             start = sum(self.sizes[:index])
             whole[start : start + self.sizes[index]].copy_(tensor)
         if kind == "weight":
@@ -107,3 +109,15 @@ class Linear(nn.Module):
         if not self._missing:
             self.packed = self._ops.pack_linear(self._weight, self._bias)
             self._weight = self._bias = None
+
+
+def _gathering(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Uninitialized memory to gather siblings in.
+
+    On a CPU a large one is a mapping of its own, which goes back to the system when dropped. The allocator would keep
+    the hole and let small tensors settle in it, and loading would take a fifth more than the weights.
+    """
+    nbytes = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or nbytes < 1 << 16:
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=dtype).view(shape)

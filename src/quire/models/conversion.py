@@ -146,7 +146,8 @@ def _converted(model: Any, checkpoint: Checkpoint, target: str, recipe: _Recipe)
     rule = recipe.rule
     assert rule is not None
     for source, pattern in zip(recipe.sources, recipe.patterns, strict=True):
-        rule.add_tensor(target, source, pattern, partial(checkpoint.read, source))
+        # The library takes a function in place of a future: the tensor is read when the rule runs.
+        rule.add_tensor(target, source, pattern, partial(checkpoint.read, source))  # type: ignore[arg-type]
     try:
         made = rule.convert(target, model=model, config=model.config, hf_quantizer=None, loading_info=None)
     except CheckpointError:

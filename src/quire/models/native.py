@@ -277,6 +277,7 @@ class Layer(nn.Module):
             return {**found, **_mlp_targets("mlp.", self.mlp)}
         found.update(_merged("mlp.", ("gate",), self.mlp.router))
         for number, block in enumerate(self.mlp.experts.blocks):
+            assert isinstance(block, GatedMLP)
             found.update(_mlp_targets(f"mlp.experts.{number}.", block))
         return found
 
