@@ -5,9 +5,12 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMPS := .stamps
-PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP    := $(BIN)/python -m pip --disable-pip-version-check -qq
 NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -type f 2>/dev/null)
 ARGS   ?=
+
+# Packages are installed without byte code, which is made when a module is first used: most of it never is.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup serve test check soak gpu-check bench clean
 
@@ -31,7 +34,6 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV)
 	@mkdir -p $(STAMPS)
 
-# Byte code is made when a module is first used: most of it never is.
 $(STAMPS)/packages: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing packages"
 	@mkdir -p $(STAMPS)
