@@ -1,0 +1,259 @@
+"""run_server: from options to a listening server, and an orderly end. The command line only calls it.
+
+The address is taken before the model is loaded, so that a port in use is known at once; SIGTERM lets running requests
+finish within shutdown_timeout.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+import quire
+from quire.config import EngineOptions, ServeOptions
+from quire.core.stats import Stats
+from quire.engine.async_engine import AsyncEngine
+from quire.engine.metrics import Metrics
+from quire.engine.observe import StepFigures
+from quire.env import api_keys
+from quire.errors import ConfigError
+from quire.serve.app import create_app
+from quire.serve.auth import check_bind
+from quire.serve.service import ModelCard, Service, fingerprint
+
+logger = logging.getLogger(__name__)
+
+REPORT_SECONDS = 10.0
+WATCH_SECONDS = 0.5
+HEADER_BYTES = 4 * 2**20
+LAST_WORDS_SECONDS = 5.0  # that aborted requests get to send their ends
+
+
+@dataclass(slots=True)
+class StartReport:
+    """The phases of a start with their seconds, for the lines that greet the user."""
+
+    began: float
+    phases: list[tuple[str, float]] = field(default_factory=list)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Note a phase."""
+        self.phases.append((name, seconds))
+
+    def lines(self, address: str, model: str, key_needed: bool) -> list[str]:
+        """What to print when the server is ready."""
+        shown = "".join(f"\n  {name:<26} {seconds:6.2f} s" for name, seconds in self.phases)
+        key = ' -H "Authorization: Bearer $QUIRE_API_KEY"' if key_needed else ""
+        body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Tell me a tale."}}]}}'
+        return [
+            f"quire {quire.__version__} serves {model} at {address}",
+            f"Ready after {time.perf_counter() - self.began:.2f} s:{shown}",
+            "Try it:",
+            f"  curl {address}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'",
+        ]
+
+
+def run_server(engine_options: EngineOptions, options: ServeOptions, began: float | None = None) -> int:
+    """Serve until SIGINT or SIGTERM; returns the exit status: 0 after an orderly end, 1 when the engine died.
+
+    `began` is the time.perf_counter() at which the process started its work. Raises ConfigError, ModelError and
+    CapacityError before anything is served.
+    """
+    report = StartReport(time.perf_counter() if began is None else began)
+    if began is not None:
+        report.add("importing", time.perf_counter() - began)
+    keys = options.api_key or api_keys()
+    if options.uds is None:
+        check_bind(options.host, keys, options.allow_insecure)
+    listener = bind(options)
+    try:
+        observer = None if engine_options.observe.disable_log_stats else _LateMetrics()
+        engine = AsyncEngine.from_options(engine_options, observer, report.add)
+        settings = engine.engine.settings
+        names = settings.model_names or (engine_options.model.model or "bundled",)
+        metrics = None
+        if observer is not None:
+            metrics = observer.metrics = Metrics(names[0], settings.max_model_len)
+            metrics.set_config({**asdict(engine_options.cache), "num_gpu_blocks": engine.engine.stats().pages})
+        card = ModelCard(
+            names=names,
+            max_model_len=settings.max_model_len,
+            root=_root(engine_options),
+            defaults=settings.default_params,
+            fingerprint=fingerprint(quire.__version__, engine_options),
+        )
+        service = Service(engine, card, options, None if metrics is None else metrics.registry)
+        return asyncio.run(_serve(service, keys, listener, report, metrics))
+    finally:
+        listener.close()
+
+
+def bind(options: ServeOptions) -> socket.socket:
+    """The socket to listen on, taken but not yet listening. Raises ConfigError when it cannot be had."""
+    address: str | tuple[str, int]
+    if options.uds is not None:
+        family, address, shown = socket.AF_UNIX, options.uds, options.uds
+        _remove_stale(options.uds)
+    else:
+        is_v6 = ":" in options.host
+        family = socket.AF_INET6 if is_v6 else socket.AF_INET
+        address, shown = (options.host.strip("[]"), options.port), f"{options.host}:{options.port}"
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        if options.uds is None:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise ConfigError(
+            f"Cannot listen on {shown}: {error}. Choose another address with --host and --port (0 takes a free one), "
+            "or stop what uses it."
+        ) from error
+    return listener
+
+
+def _remove_stale(path: str) -> None:
+    """Remove a socket file that nobody listens on any more."""
+    if not Path(path).is_socket():
+        return
+    probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        probe.connect(path)
+    except ConnectionRefusedError:
+        Path(path).unlink()
+    except OSError:
+        pass  # bind says what is wrong
+    finally:
+        probe.close()
+
+
+def _root(options: EngineOptions) -> str:
+    """What /v1/models tells of the model's origin: a hub id, or a folder's name without its path."""
+    model = options.model.model
+    if model is None:
+        return "bundled"
+    return Path(model).name if Path(model).exists() else model
+
+
+@dataclass(slots=True)
+class _LateMetrics:
+    """The observer of an engine whose model's name is known only when it has started."""
+
+    metrics: Metrics | None = None
+
+    def observe(self, stats: Stats, figures: StepFigures) -> None:
+        """Pass on."""
+        if self.metrics is not None:
+            self.metrics.observe(stats, figures)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, greeting when it listens and letting requests finish when it shall stop."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, greeting: list[str]) -> None:
+        super().__init__(config)
+        self._service = service
+        self._greeting = greeting
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, then tell the user."""
+        await super().startup(sockets)
+        if self.started:
+            print("\n".join(self._greeting), flush=True)
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """Stop taking requests; those that run may finish. A second signal ends them.
+
+        The signal is dealt with here and not raised again afterwards: an orderly end is not a death by signal.
+        """
+        logger.info("signal %d: no new requests; %d may finish", sig, self._service.requests)
+        self._service.draining = True
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Wait for running requests up to the timeout, then end them properly, then close."""
+        closer = asyncio.create_task(self._end_late_requests())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            closer.cancel()
+
+    async def _end_late_requests(self) -> None:
+        await asyncio.sleep(self._service.options.shutdown_timeout)
+        if self._service.live:
+            logger.warning("%d requests did not finish in time and are ended", len(self._service.live))
+            await self._service.engine.abort(tuple(self._service.live))
+
+
+async def _serve(
+    service: Service, keys: tuple[str, ...], listener: socket.socket, report: StartReport, metrics: Metrics | None
+) -> int:
+    options = service.options
+    config = uvicorn.Config(
+        create_app(service, keys),
+        log_level=options.uvicorn_log_level,
+        log_config=None,
+        access_log=options.uvicorn_log_level in ("info", "debug", "trace"),
+        lifespan="off",
+        h11_max_incomplete_event_size=HEADER_BYTES,
+        timeout_graceful_shutdown=int(options.shutdown_timeout + LAST_WORDS_SECONDS),
+        server_header=False,
+    )
+    greeting = report.lines(_address(options, listener), service.card.names[0], bool(keys))
+    server = _Server(config, service, greeting)
+    tasks = [asyncio.create_task(_watch(server, service))]
+    if metrics is not None:
+        tasks.append(asyncio.create_task(_report(metrics)))
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        for task in tasks:
+            task.cancel()
+        died = not service.engine.is_running
+        await service.engine.close()
+    return 1 if died else 0
+
+
+def _address(options: ServeOptions, listener: socket.socket) -> str:
+    if options.uds is not None:
+        return f"--unix-socket {options.uds} http://localhost"
+    host, port = listener.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):
+        host = "127.0.0.1"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+async def _watch(server: _Server, service: Service) -> None:
+    """An engine that died takes the server with it, so that whoever supervises the process can start it again."""
+    while service.engine.is_running:
+        await asyncio.sleep(WATCH_SECONDS)
+    logger.critical("the engine has stopped; the server ends with status 1")
+    server.should_exit = True
+
+
+async def _report(metrics: Metrics) -> None:
+    """Log the throughput while there is any."""
+    before = metrics.totals()
+    while True:
+        await asyncio.sleep(REPORT_SECONDS)
+        now, stats = metrics.totals(), metrics.stats
+        if now != before:
+            hits = stats.cache_hits / stats.cache_queries if stats.cache_queries else 0.0
+            logger.info(
+                "%.1f prompt tokens/s, %.1f output tokens/s, %d running, %d waiting, %.0f%% of pages, %.0f%% prefix hits",
+                (now[0] - before[0]) / REPORT_SECONDS,
+                (now[1] - before[1]) / REPORT_SECONDS,
+                stats.running,
+                stats.waiting,
+                100 * stats.page_usage,
+                100 * hits,
+            )
+        before = now
