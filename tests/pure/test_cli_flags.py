@@ -106,7 +106,7 @@ def test_unreadable_config_file(capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "part"),
     [
         (["--max-model-lenght", "3"], "Did you mean --max-model-len?"),
-        (["--enforce-eager"], "Leave it out"),
+        (["--attention-backend", "X"], "Leave it out"),
         (["--mem_fraction_static", "0.5"], "use --gpu-memory-utilization"),
         (["--dtype", "float64"], "invalid choice"),
         (["--max-num-seqs", "lots"], "whole number"),
@@ -124,6 +124,13 @@ def test_mistakes_are_explained(words: list[str], part: str, capsys: pytest.Capt
 def test_task_is_a_deprecated_alias(caplog: pytest.LogCaptureFixture) -> None:
     assert options_of("--task", "generate", "m").model.model == "m"
     assert "deprecated" in caplog.text
+
+
+def test_flags_without_effect_are_passed_over(caplog: pytest.LogCaptureFixture) -> None:
+    options = options_of("--enforce-eager", "--swap_space", "4", "--tokenizer-mode=auto", "some/model", "--seed", "3")
+    assert (options.model.model, options.model.seed) == ("some/model", 3)
+    assert "--enforce-eager has no effect" in caplog.text
+    assert "--swap-space has no effect" in caplog.text
 
 
 def test_sampling_flags_keep_only_what_was_given() -> None:

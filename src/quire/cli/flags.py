@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields
@@ -16,8 +17,10 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from quire.cli.foreign import FOREIGN_FLAGS
+from quire.cli.foreign import FOREIGN_FLAGS, IGNORED
 from quire.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 _SCALE = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -45,7 +48,7 @@ class FlagParser(argparse.ArgumentParser):
         """Parse flags in all the forms this module understands. Prints a usage error and exits with 2."""
         try:
             tokens = [_dashed(token) for token in with_config_file(list(argv))]
-            tokens = gather_dotted(tokens)
+            tokens = gather_dotted(without_ignored(tokens))
             found, rest = self.parse_known_args(tokens)
             if rest:
                 self.error(self._unknown(rest[0]))
@@ -165,6 +168,22 @@ def _dashed(token: str) -> str:
     flag, equals, value = token.partition("=")
     name, dot, keys = flag.partition(".")
     return name.replace("_", "-") + dot + keys + equals + value
+
+
+def without_ignored(tokens: list[str]) -> list[str]:
+    """Leave out flags of other engines that change nothing here, and say so."""
+    kept: list[str] = []
+    words = iter(tokens)
+    for token in words:
+        name, equals, _ = token.removeprefix("--").partition("=")
+        values = IGNORED.get(name) if token.startswith("--") else None
+        if values is None:
+            kept.append(token)
+            continue
+        logger.warning("--%s has no effect here and can be left out.", name)
+        for _ in range(0 if equals else values):
+            next(words, None)
+    return kept
 
 
 def gather_dotted(tokens: list[str]) -> list[str]:
