@@ -308,10 +308,10 @@ def sample(
     divisor = torch.where(greedy, 1.0, temperature.float())[:, None]
     weights = torch.exp((wide - wide.amax(-1, keepdim=True)) / divisor)
     weights = torch.where(weights >= min_p.to(weights)[:, None], weights, 0.0)
-    ordered, order = weights.sort(dim=-1, descending=True, stable=True)
+    scores, order = wide.sort(dim=-1, descending=True, stable=True)
     last = torch.where(top_k > 0, top_k, logits.shape[1]).clamp(max=logits.shape[1]).long() - 1
-    bound = ordered.gather(1, last[:, None])
-    ordered = torch.where(ordered >= bound, ordered, 0.0).double()
+    bound = scores.gather(1, last[:, None])
+    ordered = torch.where(scores >= bound, weights.gather(1, order), 0.0).double()
     before = ordered.cumsum(-1) - ordered
     share = top_p.double()[:, None]
     chosen = (before < share * ordered.sum(-1, keepdim=True)) | (share >= 1)

@@ -1,7 +1,8 @@
 """Ops: the table of all kernels for one device, the reference overridden by the device's own module.
 
-A backend is a module with functions of the same names and signatures as kernels/reference.py; what it lacks, the
-reference does. This file knows which module belongs to which device, and nothing about what the functions do.
+A backend is a module with functions of the same names and signatures as kernels/reference.py, or with a function
+`load` that returns an object with such functions; what it lacks, the reference does. This file knows which module
+belongs to which device, and nothing about what the functions do.
 """
 
 from __future__ import annotations
@@ -51,9 +52,9 @@ def load_ops(device: str | torch.device) -> Ops:
         )
     # Imported when asked for: a backend brings heavy packages or a native library that other devices do not have.
     module = importlib.import_module(BACKENDS[kind])
-    return Ops(**{field.name: getattr(module, field.name, getattr(reference, field.name)) for field in fields(Ops)})
+    return ops_of(module.load() if hasattr(module, "load") else module)
 
 
-def reference_ops() -> Ops:
-    """The plain PyTorch ops, on any device: the oracle."""
-    return Ops(**{field.name: getattr(reference, field.name) for field in fields(Ops)})
+def ops_of(backend: object) -> Ops:
+    """The table of one backend; with `reference` itself, the oracle, on any device."""
+    return Ops(**{field.name: getattr(backend, field.name, getattr(reference, field.name)) for field in fields(Ops)})

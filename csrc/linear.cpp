@@ -1,0 +1,194 @@
+// Linear layers: out = x * weight^T + bias with weights that were packed once into panels of 16 outputs.
+//
+//   weight [N][K]                 packed [N / 16 panels][K steps]; a step is 64 bytes, see tile.h
+//
+//     n ->   0   15 16  31           panel 0: k = 0 | 1 | 2 | ...     one stream that is read from start to end
+//   row 0  +------+------+           panel 1: k = 0 | 1 | 2 | ...
+//   ...    |panel0|panel1|           N is filled up with zero outputs, K (bf16: to an even number) with zero values
+//
+// For many rows the product is cut so that what is used again stays near: a block of up to BLOCK_ROWS rows of x is packed
+// (tile by tile, k after k), and for each item of GROUP panels
+//
+//     for a block of STEPS steps of k                        x: rows * STEPS values stay in L2
+//         for each panel of the group                        weights: STEPS * 64 bytes stay in L1
+//             for each tile of rows:  C += x tile * panel    C: rows * 64 floats, between the blocks in L2
+#include <algorithm>
+
+#include "quire.h"
+#include "threads.h"
+#include "tile.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace quire {
+namespace {
+
+constexpr long GROUP = BLOCK_COLUMNS / PANEL;
+constexpr long ITEM_ROWS = 192;   // rows of one item
+constexpr long BLOCK_ROWS = 768;  // rows that are packed at a time
+template <class T>
+constexpr long STEPS = Dot<T>::DEPTH == 2 ? 128 : 256;
+
+template <class T>
+long panel_elements(long k) {
+    return ceil_div(k, Dot<T>::DEPTH) * Dot<T>::STEP_B;
+}
+
+template <class T>
+void pack(const T* weight, long stride, long n, long k, T* packed) {
+    const long panel = panel_elements<T>(k), depth = Dot<T>::DEPTH;
+    for_each_item(ceil_div(n, PANEL), n * k > 1 << 16, [&](long p) {
+        T* out = packed + p * panel;
+        const long columns = std::min<long>(PANEL, n - p * PANEL);
+        if (columns < PANEL || k % depth) std::memset(out, 0, size_t(panel) * sizeof(T));
+        const T* rows = weight + p * PANEL * stride;
+        for (long s = 0; s < k / depth; s++)
+            for (long j = 0; j < columns; j++)
+                std::memcpy(out + (s * PANEL + j) * depth, rows + j * stride + s * depth, depth * sizeof(T));
+        if (k % depth)
+            for (long j = 0; j < columns; j++) out[(k / depth * PANEL + j) * depth] = rows[j * stride + k - 1];
+    });
+}
+
+template <class T>
+void unpack(const T* packed, long n, long k, T* weight) {
+    const long panel = panel_elements<T>(k), depth = Dot<T>::DEPTH;
+    for_each_item(n, n * k > 1 << 16, [&](long row) {
+        const T* in = packed + row / PANEL * panel;
+        for (long j = 0; j < k; j++)
+            weight[row * k + j] = in[(j / depth * PANEL + row % PANEL) * depth + j % depth];
+    });
+}
+
+// ---- a block of rows
+
+template <class T>
+struct Call {
+    const typename Dot<T>::A* a;  // packed rows of the block
+    const T* packed;
+    const T* bias;
+    T* out;
+    long m, n, k;
+    long tiles;  // the m rows are cut evenly into this many tiles
+    long first_row(long tile) const { return m * tile / tiles; }
+};
+
+template <class T>
+void write_out(const Call<T>& call, const float* c, long row0, long row1, long column0, long column1) {
+    for (long row = row0; row < row1; row++, c += BLOCK_COLUMNS) {
+        T* out = call.out + row * call.n;
+        for (long j = column0; j < column1; j += W) {
+            const long rest = column1 - j;
+            F sum = load(c + j - column0);
+            if (rest >= W) {
+                if (call.bias) sum = add(sum, load(call.bias + j));
+                store(out + j, sum);
+            } else {
+                if (call.bias) sum = add(sum, load_some(call.bias + j, rest));
+                store_some(out + j, sum, rest);
+            }
+        }
+    }
+}
+
+// Tiles [tile0, tile1) of rows by panels [panel0, panel1).
+template <class T>
+void multiply_item(const Call<T>& call, long tile0, long tile1, long panel0, long panel1) {
+    const long row0 = call.first_row(tile0), row1 = call.first_row(tile1);
+    float* c = static_cast<float*>(scratch<Call<T>>(ITEM_ROWS * BLOCK_COLUMNS * long(sizeof(float))));
+    const long steps = ceil_div(call.k, Dot<T>::DEPTH), panel = panel_elements<T>(call.k);
+    const long block = tile1 - tile0 == 1 ? steps : STEPS<T>;
+    long most_rows = 0;
+    for (long t = tile0; t < tile1; t++) most_rows = std::max(most_rows, call.first_row(t + 1) - call.first_row(t));
+    for (long s = 0; s < steps; s += block) {
+        const long length = std::min(block, steps - s);
+        for (long p = panel0, width; p < panel1; p += width) {
+            width = panels_for(int(most_rows));
+            while (width > panel1 - p) width /= 2;
+            const T* panels[4];
+            for (long i = 0; i < width; i++) panels[i] = call.packed + (p + i) * panel + s * Dot<T>::STEP_B;
+            for (long t = tile0; t < tile1; t++) {
+                const long row = call.first_row(t), rows = call.first_row(t + 1) - row;
+                const auto* a = call.a + row * packed_row<T>(call.k) + s * Dot<T>::STEP_A * rows;
+                float* corner = c + (row - row0) * BLOCK_COLUMNS + (p - panel0) * PANEL;
+                kernel_for<Multiply, T>(rows, width)(a, panels, length, corner, s == 0);
+            }
+        }
+    }
+    write_out(call, c, row0, row1, panel0 * PANEL, std::min(call.n, panel1 * PANEL));
+}
+
+template <class T>
+void linear_block(const T* x, long x_stride, Call<T> call) {
+    struct Rows;
+    auto* a = static_cast<typename Dot<T>::A*>(scratch<Rows>(call.m * packed_row<T>(call.k) * 4));
+    call.a = a;
+    call.tiles = ceil_div(call.m, MAX_ROWS);
+    for_each_item(call.tiles, call.m * call.k > 1 << 15, [&](long t) {
+        const long row = call.first_row(t), rows = call.first_row(t + 1) - row;
+        pack_rows<T>([&](int i) { return x + (row + i) * x_stride; }, int(rows), call.k,
+                     a + row * packed_row<T>(call.k));
+    });
+    const long panels = ceil_div(call.n, PANEL), groups = ceil_div(panels, GROUP);
+    const long blocks = ceil_div(call.tiles, ITEM_ROWS / MAX_ROWS);
+    for_each_item(groups * blocks, call.m * call.n * call.k > 1 << 17, [&](long item) {
+        const long block = item / groups, group = item % groups;
+        multiply_item(call, call.tiles * block / blocks, call.tiles * (block + 1) / blocks, group * GROUP,
+                      std::min(panels, (group + 1) * GROUP));
+    });
+}
+
+template <class T>
+void linear(const T* x, long x_stride, const T* packed, const T* bias, T* out, long m, long n, long k) {
+    for (long row = 0; row < m; row += BLOCK_ROWS) {
+        const long rows = std::min(BLOCK_ROWS, m - row);
+        linear_block(x + row * x_stride, x_stride, Call<T>{nullptr, packed, bias, out + row * n, rows, n, k, 0});
+    }
+}
+
+// Large weights lie in large pages where the system allows it: fewer misses of the address cache.
+void ask_for_huge_pages(void* data, size_t bytes) {
+#if defined(__linux__)
+    const uintptr_t huge = 2 << 20, first = (uintptr_t(data) + huge - 1) / huge * huge;
+    const uintptr_t last = (uintptr_t(data) + bytes) / huge * huge;
+    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+    (void)data, (void)bytes;
+#endif
+}
+
+}  // namespace
+}  // namespace quire
+
+using namespace quire;
+
+int64_t quire_packed_size(int32_t dtype, int64_t n, int64_t k) {
+    return ceil_div(n, PANEL) * (dtype == QUIRE_BFLOAT16 ? panel_elements<bf16>(k) : panel_elements<float>(k));
+}
+
+void quire_pack_linear(int32_t dtype, const void* weight, int64_t stride, int64_t n, int64_t k, void* packed) {
+    ask_for_huge_pages(packed, size_t(quire_packed_size(dtype, n, k)) * (dtype == QUIRE_BFLOAT16 ? 2 : 4));
+    if (dtype == QUIRE_BFLOAT16)
+        pack(static_cast<const bf16*>(weight), stride, n, k, static_cast<bf16*>(packed));
+    else
+        pack(static_cast<const float*>(weight), stride, n, k, static_cast<float*>(packed));
+}
+
+void quire_unpack_linear(int32_t dtype, const void* packed, int64_t n, int64_t k, void* weight) {
+    if (dtype == QUIRE_BFLOAT16)
+        unpack(static_cast<const bf16*>(packed), n, k, static_cast<bf16*>(weight));
+    else
+        unpack(static_cast<const float*>(packed), n, k, static_cast<float*>(weight));
+}
+
+void quire_linear(int32_t dtype, const void* x, int64_t x_stride, const void* packed, const void* bias, void* out,
+                  int64_t m, int64_t n, int64_t k) {
+    if (dtype == QUIRE_BFLOAT16)
+        linear(static_cast<const bf16*>(x), x_stride, static_cast<const bf16*>(packed),
+               static_cast<const bf16*>(bias), static_cast<bf16*>(out), m, n, k);
+    else
+        linear(static_cast<const float*>(x), x_stride, static_cast<const float*>(packed),
+               static_cast<const float*>(bias), static_cast<float*>(out), m, n, k);
+}

@@ -1,0 +1,83 @@
+// The C interface of the kernels: plain functions on pointers and sizes, the same in the library of every level.
+//
+// `dtype` is 0 for float32 and 1 for bfloat16; strides and sizes count elements. Every output belongs to the caller and
+// overlaps no input. Nothing is checked here: the Python side does that. What each op means is written in
+// src/quire/kernels/reference.py.
+#pragma once
+
+#include <stdint.h>
+
+#define QUIRE_API extern "C" __attribute__((visibility("default")))
+
+enum { QUIRE_FLOAT32 = 0, QUIRE_BFLOAT16 = 1 };
+
+// ---- the team (threads.cpp). gomp_parallel: address of GOMP_parallel in the libgomp to borrow, or null.
+QUIRE_API void quire_set_threads(int32_t size, void* gomp_parallel);
+QUIRE_API void quire_fork_join(void);
+
+// ---- linear.cpp. Elements of packed weights; both layouts are drawn there.
+QUIRE_API int64_t quire_packed_size(int32_t dtype, int64_t n, int64_t k);
+QUIRE_API void quire_pack_linear(int32_t dtype, const void* weight, int64_t stride, int64_t n, int64_t k, void* packed);
+QUIRE_API void quire_unpack_linear(int32_t dtype, const void* packed, int64_t n, int64_t k, void* weight);
+QUIRE_API void quire_linear(int32_t dtype, const void* x, int64_t x_stride, const void* packed, const void* bias,
+                            void* out, int64_t m, int64_t n, int64_t k);
+
+// ---- cache.cpp, attention.cpp. A cache of one layer; pages.h draws a page.
+typedef struct {
+    void* data;
+    int64_t page_size;
+    int64_t kv_heads;
+    int64_t key_dim;
+    int64_t value_dim;
+    int32_t dtype;
+} QuireCache;
+
+QUIRE_API int64_t quire_page_size(int32_t dtype, int64_t page_size, int64_t kv_heads, int64_t key_dim,
+                                  int64_t value_dim);
+QUIRE_API void quire_write_cache(const QuireCache* cache, const void* key, int64_t key_stride, const void* value,
+                                 int64_t value_stride, const int64_t* slots, int64_t tokens);
+
+// `style` 0 turns halves, 1 neighbours. angles_dtype is that of cos and sin, which are [tokens, rotated].
+// With a cache the turned key and the value are written to it and key_out is not used.
+typedef struct {
+    const void *query, *key, *value, *cos, *sin;
+    void *query_out, *key_out;
+    const QuireCache* cache;
+    const int64_t* slots;
+    int64_t query_stride, key_stride, value_stride;
+    int64_t tokens, heads, kv_heads, dim, rotated;
+    int32_t dtype, angles_dtype, style;
+} QuireRotary;
+QUIRE_API void quire_rotary(const QuireRotary* call);
+
+typedef struct {
+    const void* query;
+    void* out;
+    const QuireCache* cache;
+    const int32_t *tables, *starts, *lengths;
+    const float* sinks;  // [heads] or null
+    int64_t query_stride, table_stride, sequences, heads;
+    int64_t window, chunk;  // 0: none
+    float scale, softcap;   // softcap 0: none
+} QuireAttention;
+QUIRE_API void quire_attention(const QuireAttention* call);
+
+// ---- rows.cpp. norm style: 0 down_then_scale, 1 scale_then_down, 2 plus_one, 3 no weight. residual: null, or added to
+// x first, the sum going to total. activation: see the enum in rows.cpp.
+QUIRE_API void quire_rms_norm(int32_t dtype, const void* x, int64_t stride, const void* residual, const void* weight,
+                              void* out, void* total, int64_t rows, int64_t dim, float eps, int32_t style);
+QUIRE_API void quire_layer_norm(int32_t dtype, const void* x, int64_t stride, const void* weight, const void* bias,
+                                void* out, int64_t rows, int64_t dim, float eps);
+QUIRE_API void quire_gated(int32_t dtype, const void* gate, const void* up, int64_t stride, void* out, int64_t rows,
+                           int64_t dim, int32_t activation);
+
+// ---- sampling.cpp
+QUIRE_API void quire_argmax(int32_t dtype, const void* logits, int64_t stride, int64_t* out, int64_t rows,
+                            int64_t vocab);
+QUIRE_API void quire_uniform(const int64_t* seeds, const int64_t* positions, double* out, int64_t rows);
+QUIRE_API void quire_sample(int32_t dtype, const void* logits, int64_t stride, const float* temperature,
+                            const int64_t* top_k, const float* top_p, const float* min_p, const double* uniform,
+                            int64_t* out, int64_t rows, int64_t vocab);
+
+// ---- level.cpp: 0 plain, 1 AVX2 and FMA, 2 AVX-512, 3 AVX-512 with BF16 and VNNI.
+QUIRE_API int32_t quire_best_level(void);

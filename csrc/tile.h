@@ -1,0 +1,185 @@
+// The heart of linear and attention: a tile of a product C += A * B that lives in registers.
+//
+//   B comes in panels of 16 columns. A panel is a run of steps, each 64 bytes (float) or 64 bytes (two bf16 per column):
+//
+//       float   step k:   [B[k][0] B[k][1] ... B[k][15]]
+//       bf16    step s:   [B[2s][0] B[2s+1][0]  B[2s][1] B[2s+1][1]  ...  B[2s][15] B[2s+1][15]]
+//
+//   A gives, for each step, one value (float) or two (bf16) per row; the rows of a tile stand `ROW` apart and the values
+//   `STEP` apart, in elements of Dot<T>::A. Levels without a bf16 dot product widen A to float once, when it is packed, and
+//   B in registers at every step.
+//
+// One accumulator per element of C, the sum over k always in ascending order: the bits of an element depend neither on
+// the shape of the tile nor on where in it the element stands.
+#pragma once
+
+#include <array>
+#include <utility>
+
+#include "simd.h"
+
+namespace quire {
+
+constexpr int PANEL = 16;
+constexpr int PANEL_VECTORS = PANEL / W;
+
+// How many rows a tile may have, and how many panels side by side keep enough sums in flight for few rows.
+#if defined(QUIRE_AVX512) || defined(QUIRE_AVX512BF16)
+constexpr int MAX_ROWS = 12;
+constexpr int panels_for(int rows) { return rows <= 3 ? 4 : 2; }
+#elif defined(QUIRE_AVX2)
+constexpr int MAX_ROWS = 6;
+constexpr int panels_for(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+#elif defined(__aarch64__)
+constexpr int MAX_ROWS = 6;
+constexpr int panels_for(int rows) { return rows == 1 ? 2 : 1; }
+#else
+constexpr int MAX_ROWS = 3;
+constexpr int panels_for(int rows) { return rows == 1 ? 2 : 1; }
+#endif
+
+constexpr int least(int a, int b) { return a < b ? a : b; }
+constexpr long ceil_div(long a, long b) { return (a + b - 1) / b; }
+
+template <class T>
+struct Dot;
+
+template <>
+struct Dot<float> {
+    using A = float;
+    static constexpr int DEPTH = 1;      // values of k per step
+    static constexpr int STEP_A = 1;     // elements of A per row and step
+    static constexpr int STEP_B = PANEL;  // elements of B per panel and step
+    template <int ROWS, int VECTORS, int ROW, int STEP>
+    static QUIRE_INLINE void step(F (&c)[ROWS][VECTORS], const float* a, const float* const* b, long offset) {
+        F w[VECTORS];
+        for (int v = 0; v < VECTORS; v++) w[v] = load(b[v / PANEL_VECTORS] + offset + v % PANEL_VECTORS * W);
+        for (int i = 0; i < ROWS; i++) {
+            F x = set1(a[i * ROW]);
+            for (int v = 0; v < VECTORS; v++) c[i][v] = fma(w[v], x, c[i][v]);
+        }
+    }
+};
+
+template <>
+struct Dot<bf16> {
+    static constexpr int DEPTH = 2;
+    static constexpr int STEP_B = 2 * PANEL;
+#if defined(QUIRE_NATIVE_DOT)
+    using A = uint32_t;  // a pair of bf16
+    static constexpr int STEP_A = 1;
+    template <int ROWS, int VECTORS, int ROW, int STEP>
+    static QUIRE_INLINE void step(F (&c)[ROWS][VECTORS], const uint32_t* a, const bf16* const* b, long offset) {
+        I w[VECTORS];
+        for (int v = 0; v < VECTORS; v++) w[v] = load_pairs(b[v / PANEL_VECTORS] + offset + v % PANEL_VECTORS * 2 * W);
+        for (int i = 0; i < ROWS; i++) {
+            I x = set1_pair(a[i * ROW]);
+            for (int v = 0; v < VECTORS; v++) c[i][v] = dot_pairs(c[i][v], w[v], x);
+        }
+    }
+#else
+    using A = float;
+    static constexpr int STEP_A = 2;
+    template <int ROWS, int VECTORS, int ROW, int STEP>
+    static QUIRE_INLINE void step(F (&c)[ROWS][VECTORS], const float* a, const bf16* const* b, long offset) {
+        F w[VECTORS];
+        for (int v = 0; v < VECTORS; v++) w[v] = even(b[v / PANEL_VECTORS] + offset + v % PANEL_VECTORS * 2 * W);
+        for (int i = 0; i < ROWS; i++) {
+            F x = set1(a[i * ROW]);
+            for (int v = 0; v < VECTORS; v++) c[i][v] = fma(w[v], x, c[i][v]);
+        }
+        for (int v = 0; v < VECTORS; v++) w[v] = odd(b[v / PANEL_VECTORS] + offset + v % PANEL_VECTORS * 2 * W);
+        for (int i = 0; i < ROWS; i++) {
+            F x = set1(a[i * ROW + STEP]);
+            for (int v = 0; v < VECTORS; v++) c[i][v] = fma(w[v], x, c[i][v]);
+        }
+    }
+#endif
+};
+
+template <class T, int ROWS, int PANELS>
+struct Tile {
+    static constexpr int VECTORS = PANELS * PANEL_VECTORS;
+    F c[ROWS][VECTORS];
+
+    QUIRE_INLINE void clear() {
+        for (int i = 0; i < ROWS; i++)
+            for (int v = 0; v < VECTORS; v++) c[i][v] = zero();
+    }
+    QUIRE_INLINE void read(const float* p, long stride) {
+        for (int i = 0; i < ROWS; i++)
+            for (int v = 0; v < VECTORS; v++) c[i][v] = load(p + i * stride + v * W);
+    }
+    QUIRE_INLINE void write(float* p, long stride) const {
+        for (int i = 0; i < ROWS; i++)
+            for (int v = 0; v < VECTORS; v++) store(p + i * stride + v * W, c[i][v]);
+    }
+    template <int ROW, int STEP>
+    QUIRE_INLINE void add_steps(const typename Dot<T>::A* a, const T* const* b, long steps) {
+        for (long s = 0; s < steps; s++)
+            Dot<T>::template step<ROWS, VECTORS, ROW, STEP>(c, a + s * STEP * Dot<T>::STEP_A, b, s * Dot<T>::STEP_B);
+    }
+};
+
+// Rows of A packed for one tile: all rows of a value of k (or of a pair) side by side, k after k.
+//     row_at(i)[k], i < rows  ->  [k rounded up to DEPTH][rows], missing values 0
+template <class T, class RowAt>
+inline void pack_rows(const RowAt& row_at, int rows, long k, typename Dot<T>::A* out) {
+    const long whole = (k + Dot<T>::DEPTH - 1) / Dot<T>::DEPTH * Dot<T>::DEPTH;
+    for (int i = 0; i < rows; i++) {
+        const T* row = row_at(i);
+        if constexpr (Dot<T>::DEPTH == Dot<T>::STEP_A) {  // A is float
+            for (long j = 0; j < k; j++) out[j * rows + i] = to_float(row[j]);
+            for (long j = k; j < whole; j++) out[j * rows + i] = 0;
+        } else {
+            for (long j = 0; j + 1 < k; j += 2) std::memcpy(&out[j / 2 * rows + i], row + j, 4);
+            if (k % 2) std::memcpy(&(out[k / 2 * rows + i] = 0), row + k - 1, sizeof(T));
+        }
+    }
+}
+
+// Values of A that one row of k takes, as pack_rows lays them out.
+template <class T>
+constexpr long packed_row(long k) {
+    return (k + Dot<T>::DEPTH - 1) / Dot<T>::DEPTH * Dot<T>::STEP_A;
+}
+
+// Every kernel keeps C in a small block of rows of 64 columns, wherever it goes in the end.
+constexpr long BLOCK_COLUMNS = 64;
+
+// C = or += (packed rows of A) * (1, 2 or 4 panels side by side).
+template <class T, int ROWS, int PANELS>
+struct Multiply {
+    static void run(const typename Dot<T>::A* a, const T* const* b, long steps, float* c, bool first) {
+        Tile<T, ROWS, PANELS> tile;
+        if (first)
+            tile.clear();
+        else
+            tile.read(c, BLOCK_COLUMNS);
+        const T* panels[PANELS];
+        for (int p = 0; p < PANELS; p++) panels[p] = b[p];
+        tile.template add_steps<1, ROWS>(a, panels, steps);
+        tile.write(c, BLOCK_COLUMNS);
+    }
+};
+
+// A table of Kernel<T, rows, panels>::run by the number of rows; null where so many panels are never used.
+template <template <class, int, int> class Kernel, class T, int PANELS, int... ROW>
+constexpr auto table_of(std::integer_sequence<int, ROW...>) {
+    using Function = decltype(&Kernel<T, 1, 1>::run);
+    std::array<Function, MAX_ROWS + 1> table{};
+    ((PANELS <= panels_for(ROW + 1) ? void(table[ROW + 1] = &Kernel<T, ROW + 1, least(PANELS, panels_for(ROW + 1))>::run)
+                                    : void()),
+     ...);
+    return table;
+}
+
+template <template <class, int, int> class Kernel, class T>
+auto kernel_for(long rows, long panels) {
+    using Rows = std::make_integer_sequence<int, MAX_ROWS>;
+    static constexpr auto one = table_of<Kernel, T, 1>(Rows{}), two = table_of<Kernel, T, 2>(Rows{}),
+                          four = table_of<Kernel, T, 4>(Rows{});
+    return panels == 4 ? four[rows] : panels == 2 ? two[rows] : one[rows];
+}
+
+}  // namespace quire

@@ -1,0 +1,160 @@
+"""The native library: which level this machine gets, its functions with prepared argument types, and its threads.
+
+It knows the C interface of csrc/quire.h and nothing of tensors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import math
+import os
+from ctypes import c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+
+from quire import env
+from quire.errors import ConfigError
+
+LEVELS = ("plain", "avx2", "avx512", "avx512bf16")  # ascending; the index is what quire_best_level returns
+FOLDER = Path(__file__).parent
+logger = logging.getLogger(__name__)
+
+_P, _I, _L, _F = c_void_p, c_int32, c_int64, c_float
+# Argument types by function. `long` ones may work for milliseconds and let other Python threads run meanwhile; the
+# others hold the interpreter, because waiting for it again would take longer than they do.
+LONG_FUNCTIONS = {
+    "quire_pack_linear": (_I, _P, _L, _L, _L, _P),
+    "quire_unpack_linear": (_I, _P, _L, _L, _P),
+    "quire_linear": (_I, _P, _L, _P, _P, _P, _L, _L, _L),
+    "quire_attention": (_P,),
+    "quire_sample": (_I, _P, _L, _P, _P, _P, _P, _P, _P, _L, _L),
+}
+SHORT_FUNCTIONS = {
+    "quire_set_threads": (_I, _P),
+    "quire_fork_join": (),
+    "quire_packed_size": (_I, _L, _L),
+    "quire_page_size": (_I, _L, _L, _L, _L),
+    "quire_write_cache": (_P, _P, _L, _P, _L, _P, _L),
+    "quire_rotary": (_P,),
+    "quire_rms_norm": (_I, _P, _L, _P, _P, _P, _P, _L, _L, _F, _I),
+    "quire_layer_norm": (_I, _P, _L, _P, _P, _P, _L, _L, _F),
+    "quire_gated": (_I, _P, _P, _L, _P, _L, _L, _I),
+    "quire_argmax": (_I, _P, _L, _P, _L, _L),
+    "quire_uniform": (_P, _P, _P, _L),
+    "quire_best_level": (),
+}
+RETURNS = {"quire_packed_size": c_int64, "quire_page_size": c_int64, "quire_best_level": c_int32}
+
+
+class CacheStruct(ctypes.Structure):
+    """QuireCache of csrc/quire.h."""
+
+    _fields_ = [
+        ("data", _P),
+        ("page_size", _L),
+        ("kv_heads", _L),
+        ("key_dim", _L),
+        ("value_dim", _L),
+        ("dtype", _I),
+    ]
+
+
+class RotaryStruct(ctypes.Structure):
+    """QuireRotary of csrc/quire.h."""
+
+    _fields_ = [
+        *((name, _P) for name in ("query", "key", "value", "cos", "sin", "query_out", "key_out", "cache", "slots")),
+        *((name, _L) for name in ("query_stride", "key_stride", "value_stride")),
+        *((name, _L) for name in ("tokens", "heads", "kv_heads", "dim", "rotated")),
+        *((name, _I) for name in ("dtype", "angles_dtype", "style")),
+    ]
+
+
+class AttentionStruct(ctypes.Structure):
+    """QuireAttention of csrc/quire.h."""
+
+    _fields_ = [
+        *((name, _P) for name in ("query", "out", "cache", "tables", "starts", "lengths", "sinks")),
+        *((name, _L) for name in ("query_stride", "table_stride", "sequences", "heads", "window", "chunk")),
+        *((name, _F) for name in ("scale", "softcap")),
+    ]
+
+
+class Library:
+    """The functions of one level's library as attributes, with prepared argument types."""
+
+    def __init__(self, level: str, folder: Path = FOLDER) -> None:
+        path = folder / f"libquire_{level}.so"
+        self.level = level
+        releasing, holding = ctypes.CDLL(str(path)), ctypes.PyDLL(str(path))
+        for functions, library in ((LONG_FUNCTIONS, releasing), (SHORT_FUNCTIONS, holding)):
+            for name, arguments in functions.items():
+                function = getattr(library, name)
+                function.argtypes = arguments
+                function.restype = RETURNS.get(name)
+                setattr(self, name, function)
+
+    def set_threads(self, count: int) -> None:
+        """Work on `count` threads: on PyTorch's own team where its OpenMP library is found, else on threads of ours."""
+        self.quire_set_threads(count, gomp_parallel())
+
+
+def built_levels() -> tuple[str, ...]:
+    """The levels whose library lies beside this file, ascending."""
+    return tuple(level for level in LEVELS if (FOLDER / f"libquire_{level}.so").exists())
+
+
+def machine_level() -> str:
+    """The best level that this machine can run."""
+    return LEVELS[Library("plain").quire_best_level()]
+
+
+def choose_level() -> str | None:
+    """The level to use: the machine's best, or what QUIRE_CPU_LEVEL names if that is lower. None: nothing is built."""
+    built = built_levels()
+    if "plain" not in built:
+        return None
+    allowed = [level for level in built if LEVELS.index(level) <= LEVELS.index(machine_level())]
+    wanted = env.cpu_level()
+    if wanted is None:
+        return allowed[-1]
+    if wanted not in LEVELS:
+        raise ConfigError(f"QUIRE_CPU_LEVEL is {wanted!r}. Choose one of: {', '.join(LEVELS)}.")
+    if wanted not in allowed:
+        raise ConfigError(
+            f"QUIRE_CPU_LEVEL is {wanted!r}, which this machine or this build cannot run. "
+            f"It can run: {', '.join(allowed)}."
+        )
+    return wanted
+
+
+def gomp_parallel() -> int | None:
+    """Address of GOMP_parallel in the OpenMP library that PyTorch brought along, or None."""
+    for folder in (Path(torch.__file__).parent / "lib", Path(torch.__file__).parent.parent / "torch.libs"):
+        for path in sorted(folder.glob("libgomp*.so*")):
+            # PyTorch has loaded it already, so this finds that very library and its team.
+            return ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, c_void_p).value
+    return None
+
+
+def default_threads() -> int:
+    """Threads that this process may really use: its affinity mask, its cgroup's quota, and PyTorch's own setting."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, cgroup_cpus() or allowed, torch.get_num_threads()))
+
+
+def cgroup_cpus(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """The processor quota of this process's cgroup (v2, then v1), rounded up; None where there is none."""
+    try:
+        quota, period = (root / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            quota = (root / "cpu/cpu.cfs_quota_us").read_text().strip()
+            period = (root / "cpu/cpu.cfs_period_us").read_text().strip()
+        except OSError:
+            return None
+    if quota == "max" or int(quota) <= 0:
+        return None
+    return math.ceil(int(quota) / int(period))

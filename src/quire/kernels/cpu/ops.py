@@ -1,0 +1,409 @@
+"""CpuOps: the ops of kernels/reference.py on one native library. float32 and bfloat16 are native; any other dtype, and
+any tensor that the native code does not take, goes to the reference. Pointers are passed as plain integers.
+"""
+
+from __future__ import annotations
+
+import logging
+from ctypes import addressof, byref
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from quire.kernels import reference
+from quire.kernels.cpu import native
+from quire.kernels.reference import KVCache, NormStyle, PackedLinear, RotaryStyle
+
+logger = logging.getLogger(__name__)
+
+CODES = {torch.float32: 0, torch.bfloat16: 1}
+NORM_STYLES = {"down_then_scale": 0, "scale_then_down": 1, "plus_one": 2}
+NO_WEIGHT = 3
+ROTARY_STYLES = {"half": 0, "interleaved": 1}
+ACTIVATIONS = {name: code for code, name in enumerate(("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid"))}
+ACTIVATIONS["quick_gelu"] = 6
+
+
+@dataclass(slots=True)
+class NativeCache(KVCache):
+    """A KVCache laid out as csrc/pages.h draws it, and the C struct that describes it."""
+
+    struct: native.CacheStruct
+
+
+def load() -> object:
+    """The ops of the best level of this machine; the reference, with a warning, where no library was built."""
+    level = native.choose_level()
+    if level is None:
+        logger.warning(
+            "The native CPU kernels are not built, so plain PyTorch does their work, slowly. Looked for libquire_*.so "
+            "in %s; `make setup` builds them.",
+            native.FOLDER,
+        )
+        return reference
+    return CpuOps(level)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """x as rows [R, D] whose elements lie side by side; the rows themselves may stand apart."""
+    if x.dim() != 2:
+        x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def _tokens(x: torch.Tensor) -> torch.Tensor:
+    """x [T, H, D] with each token's heads side by side; the tokens themselves may stand apart."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+
+
+def _pointer(x: torch.Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _native(*tensors: torch.Tensor | None) -> int | None:
+    """The code of the dtype that all these share, or None where the native code does not take them."""
+    dtype = tensors[0].dtype
+    for tensor in tensors[1:]:
+        if tensor is not None and tensor.dtype != dtype:
+            return None
+    return CODES.get(dtype)
+
+
+class CpuOps:
+    """See kernels/reference.py for what each op means."""
+
+    def __init__(self, level: str, threads: int | None = None, folder: Path = native.FOLDER) -> None:
+        self.level = level
+        self._lib = native.Library(level, folder)
+        self._lib.set_threads(threads or native.default_threads())
+
+    def set_threads(self, n: int) -> None:
+        reference.set_threads(n)
+        self._lib.set_threads(n)
+
+    # ------------------------------------------------------------ linear
+
+    def pack_linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
+        code = _native(weight, bias)
+        if code is None:
+            return reference.pack_linear(weight, bias)
+        n, k = weight.shape
+        rows = _rows(weight)
+        data = torch.empty(self._lib.quire_packed_size(code, n, k), dtype=weight.dtype)
+        self._lib.quire_pack_linear(code, rows.data_ptr(), rows.stride(0), n, k, data.data_ptr())
+        return PackedLinear(n, k, weight.dtype, data, None if bias is None else bias.detach().contiguous())
+
+    def unpack_linear(self, packed: PackedLinear) -> torch.Tensor:
+        code = CODES.get(packed.dtype)
+        if code is None or packed.data.dim() == 2:
+            return reference.unpack_linear(packed)
+        weight = torch.empty(packed.out_features, packed.in_features, dtype=packed.dtype)
+        self._lib.quire_unpack_linear(
+            code, packed.data.data_ptr(), packed.out_features, packed.in_features, weight.data_ptr()
+        )
+        return weight
+
+    def linear(self, x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
+        if packed.data.dim() == 2:
+            return reference.linear(x, packed)
+        rows = _rows(x) if x.dtype == packed.dtype else _rows(x.to(packed.dtype))
+        n, k = packed.out_features, packed.in_features
+        if rows.shape[1] != k:
+            raise ValueError(f"linear takes {k} features, the input has {rows.shape[1]} (shape {tuple(x.shape)}).")
+        out = torch.empty(*x.shape[:-1], n, dtype=packed.dtype)
+        self._lib.quire_linear(
+            CODES[packed.dtype],
+            rows.data_ptr(),
+            rows.stride(0),
+            packed.data.data_ptr(),
+            _pointer(packed.bias),
+            out.data_ptr(),
+            rows.shape[0],
+            n,
+            k,
+        )
+        return out if x.dtype == packed.dtype else out.to(x.dtype)
+
+    # ------------------------------------------------------------ paged keys and values
+
+    def cache_bytes(self, page_size: int, kv_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> int:
+        if dtype not in CODES:
+            return reference.cache_bytes(page_size, kv_heads, key_dim, value_dim, dtype)
+        return self._lib.quire_page_size(CODES[dtype], page_size, kv_heads, key_dim, value_dim) * dtype.itemsize
+
+    def new_cache(
+        self,
+        num_pages: int,
+        page_size: int,
+        kv_heads: int,
+        key_dim: int,
+        value_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> KVCache:
+        if dtype not in CODES:
+            return reference.new_cache(num_pages, page_size, kv_heads, key_dim, value_dim, dtype, device)
+        elements = self._lib.quire_page_size(CODES[dtype], page_size, kv_heads, key_dim, value_dim)
+        data = torch.zeros(num_pages, elements, dtype=dtype)
+        struct = native.CacheStruct(data.data_ptr(), page_size, kv_heads, key_dim, value_dim, CODES[dtype])
+        return NativeCache(data, num_pages, page_size, kv_heads, key_dim, value_dim, dtype, struct)
+
+    def write_cache(self, cache: KVCache, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
+        if not isinstance(cache, NativeCache):
+            reference.write_cache(cache, key, value, slots)
+            return
+        key, value = _tokens(key.to(cache.dtype)), _tokens(value.to(cache.dtype))
+        slots = slots.contiguous()
+        self._lib.quire_write_cache(
+            addressof(cache.struct),
+            key.data_ptr(),
+            key.stride(0),
+            value.data_ptr(),
+            value.stride(0),
+            slots.data_ptr(),
+            key.shape[0],
+        )
+
+    def attention(
+        self,
+        query: torch.Tensor,
+        cache: KVCache,
+        tables: torch.Tensor,
+        starts: torch.Tensor,
+        lengths: torch.Tensor,
+        scale: float,
+        window: int | None = None,
+        chunk: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if not isinstance(cache, NativeCache):
+            return reference.attention(query, cache, tables, starts, lengths, scale, window, chunk, softcap, sinks)
+        rows = _tokens(query if query.dtype == cache.dtype else query.to(cache.dtype))
+        out = torch.empty(query.shape[0], query.shape[1], cache.value_dim, dtype=cache.dtype)
+        tables = tables.contiguous()
+        starts, lengths = starts.contiguous(), lengths.contiguous()
+        if sinks is not None:
+            sinks = sinks.float().contiguous()
+        call = native.AttentionStruct(
+            rows.data_ptr(),
+            out.data_ptr(),
+            addressof(cache.struct),
+            tables.data_ptr(),
+            starts.data_ptr(),
+            lengths.data_ptr(),
+            _pointer(sinks),
+            rows.stride(0),
+            tables.shape[1],
+            lengths.shape[0],
+            query.shape[1],
+            window or 0,
+            chunk or 0,
+            scale,
+            softcap or 0.0,
+        )
+        self._lib.quire_attention(byref(call))
+        return out if query.dtype == cache.dtype else out.to(query.dtype)
+
+    # ------------------------------------------------------------ norms, activations, rotary
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor | None, eps: float, style: NormStyle) -> torch.Tensor:
+        code = _native(x, weight)
+        if code is None:
+            return reference.rms_norm(x, weight, eps, style)
+        rows, out = _rows(x), torch.empty(x.shape, dtype=x.dtype)
+        self._lib.quire_rms_norm(
+            code,
+            rows.data_ptr(),
+            rows.stride(0),
+            None,
+            _pointer(weight),
+            out.data_ptr(),
+            None,
+            rows.shape[0],
+            rows.shape[1],
+            eps,
+            NORM_STYLES[style] if weight is not None else NO_WEIGHT,
+        )
+        return out
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, eps: float, style: NormStyle
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        code = _native(x, residual, weight)
+        if code is None:
+            return reference.add_rms_norm(x, residual, weight, eps, style)
+        rows, residual = _rows(x), residual.contiguous()
+        out, total = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape, dtype=x.dtype)
+        self._lib.quire_rms_norm(
+            code,
+            rows.data_ptr(),
+            rows.stride(0),
+            residual.data_ptr(),
+            _pointer(weight),
+            out.data_ptr(),
+            total.data_ptr(),
+            rows.shape[0],
+            rows.shape[1],
+            eps,
+            NORM_STYLES[style] if weight is not None else NO_WEIGHT,
+        )
+        return out, total
+
+    def layer_norm(
+        self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+    ) -> torch.Tensor:
+        code = _native(x, weight, bias)
+        if code is None:
+            return reference.layer_norm(x, weight, bias, eps)
+        rows, out = _rows(x), torch.empty(x.shape, dtype=x.dtype)
+        self._lib.quire_layer_norm(
+            code,
+            rows.data_ptr(),
+            rows.stride(0),
+            _pointer(weight),
+            _pointer(bias),
+            out.data_ptr(),
+            rows.shape[0],
+            rows.shape[1],
+            eps,
+        )
+        return out
+
+    def gated(self, gate_up: torch.Tensor, activation: str, gate_first: bool = True) -> torch.Tensor:
+        code = _native(gate_up)
+        if code is None:
+            return reference.gated(gate_up, activation, gate_first)
+        rows = _rows(gate_up)
+        size = rows.shape[1] // 2
+        out = torch.empty(*gate_up.shape[:-1], size, dtype=gate_up.dtype)
+        first = rows.data_ptr()
+        second = first + size * gate_up.dtype.itemsize
+        self._lib.quire_gated(
+            code,
+            first if gate_first else second,
+            second if gate_first else first,
+            rows.stride(0),
+            out.data_ptr(),
+            rows.shape[0],
+            size,
+            ACTIVATIONS[activation],
+        )
+        return out
+
+    def rotary(
+        self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, style: RotaryStyle
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if _native(query, key) is None or _native(cos, sin) is None:
+            return reference.rotary(query, key, cos, sin, style)
+        query_out, key_out = torch.empty(query.shape, dtype=query.dtype), torch.empty(key.shape, dtype=key.dtype)
+        self._rotate(query, key, None, cos, sin, style, query_out, key_out, None, None)
+        return query_out, key_out
+
+    def rotary_write(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        style: RotaryStyle,
+        cache: KVCache,
+        slots: torch.Tensor,
+    ) -> torch.Tensor:
+        if not isinstance(cache, NativeCache) or cache.dtype != query.dtype:
+            query, key = self.rotary(query, key, cos, sin, style)
+            self.write_cache(cache, key, value, slots)
+            return query
+        if _native(query, key, value) is None or _native(cos, sin) is None:
+            return reference.rotary_write(query, key, value, cos, sin, style, cache, slots)
+        query_out = torch.empty(query.shape, dtype=query.dtype)
+        self._rotate(query, key, value, cos, sin, style, query_out, None, cache, slots)
+        return query_out
+
+    def _rotate(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor | None,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        style: RotaryStyle,
+        query_out: torch.Tensor,
+        key_out: torch.Tensor | None,
+        cache: NativeCache | None,
+        slots: torch.Tensor | None,
+    ) -> None:
+        query, key, cos, sin = _tokens(query), _tokens(key), cos.contiguous(), sin.contiguous()
+        value = None if value is None else _tokens(value)
+        slots = None if slots is None else slots.contiguous()
+        call = native.RotaryStruct(
+            query.data_ptr(),
+            key.data_ptr(),
+            _pointer(value),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            query_out.data_ptr(),
+            _pointer(key_out),
+            None if cache is None else addressof(cache.struct),
+            _pointer(slots),
+            query.stride(0),
+            key.stride(0),
+            0 if value is None else value.stride(0),
+            query.shape[0],
+            query.shape[1],
+            key.shape[1],
+            query.shape[2],
+            cos.shape[-1],
+            CODES[query.dtype],
+            CODES[cos.dtype],
+            ROTARY_STYLES[style],
+        )
+        self._lib.quire_rotary(byref(call))
+
+    # ------------------------------------------------------------ choosing tokens
+
+    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
+        code = _native(logits)
+        if code is None:
+            return reference.argmax(logits)
+        rows, out = _rows(logits), torch.empty(logits.shape[0], dtype=torch.int64)
+        self._lib.quire_argmax(code, rows.data_ptr(), rows.stride(0), out.data_ptr(), rows.shape[0], rows.shape[1])
+        return out
+
+    def uniform(self, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        seeds, positions = seeds.contiguous(), positions.contiguous()
+        out = torch.empty(seeds.shape, dtype=torch.float64)
+        self._lib.quire_uniform(seeds.data_ptr(), positions.data_ptr(), out.data_ptr(), seeds.shape[0])
+        return out
+
+    def sample(
+        self,
+        logits: torch.Tensor,
+        temperature: torch.Tensor,
+        top_k: torch.Tensor,
+        top_p: torch.Tensor,
+        min_p: torch.Tensor,
+        uniform: torch.Tensor,
+    ) -> torch.Tensor:
+        code = _native(logits)
+        if code is None:
+            return reference.sample(logits, temperature, top_k, top_p, min_p, uniform)
+        rows, out = _rows(logits), torch.empty(logits.shape[0], dtype=torch.int64)
+        temperature, top_p, min_p = (x.float().contiguous() for x in (temperature, top_p, min_p))
+        top_k, uniform = top_k.long().contiguous(), uniform.double().contiguous()
+        self._lib.quire_sample(
+            code,
+            rows.data_ptr(),
+            rows.stride(0),
+            temperature.data_ptr(),
+            top_k.data_ptr(),
+            top_p.data_ptr(),
+            min_p.data_ptr(),
+            uniform.data_ptr(),
+            out.data_ptr(),
+            rows.shape[0],
+            rows.shape[1],
+        )
+        return out
