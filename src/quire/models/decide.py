@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +25,7 @@ from quire.models.observe import ROWS, Observation, Observer
 from quire.models.report import CallPlan, MixerPlan, ProbeReport, SequentialPlan
 from quire.models.served import ServedModel
 from quire.models.transformers import TransformersModel
-from quire.models.trial import PagedLoop
+from quire.models.trial import PagedLoop, Sequence
 from quire.models.twin import VOCAB, twin_model
 
 logger = logging.getLogger(__name__)
@@ -49,10 +50,11 @@ class Reference:
         """Run each sequence alone and whole, without any cache."""
         generator = torch.Generator().manual_seed(7)
         sequences = [torch.randint(3, VOCAB - 14, (n,), generator=generator).tolist() for n in LENGTHS]
-        arguments = {"use_cache": False} if takes(model, "use_cache") else {}
         logits = []
         with torch.no_grad():
             for tokens in sequences:
+                arguments = {"use_cache": False, "position_ids": torch.arange(len(tokens))[None]}
+                arguments = {name: value for name, value in arguments.items() if takes(model, name)}
                 output = model(input_ids=torch.tensor([tokens]), **arguments)
                 logits.append((output.logits if hasattr(output, "logits") else output[0])[0].float())
         scale = max(1.0, max(float(rows.abs().max()) for rows in logits))
@@ -65,6 +67,7 @@ class Decision:
 
     report: ProbeReport
     difference: float
+    seen: Observation
 
 
 class Decider:
@@ -92,6 +95,14 @@ class Decider:
             + " ".join(self.refused)
         )
 
+    def decide_sequential_model(self, cause: str) -> Decision:
+        """Tier C, for a cause that lies outside the twin. Raises UnsupportedModelError when it does not hold either."""
+        self._refuse("paged attention", cause)
+        decision = self._sequential_model()
+        if decision is None:
+            raise UnsupportedModelError(f"{self._class.__name__} cannot be served: " + " ".join(self.refused))
+        return decision
+
     def trial(self, report: ProbeReport, prepare: Callable[[nn.Module], None] | None = None) -> float:
         """Serve a fresh twin by the report, after `prepare` has changed its modules; the largest difference."""
         model = self.twin()
@@ -103,20 +114,22 @@ class Decider:
         """Tiers A and A+mixer."""
         model = self.twin()
         try:
-            observer = Observer(model, model.config, with_linears=False)
+            observer = Observer(model, model.config, with_linears=True)
             seen = observer.run(observed_arguments(model, observer))
         except Exception as error:  # whatever the model's code raises means that this tier does not hold
             return self._refuse("paged attention", _cause(error))
         if observer.problems:
             return self._refuse("paged attention", describe(model, observer.problems))
         if not seen.attention and not seen.states:
-            return self._refuse("paged attention", "no module calls the attention interface or keeps state in the cache")
+            return self._refuse(
+                "paged attention", "no module calls the attention interface or keeps state in the cache"
+            )
         cause = "the answers differ"
         for stepwise in (False, True) if seen.states else (False,):
             report = packed_report(model, seen, stepwise)
             difference = self._try(report)
             if isinstance(difference, float) and self._equal(difference):
-                return Decision(report, difference)
+                return Decision(report, difference, seen)
             cause = difference if isinstance(difference, str) else f"logits differ by {difference:.2g}"
         return self._refuse("paged attention", cause)
 
@@ -124,7 +137,7 @@ class Decider:
         """Tier B."""
         model = self.twin()
         try:
-            observer = Observer(model, model.config, with_linears=False)
+            observer = Observer(model, model.config, with_linears=True)
             seen = observer.run(observed_arguments(model, observer), implementation="eager")
         except Exception as error:
             return self._refuse("attention per sequence", _cause(error))
@@ -134,30 +147,33 @@ class Decider:
         report = sequential_report(model, seen, users, self._why())
         difference = self._try(report)
         if isinstance(difference, float) and self._equal(difference):
-            return Decision(report, difference)
+            return Decision(report, difference, seen)
         cause = difference if isinstance(difference, str) else f"logits differ by {difference:.2g}"
         return self._refuse("attention per sequence", cause)
 
     def _sequential_model(self) -> Decision | None:
         """Tier C: with the library's cache, with the model's own, at last computing everything again each time."""
         model = self.twin()
-        layers = counted_layers(self._observe_cache(model), model)
+        seen = self._observe_cache(model)
+        layers = counted_layers(seen, model)
         cause = ""
         for chunked in (True, False):
             for mode in ("cache", "own_cache"):
                 report = model_report(model, layers, mode, chunked, self._why())
                 difference = self._try(report)
                 if isinstance(difference, float) and self._equal(difference):
-                    return Decision(report, difference)
+                    return Decision(report, difference, seen)
                 cause = difference if isinstance(difference, str) else f"logits differ by {difference:.2g}"
-        report = model_report(model, layers, "recompute", True, [*self._why(), f"no cache can be carried: {cause}"])
+        report = model_report(model, layers, "recompute", True, [*self._why(), f"model per sequence: {cause}."])
         difference = self._try(report)
-        if isinstance(difference, float) and self._equal(difference):
-            return Decision(report, difference)
-        return self._refuse("model per sequence", str(difference))
+        if isinstance(difference, float) and math.isfinite(difference):
+            # Each answer is the model's own on all tokens so far. It may differ from the reference where a model looks
+            # ahead, which the reference lets it do.
+            return Decision(report, difference, seen)
+        return self._refuse("everything again for each token", str(difference))
 
     def _observe_cache(self, model: nn.Module) -> Observation:
-        observer = Observer(model, model.config, with_linears=False)
+        observer = Observer(model, model.config, with_linears=True)
         try:
             return observer.run(observed_arguments(model, observer), implementation="eager")
         except Exception:  # then memory cannot be counted; a token still is
@@ -198,10 +214,7 @@ def measure(served: ServedModel, reference: Reference, ops: Ops) -> float:
         for i, sequence in enumerate(running):
             left = len(sequence.tokens) - sequence.computed
             if left and turn >= i:  # later sequences join later
-                count = min(left, CHUNKS[(turn + i) % len(CHUNKS)]) if served.layout.chunked_prefill else left
-                if sequence.computed > 0 and turn % 3 == 2:
-                    count = 1
-                work.append((sequence, count))
+                work.append((sequence, _count(served.layout, sequence, left, turn, i)))
         work = work[::-1] if turn % 2 else work
         before = [sequence.computed for sequence, _ in work]
         for (sequence, count), start, logits in zip(work, before, loop.step(work, all_rows=True), strict=True):
@@ -210,6 +223,15 @@ def measure(served: ServedModel, reference: Reference, ops: Ops) -> float:
             largest = max(largest, difference if difference == difference else float("inf"))
         turn += 1
     return largest
+
+
+def _count(layout: ModelLayout, sequence: Sequence, left: int, turn: int, i: int) -> int:
+    """Odd chunks with single tokens between; where prompts stay whole, a prompt and then single tokens."""
+    if not layout.chunked_prefill:
+        return max(1, left - 5) if sequence.computed == 0 else 1
+    if sequence.computed > 0 and turn % 3 == 2:
+        return 1
+    return min(left, CHUNKS[(turn + i) % len(CHUNKS)])
 
 
 def observed_arguments(model: nn.Module, observer: Observer, device: str = "cpu") -> dict[str, Any]:
@@ -253,9 +275,7 @@ def packed_report(model: nn.Module, seen: Observation, stepwise: bool) -> ProbeR
     calls = tuple(CallPlan(call.module, index) for index, call in enumerate(seen.attention))
     mixers = []
     for use in seen.states:
-        mixers.append(
-            MixerPlan(use.module, len(layers), use.layer, use.row_arguments, use.returns_tuple, stepwise)
-        )
+        mixers.append(MixerPlan(use.module, len(layers), use.layer, use.row_arguments, use.outputs, stepwise))
         layers.append(LayerSpec(use.module, "state", states=tuple(use.states)))
     notes = ["recurrent mixers continue a prompt token by token: their code takes no initial state"] if stepwise else []
     layout = _layout(model, layers, "A+mixer" if mixers else "A", notes)
@@ -271,9 +291,7 @@ def packed_report(model: nn.Module, seen: Observation, stepwise: bool) -> ProbeR
 
 def sequential_report(model: nn.Module, seen: Observation, users: list[str], why: list[str]) -> ProbeReport:
     """Tier B: `users` run per sequence on private caches."""
-    plans = tuple(
-        SequentialPlan(name, seen.row_arguments.get(name, ()), seen.returns_tuple.get(name, False)) for name in users
-    )
+    plans = tuple(SequentialPlan(name, seen.row_arguments.get(name, ())) for name in users)
     layout = _layout(model, counted_layers(seen, model), "B", why)
     return ProbeReport(
         layout=replace(layout, prefix_caching=False),
@@ -297,7 +315,9 @@ def model_report(model: nn.Module, layers: list[LayerSpec], mode: Any, chunked: 
 def counted_layers(seen: Observation, model: nn.Module) -> list[LayerSpec]:
     """Layers for the page pool where keys live in private caches: pages count their memory, nothing is stored there."""
     layers = [
-        LayerSpec(f"{update.module}#{i}", "attention", update.kv_heads, update.kv_heads, update.key_dim, update.value_dim)
+        LayerSpec(
+            f"{update.module}#{i}", "attention", update.kv_heads, update.kv_heads, update.key_dim, update.value_dim
+        )
         for i, update in enumerate(seen.updates)
     ]
     return layers or [LayerSpec("tokens", "attention", 1, 1, 8, 8)]
@@ -354,4 +374,4 @@ def describe(model: nn.Module, problems: dict[str, str]) -> str:
 
 def _cause(error: Exception) -> str:
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:160]}"
+    return text if isinstance(error, UnsupportedModelError) else f"{type(error).__name__}: {text[:160]}"

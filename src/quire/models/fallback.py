@@ -133,45 +133,58 @@ class SequentialModel:
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """The logits [R, V] of batch.logit_rows; see ServedModel."""
+        wanted = batch.logit_rows.tolist()
         parts = []
         with torch.no_grad():
             for s, slot in enumerate(batch.rows_host):
                 low, high = batch.starts_host[s], batch.starts_host[s + 1]
                 start = batch.lengths_host[s] - (high - low)
-                parts.append(self._advance(slot, start, batch.token_ids[low:high], batch.positions[low:high]))
-        return torch.cat(parts).index_select(0, batch.logit_rows)
+                if start == 0:
+                    self.release(slot)
+                rows = [row - low for row in wanted if low <= row < high]
+                tokens = batch.token_ids[low:high]
+                if self._mode == "recompute":
+                    parts += self._recompute(slot, start, tokens, rows)
+                else:
+                    parts.append(self._advance(slot, tokens, batch.positions[low:high])[rows])
+        return torch.cat(parts)
 
     def release(self, slot: int) -> None:
         """Drop what is kept for the request in this row."""
         self._carried.pop(slot, None)
         self._tokens.pop(slot, None)
 
-    def _advance(self, slot: int, start: int, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def _advance(self, slot: int, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """The next positions of one sequence -> logits [count, V]."""
-        if start == 0:
-            self.release(slot)
-        if self._mode == "recompute":
-            known = tokens if start == 0 else torch.cat([self._tokens[slot][:start], tokens])
-            self._tokens[slot] = known
-            arguments: dict[str, Any] = {"input_ids": known[None]}
-            if "use_cache" in self._arguments:
-                arguments["use_cache"] = False
-            return self._logits(self.model(**arguments))[start:]
-        arguments = {"input_ids": tokens[None], **self._carried.get(slot, {})}
-        if start == 0 and self._mode == "cache" and self._cache_argument is not None:
+        carried = self._carried.get(slot)
+        arguments: dict[str, Any] = {"input_ids": tokens[None], **(carried or {})}
+        if carried is None and self._mode == "cache" and self._cache_argument is not None:
             arguments[self._cache_argument] = private_cache(self.hf_config, full_length=False)
         if "position_ids" in self._arguments:
             arguments["position_ids"] = positions[None]
         if "use_cache" in self._arguments:
             arguments["use_cache"] = True
         output = self.model(**arguments)
-        carried = {name: getattr(output, name, None) for name in self._carried_names}
-        self._carried[slot] = {name: value for name, value in carried.items() if value is not None}
-        return self._logits(output)
+        returned = {name: getattr(output, name, None) for name in self._carried_names}
+        self._carried[slot] = {name: value for name, value in returned.items() if value is not None}
+        return _logits(output)
 
-    @staticmethod
-    def _logits(output: Any) -> torch.Tensor:
-        return (output.logits if hasattr(output, "logits") else output[0])[0]
+    def _recompute(self, slot: int, start: int, tokens: torch.Tensor, rows: list[int]) -> list[torch.Tensor]:
+        """Each wanted row from all tokens up to it, prepared as the model's own generation does: [1, V] each."""
+        known = tokens if start == 0 else torch.cat([self._tokens[slot][:start], tokens])
+        self._tokens[slot] = known
+        answers = []
+        for row in rows:
+            ids = known[None, : start + row + 1]
+            arguments = self.model.prepare_inputs_for_generation(
+                ids, attention_mask=torch.ones_like(ids), use_cache=False, is_first_iteration=True
+            )
+            answers.append(_logits(self.model(**arguments))[-1:])
+        return answers
+
+
+def _logits(output: Any) -> torch.Tensor:
+    return (output.logits if hasattr(output, "logits") else output[0])[0]
 
 
 def forward_parameters(model: nn.Module) -> dict[str, inspect.Parameter]:

@@ -13,6 +13,10 @@ from typing import Any
 import torch
 from transformers.masking_utils import causal_mask_function, eager_mask
 
+from quire.errors import UnsupportedModelError
+
+OWN_MASK = "the model computes with the mask itself instead of leaving it to the attention interface"
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MaskSpec:
@@ -36,6 +40,19 @@ class MaskSpec:
     def __getitem__(self, _: Any) -> MaskSpec:
         """Models crop masks to the key length; a spec has no extent."""
         return self
+
+    def __getattr__(self, name: str) -> Any:
+        """Whoever asks for the mask's shape or dtype is about to compute with it."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise UnsupportedModelError(OWN_MASK)
+
+    def __radd__(self, _: Any) -> Any:
+        raise UnsupportedModelError(OWN_MASK)
+
+    @classmethod
+    def __torch_function__(cls, *_: Any, **__: Any) -> Any:
+        raise UnsupportedModelError(OWN_MASK)
 
     def tensor(self, start: int, count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """The additive mask [1, 1, count, start + count] of `count` new positions after `start` known ones."""

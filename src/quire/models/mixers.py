@@ -62,7 +62,7 @@ class Mixer:
         self._states = max(int(number) for _, number in self._names) + 1
         self._split = split
         self._stepwise = plan.stepwise
-        self._returns_tuple = plan.returns_tuple
+        self._outputs = plan.outputs
         names = list(inspect.signature(module.forward).parameters)
         self._row_positions = frozenset(i for i, name in enumerate(names) if name in plan.row_arguments)
         self._row_names = frozenset(plan.row_arguments)
@@ -76,43 +76,51 @@ class Mixer:
         split.update(batch)
         tensors = batch.caches[self._index]
         pages = batch.groups[self._group].tables[:, 0].long()
-        parts: list[tuple[Any, torch.Tensor]] = []  # (rows, their output [rows, H])
+        if split.all_decode:
+            outputs = self._decode(args, kwargs, tensors, pages[split.sequences], None)
+            return self._wrap([None if output is None else output[None] for output in outputs])
+        parts: list[tuple[Any, list[Any]]] = []  # (rows, their outputs [rows, ...])
         if split.rows is not None:
-            rows = None if split.all_decode else split.rows
-            output = self._decode(args, kwargs, tensors, pages[split.sequences], rows)
-            if rows is None:
-                return self._wrap(output[None])
-            parts.append((rows, output))
+            parts.append((split.rows, self._decode(args, kwargs, tensors, pages[split.sequences], split.rows)))
         for s, has_past in split.chunks:
             low, high = batch.starts_host[s], batch.starts_host[s + 1]
             parts.append((slice(low, high), self._chunk(args, kwargs, tensors, pages[s : s + 1], low, high, has_past)))
-        whole = parts[0][1].new_empty(len(batch.token_ids), *parts[0][1].shape[1:])
-        for rows, output in parts:
-            whole[rows] = output
-        return self._wrap(whole[None])
+        return self._wrap(_scatter(parts, len(batch.token_ids)))
 
-    def _wrap(self, output: torch.Tensor) -> Any:
-        return (output, None) if self._returns_tuple else output
+    def _wrap(self, outputs: list[Any]) -> Any:
+        return outputs[0] if self._outputs is None else tuple(outputs)
 
-    def _decode(self, args: Any, kwargs: Any, tensors: list[torch.Tensor], pages: torch.Tensor, rows: Any) -> Any:
-        """One token of each sequence: the rows become the batch dimension. Returns [n, H]."""
+    def _decode(
+        self, args: Any, kwargs: Any, tensors: list[torch.Tensor], pages: torch.Tensor, rows: torch.Tensor | None
+    ) -> list[Any]:
+        """One token of each sequence: the rows become the batch dimension. Returns outputs [n, ...]."""
 
         def pick(x: torch.Tensor) -> torch.Tensor:
             return (x[0] if rows is None else x[0].index_select(0, rows))[:, None]
 
-        return self._call(args, kwargs, pick, tensors, pages, has_past=True)[:, 0]
+        outputs = self._call(args, kwargs, pick, tensors, pages, has_past=True)
+        return [None if output is None else output[:, 0] for output in outputs]
 
     def _chunk(
-        self, args: Any, kwargs: Any, tensors: list[torch.Tensor], page: torch.Tensor, low: int, high: int, has_past: bool
-    ) -> torch.Tensor:
-        """Rows low..high of one sequence. Returns [high - low, H]."""
-        if not (has_past and self._stepwise):
-            return self._call(args, kwargs, lambda x: x[:, low:high], tensors, page, has_past)[0]
-        steps = [
-            self._call(args, kwargs, lambda x, i=i: x[:, i : i + 1], tensors, page, has_past=True)[0]
-            for i in range(low, high)
-        ]
-        return torch.cat(steps)
+        self,
+        args: Any,
+        kwargs: Any,
+        tensors: list[torch.Tensor],
+        page: torch.Tensor,
+        low: int,
+        high: int,
+        has_past: bool,
+    ) -> list[Any]:
+        """Rows low..high of one sequence. Returns outputs [high - low, ...]."""
+        if has_past and self._stepwise:
+            steps = [
+                self._call(args, kwargs, lambda x, i=i: x[:, i : i + 1], tensors, page, has_past=True)
+                for i in range(low, high)
+            ]
+            outputs = [None if same[0] is None else torch.cat(same, 1) for same in zip(*steps, strict=True)]
+        else:
+            outputs = self._call(args, kwargs, lambda x: x[:, low:high], tensors, page, has_past)
+        return [None if output is None else output[0] for output in outputs]
 
     def _call(
         self,
@@ -122,7 +130,7 @@ class Mixer:
         tensors: list[torch.Tensor],
         pages: torch.Tensor,
         has_past: bool,
-    ) -> torch.Tensor:
+    ) -> list[Any]:
         """The mixer's own forward on some rows, with the states of their sequences read before and written after."""
         layer = LinearAttentionLayer(number_of_states=self._states)
         if has_past:
@@ -132,7 +140,9 @@ class Mixer:
         named = {name: self._choose(name in self._row_names, value, pick) for name, value in kwargs.items()}
         output = self._run(*chosen, **named)
         write_states(tensors, pages, [getattr(layer, f"{kind}_states")[int(n)] for kind, n in self._names])
-        return output[0] if self._returns_tuple else output
+        if self._outputs is None:
+            return [output]
+        return [part if along else None for part, along in zip(output, self._outputs, strict=True)]
 
     def _choose(self, is_row: bool, value: Any, pick: Callable[[torch.Tensor], torch.Tensor]) -> Any:
         if isinstance(value, Cache):
@@ -153,6 +163,20 @@ class Mixer:
             if kind == "conv":
                 layer.conv_kernel_size[n] = state.shape[-1]
                 layer.dtype, layer.device = state.dtype, state.device
+
+
+def _scatter(parts: list[tuple[Any, list[Any]]], rows: int) -> list[Any]:
+    """Outputs of some rows each -> whole outputs [1, rows, ...]."""
+    whole: list[Any] = []
+    for i, sample in enumerate(parts[0][1]):
+        if sample is None:
+            whole.append(None)
+            continue
+        target = sample.new_empty(rows, *sample.shape[1:])
+        for place, outputs in parts:
+            target[place] = outputs[i]
+        whole.append(target[None])
+    return whole
 
 
 def stray_state(*_: Any, **__: Any) -> None:

@@ -46,13 +46,16 @@ class AttentionCall:
 
 @dataclass(slots=True)
 class StateUse:
-    """A module that keeps recurrent state: which layer of the cache, which states, which arguments run along positions."""
+    """A module that keeps recurrent state: which layer of the cache, which states, which arguments run along positions.
+
+    `outputs` tells for each part of a returned tuple whether it runs along positions; None for a bare tensor.
+    """
 
     module: str
     layer: int
     states: list[StateSpec] = field(default_factory=list)
     row_arguments: tuple[str, ...] = ()
-    returns_tuple: bool = False
+    outputs: tuple[bool, ...] | None = None
 
 
 @dataclass(slots=True)
@@ -74,7 +77,7 @@ class Observation:
     updates: list[CacheUpdate] = field(default_factory=list)
     cache_users: list[str] = field(default_factory=list)  # modules that touched the cache or the interface
     row_arguments: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of each cache user
-    returns_tuple: dict[str, bool] = field(default_factory=dict)
+    outputs: dict[str, tuple[bool, ...] | None] = field(default_factory=dict)
     siblings: list[tuple[str, ...]] = field(default_factory=list)  # linears of one parent that read one tensor
     linear_calls: Counter[str] = field(default_factory=Counter)
     weight_reads: set[str] = field(default_factory=set)  # linears whose weight is read from outside
@@ -150,7 +153,7 @@ class Observer:
         self._names = {module: name for name, module in model.named_modules()}
         self._stack: list[str] = []
         self._calls: Counter[str] = Counter()
-        self._owners: dict[int, int] = {}  # id of a key tensor -> index of the attention call that brought it
+        self._owners: dict[tuple[int, int], int] = {}  # ids of key and value -> index of the call that brought them
         self._alive: list[torch.Tensor] = []  # keeps tensors alive, so that an id means one tensor
         self._readers: dict[tuple[str, int], list[str]] = {}
         self._touched: dict[str, dict[tuple[str, int], int]] = {}
@@ -201,12 +204,12 @@ class Observer:
             chunk=spec.chunk if spec else None,
             softcap=others.get("softcap"),
             sinks=others.get("s_aux") is not None,
-            shares=self._owners.get(id(key)),
+            shares=self._owners.get((id(key), id(value))),
             problem=_problem(module, query, key, value, mask, scaling, others),
         )
         self._calls[name] += 1
-        self._owners.setdefault(id(key), len(self.seen.attention))
-        self._alive.append(key)
+        self._owners.setdefault((id(key), id(value)), len(self.seen.attention))
+        self._alive += [key, value]
         self.seen.attention.append(call)
         if call.problem:
             self.problems.setdefault(name, call.problem)
@@ -270,7 +273,8 @@ class Observer:
     def _leaving(self, name: str) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             self._stack.pop()
-            self.seen.returns_tuple[name] = isinstance(output, tuple)
+            is_tuple = isinstance(output, tuple)
+            self.seen.outputs[name] = tuple(_runs_along_rows(part) for part in output) if is_tuple else None
 
         return hook
 
@@ -289,7 +293,7 @@ class Observer:
                 if held is not None:
                     use.states.append(StateSpec(f"{kind}.{index}", tuple(held.shape[1:]), held.dtype))
             use.row_arguments = self.seen.row_arguments.get(name, ())
-            use.returns_tuple = self.seen.returns_tuple.get(name, False)
+            use.outputs = self.seen.outputs.get(name)
             if use.states:
                 self.seen.states.append(use)
 

@@ -34,7 +34,7 @@ class MixerPlan:
     index: int
     layer: int  # the layer number by which the module addresses the cache
     row_arguments: tuple[str, ...]
-    returns_tuple: bool
+    outputs: tuple[bool, ...] | None  # for a returned tuple: which parts run along positions
     stepwise: bool = False
 
 
@@ -44,7 +44,6 @@ class SequentialPlan:
 
     module: str
     row_arguments: tuple[str, ...]
-    returns_tuple: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +83,8 @@ class ProbeReport:
         layout = values.pop("layout")
         layout["layers"] = tuple(_layer(layer) for layer in layout["layers"])
         layout["notes"] = tuple(layout["notes"])
-        mixers = tuple(MixerPlan(**{**m, "row_arguments": tuple(m["row_arguments"])}) for m in values.pop("mixers"))
-        sequential = tuple(
-            SequentialPlan(**{**s, "row_arguments": tuple(s["row_arguments"])}) for s in values.pop("sequential")
-        )
+        mixers = tuple(MixerPlan(**_tuples(mixer)) for mixer in values.pop("mixers"))
+        sequential = tuple(SequentialPlan(**_tuples(plan)) for plan in values.pop("sequential"))
         return cls(
             layout=ModelLayout(**layout),
             arguments=tuple(values.pop("arguments")),
@@ -98,6 +95,11 @@ class ProbeReport:
             rewrite=RewritePlan(**values.pop("rewrite")),
             **values,
         )
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has lists where the plans have tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def _layer(values: dict[str, Any]) -> LayerSpec:

@@ -18,7 +18,13 @@ from quire.models.twin_sizes import OVERRIDES, SIZES, ZERO_MEANS_NONE
 VOCAB = 99
 HEADS = 4
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-KV_HEADS = ("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads", "n_kv_heads", "num_global_key_value_heads")
+KV_HEADS = (
+    "num_key_value_heads",
+    "num_kv_heads",
+    "swa_num_key_value_heads",
+    "n_kv_heads",
+    "num_global_key_value_heads",
+)
 MOST_LAYERS = 6
 NESTED = ("hidden_size", "d_model", "num_hidden_layers", "model_type", "vocab_size")
 DROPPED = ("torch_dtype", "dtype", "transformers_version", "architectures", "quantization_config")
@@ -30,11 +36,7 @@ def shrink(config: Any) -> Any:
     values = shrink_values(config.to_dict())
     values.pop("model_type", None)
     _lay_over(values, OVERRIDES.get(config.model_type, {}))
-    twin = type(config)(**values)
-    for part in {id(part): part for part in (twin, twin.get_text_config())}.values():
-        if hasattr(part, "is_decoder") and not getattr(part, "is_encoder_decoder", False):
-            part.is_decoder = True
-    return twin
+    return type(config)(**values)
 
 
 def shrink_values(values: dict[str, Any]) -> dict[str, Any]:
@@ -135,6 +137,8 @@ def build(model_class: type, config: Any, dtype: torch.dtype, device: str = "cpu
 
     The implementation names in the config are read by every forward, so they can be changed afterwards.
     """
+    if hasattr(config, "is_decoder"):
+        config.is_decoder = True  # encoders of the bert kind generate only when told to
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"
     with torch.device(device), default_dtype(dtype):

@@ -1,0 +1,43 @@
+"""build_model: from files to a model ready to serve, native or through the Transformers path.
+
+The order is fixed: probe, build without memory, replace modules, stream the weights in, attach the step.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import torch
+
+from quire.config import ModelOptions
+from quire.kernels.table import Ops
+from quire.models.conversion import load_transformers, model_targets
+from quire.models.decide import serve
+from quire.models.hub import ModelFiles
+from quire.models.probe import find_class, model_config, probe
+from quire.models.registry import ModelRegistry, select_impl
+from quire.models.rewrite import rewrite
+from quire.models.served import ServedModel
+from quire.models.twin import build
+
+logger = logging.getLogger(__name__)
+
+
+def build_model(
+    files: ModelFiles, options: ModelOptions, dtype: torch.dtype, device: torch.device, ops: Ops
+) -> ServedModel:
+    """Load a model. Raises ModelError: nothing runs it, or its weights are missing, corrupt or not its own."""
+    if select_impl(files, options.model_impl) == "native":
+        native = ModelRegistry.resolve(files.architecture)(files, dtype, device, ops)
+        native.load(files, options.seed)
+        return native
+    report = probe(files, dtype)
+    model_class = find_class(files)
+    config = copy.deepcopy(model_config(model_class, files.config))
+    model = build(model_class, config, dtype, "meta")
+    targets = model_targets(model, dtype, device)
+    targets.update(rewrite(model, report.rewrite, ops, targets, device))
+    loaded = load_transformers(model, targets, files, device, options.seed)
+    logger.info("%d tensors, %.2f GB in %.2f s", loaded.tensors, loaded.nbytes / 1e9, loaded.seconds)
+    return serve(model, report, ops)

@@ -1,0 +1,218 @@
+"""The probe: how a model is to be served, decided on its tiny twin and remembered on disk.
+
+`probe` is the whole answer for the Transformers path, `layout_of` the part that planning needs, for either path. A
+report is remembered under a hash of the config, the library versions and this package's own source.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import inspect
+import logging
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch.fx.experimental import _config as fx_config
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from quire.env import cache_folder
+from quire.errors import UnsupportedModelError
+from quire.kernels.table import load_ops
+from quire.layers.spec import ModelLayout
+from quire.models.decide import (
+    Decider,
+    counted_layers,
+    describe,
+    model_report,
+    observed_arguments,
+    outermost,
+    packed_report,
+    sequential_report,
+)
+from quire.models.experts import is_experts, set_experts
+from quire.models.hub import ModelFiles
+from quire.models.interface import SPEC
+from quire.models.observe import Observation, Observer
+from quire.models.prove import prove
+from quire.models.registry import ModelRegistry, select_impl
+from quire.models.report import FORMAT, ProbeReport
+from quire.models.twin import build, shrink
+
+logger = logging.getLogger(__name__)
+
+
+def layout_of(files: ModelFiles, model_impl: str = "auto", dtype: torch.dtype | None = None) -> ModelLayout:
+    """What a model's layers need in memory, without reading weights. `dtype` is the one it will run in."""
+    if select_impl(files, model_impl) == "native":
+        return ModelRegistry.resolve(files.architecture).layout_of(files)
+    return probe(files, dtype).layout
+
+
+def probe(files: ModelFiles, dtype: torch.dtype | None = None) -> ProbeReport:
+    """The report for these files: remembered, or made now. Raises UnsupportedModelError when nothing runs the model."""
+    model_class = find_class(files)
+    dtype = dtype or getattr(files.text_config, "dtype", None) or torch.float32
+    config = model_config(model_class, files.config)
+    path = cache_folder() / "probes" / f"{report_key(model_class, config, dtype)}.json"
+    report = _remembered(path)
+    if report is None:
+        began = time.perf_counter()
+        report = examine(model_class, config, dtype)
+        logger.info("probed %s in %.1f s: tier %s", files.architecture, time.perf_counter() - began, report.layout.tier)
+        _remember(path, report)
+    for note in report.layout.notes:
+        logger.log(logging.WARNING if report.layout.tier in ("B", "C") else logging.INFO, "%s: %s", files.name, note)
+    return report
+
+
+def examine(model_class: type, config: Any, dtype: torch.dtype) -> ProbeReport:
+    """Decide on the twin, then take sizes from the full-size model without weights."""
+    ops = load_ops("cpu")  # the twin is tiny: it is examined where every machine can
+    try:
+        twin_config = shrink(config)
+        decider = Decider(model_class, twin_config, ops)
+    except Exception as error:  # a config class may refuse any combination of sizes
+        raise UnsupportedModelError(
+            f"No tiny twin of {model_class.__name__} could be made to try it on ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}). The Transformers path needs one; a native class can be registered "
+            "with ModelRegistry.register_model."
+        ) from error
+    decision = decider.decide()
+    decision = replace(decision, report=replace(decision.report, rewrite=prove(decider, decision, ops)))
+    try:
+        return enlarge(model_class, config, dtype, decision.report)
+    except Exception as error:  # code that cannot run without numbers
+        logger.warning("%s: its layers cannot be read off a model without weights: %s", model_class.__name__, error)
+        slower = decider.decide_sequential_model(f"sizes unknown: {type(error).__name__} {error}")
+        return enlarge(model_class, config, dtype, slower.report)
+
+
+def enlarge(model_class: type, config: Any, dtype: torch.dtype, twin: ProbeReport) -> ProbeReport:
+    """The twin's report with the real model's modules and sizes in place of the twin's."""
+    tier = twin.layout.tier
+    model = build(model_class, copy.deepcopy(config), dtype, "meta")
+    notes = list(twin.layout.notes)
+    if tier in ("A", "A+mixer"):
+        seen = observe_meta(model, SPEC)
+        report = packed_report(model, seen, stepwise=any(mixer.stepwise for mixer in twin.mixers))
+        report = replace(report, batch_argument=twin.batch_argument, arguments=twin.arguments)
+    elif tier == "B":
+        seen = observe_meta(model, "eager")
+        report = replace(sequential_report(model, seen, outermost(seen.cache_users), notes), arguments=twin.arguments)
+    else:
+        layers = counted_layers(_try_observe(model), model)
+        report = model_report(model, layers, twin.mode, twin.layout.chunked_prefill, notes)
+    return replace(report, rewrite=twin.rewrite)
+
+
+def observe_meta(model: nn.Module, implementation: str) -> Observation:
+    """Observe one step of a model without weights. Raises UnsupportedModelError where its code needs real numbers."""
+    set_experts([module for module in model.modules() if is_experts(module)])
+    observer = Observer(model, model.config, with_linears=False)
+    with torch.device("meta"), meta_nonzero():
+        seen = observer.run(observed_arguments(model, observer, "meta"), implementation)
+    if observer.problems and implementation == SPEC:
+        raise UnsupportedModelError(
+            f"The full-size model does what its tiny twin did not: {describe(model, observer.problems)}."
+        )
+    return seen
+
+
+@contextlib.contextmanager
+def meta_nonzero() -> Iterator[None]:
+    """Inside, nonzero() of a tensor without numbers takes all of them as set, as loops over used experts need."""
+    before = fx_config.meta_nonzero_assume_all_nonzero
+    fx_config.meta_nonzero_assume_all_nonzero = True
+    try:
+        yield
+    finally:
+        fx_config.meta_nonzero_assume_all_nonzero = before
+
+
+def _try_observe(model: nn.Module) -> Observation:
+    try:
+        return observe_meta(model, "eager")
+    except Exception:  # only memory figures depend on it, and a token is counted anyway
+        return Observation()
+
+
+def find_class(files: ModelFiles) -> type:
+    """The model class that the files name. Code of the checkpoint runs only when the user trusts it."""
+    auto_map = files.raw_config.get("auto_map") or {}
+    reference = auto_map.get("AutoModelForCausalLM")
+    if reference and files.trust_remote_code:
+        return get_class_from_dynamic_module(reference, str(files.folder))
+    found = getattr(transformers, files.architecture, None)
+    if found is None:
+        raise UnsupportedModelError(
+            f"{files.architecture!r} is not a class of the installed transformers {transformers.__version__}. Upgrade "
+            "transformers, or allow the checkpoint's own code with --trust-remote-code if it brings some."
+        )
+    return found
+
+
+def model_config(model_class: type, config: Any) -> Any:
+    """The part of the config that this class is built from: the whole, or its language model."""
+    wanted = getattr(model_class, "config_class", None)
+    if wanted is None or isinstance(config, wanted):
+        return config
+    part = config.get_text_config()
+    return part if isinstance(part, wanted) else config
+
+
+# ---------------------------------------------------------------- memory on disk
+
+
+def report_key(model_class: type, config: Any, dtype: torch.dtype) -> str:
+    """A hash of everything that a report depends on."""
+    digest = hashlib.sha256()
+    parts = [FORMAT, transformers.__version__, torch.__version__, model_class.__qualname__, dtype]
+    for part in (*parts, config.to_json_string(use_diff=False), own_source(), _source(model_class)):
+        digest.update(str(part).encode())
+        digest.update(b"\0")
+    return digest.hexdigest()[:32]
+
+
+@cache
+def own_source() -> str:
+    """A hash of the files that make and read reports, so that a report never outlives the code that made it."""
+    digest = hashlib.sha256()
+    package = Path(__file__).parent.parent
+    for folder in ("models", "layers", "kernels"):
+        for path in sorted((package / folder).glob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _source(model_class: type) -> str:
+    path = inspect.getsourcefile(model_class)
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
+
+
+def _remembered(path: Path) -> ProbeReport | None:
+    """A report from disk; a file that cannot be read counts as none."""
+    try:
+        return ProbeReport.from_json(path.read_text())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _remember(path: Path, report: ProbeReport) -> None:
+    """Write a report in one move, so that another process never reads half of it. A read-only disk is no error."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
+            file.write(report.to_json())
+        Path(file.name).replace(path)
+    except OSError as error:
+        logger.info("the probe's report is not remembered: %s", error)
