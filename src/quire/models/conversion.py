@@ -47,16 +47,19 @@ def model_targets(model: Any, dtype: torch.dtype, device: torch.device) -> dict[
 def _set_tensor(
     module: nn.Module, leaf: str, dtype: torch.dtype, device: torch.device, tensor: torch.Tensor
 ) -> torch.Tensor:
-    """Put a tensor where the module has a parameter or buffer of that name; returns it for tied ones to share."""
+    """Put a tensor where the module has a parameter or buffer of that name; returns what tied ones are to share."""
+    if isinstance(tensor, nn.Parameter) and tensor.dtype is dtype and leaf in module._parameters:
+        module._parameters[leaf] = tensor
+        return tensor
     stored = tensor.detach().to(device=device, dtype=dtype).contiguous()
     if stored.data_ptr() == tensor.data_ptr() and stored.numel() * stored.element_size() < SMALL_BYTES:
         stored = stored.clone()
     if leaf in module._buffers:
         module._buffers[leaf] = stored
-    else:
-        module._parameters[leaf] = nn.Parameter(stored, requires_grad=False)
-        module._parameters[leaf]._is_hf_initialized = True  # type: ignore[union-attr]
-    return stored
+        return stored
+    parameter = module._parameters[leaf] = nn.Parameter(stored, requires_grad=False)
+    parameter._is_hf_initialized = True
+    return parameter
 
 
 def load_transformers(
@@ -147,7 +150,7 @@ def _converted(model: Any, checkpoint: Checkpoint, target: str, recipe: _Recipe)
     assert rule is not None
     for source, pattern in zip(recipe.sources, recipe.patterns, strict=True):
         # The library takes a function in place of a future: the tensor is read when the rule runs.
-        rule.add_tensor(target, source, pattern, partial(checkpoint.read, source))  # type: ignore[arg-type]
+        rule.add_tensor(target, source, pattern, partial(checkpoint.read, source))
     try:
         made = rule.convert(target, model=model, config=model.config, hf_quantizer=None, loading_info=None)
     except CheckpointError:
