@@ -125,19 +125,18 @@ class PagePool:
 
     def check(self, owners: Mapping[int, int]) -> None:
         """Assert that every page is in exactly one place and that `owners` (page -> holders) is what is counted here."""
-        blank, kept = set(self._blank), set(self._kept)
+        blank, kept, named = set(self._blank), self._kept.keys(), set(self._page_of.values())
         assert len(blank) == len(self._blank), "a page is blank twice"
         assert not blank & kept, f"pages both blank and kept: {blank & kept}"
         assert NULL_PAGE not in blank and NULL_PAGE not in kept and NULL_PAGE not in owners, "the null page is in use"
-        for page in range(1, self.num_pages):
-            counted, held = self._owners[page], owners.get(page, 0)
-            assert counted == held, f"page {page}: {counted} owners counted, {held} found"
-            assert (page in blank or page in kept) == (counted == 0), f"page {page} with {counted} owners is misplaced"
-            assert page not in blank or self._names[page] is None, f"blank page {page} has a name"
-            assert page not in kept or self._names[page] is not None, f"kept page {page} has no name"
-        for name, page in self._page_of.items():
-            assert self._names[page] == name, f"page {page} is listed under a name that is not its own"
-        assert len(self._page_of) == sum(name is not None for name in self._names), "a named page is not listed"
+        for page, (counted, held) in enumerate(zip(self._owners, map(owners.get, range(self.num_pages)), strict=True)):
+            assert counted == (held or 0), f"page {page}: {counted} owners counted, {held or 0} found"
+        free = {page for page, count in enumerate(self._owners) if not count and page != NULL_PAGE}
+        assert blank | kept == free, f"pages lost, or free while owned: {free ^ (blank | kept)}"
+        assert not blank & named, f"blank pages with a name: {blank & named}"
+        assert kept <= named, f"kept pages without a name: {kept - named}"
+        listed = {name: page for page, name in enumerate(self._names) if name is not None}
+        assert listed == self._page_of, "names of pages and pages of names disagree"
 
     def _forget(self, page: int) -> None:
         name = self._names[page]

@@ -183,13 +183,15 @@ class Scheduler:
         waiting = list(self._waiting)
         assert len(waiting) == len(self._waiting), "the waiting line counts wrong"
         assert self._waiting.tokens == sum(len(request.tokens) for request in waiting), "waiting tokens count wrong"
-        assert {id(request) for request in running + waiting} == {id(request) for request in self._requests.values()}
+        assert set(running).union(waiting) == set(self._requests.values()), "a request is lost, or lives after its end"
         for request in waiting:
-            assert request.slot == NOWHERE and request.epoch == GONE and request.in_flight == 0
-            assert request.known == len(request.tokens) and not any(table.pages for table in request.tables)
+            assert request.slot == NOWHERE and request.epoch == GONE and request.in_flight == 0, "waits, yet runs"
+            assert request.computed == request.planned == 0, "waits with something computed"
+            assert request.known == len(request.tokens), "waits with tokens in flight"
+            for table in request.tables:
+                assert not table.pages, "waits with pages"
         for request in running:
-            lives = [flight for flight in self._flights if flight.plan.step >= request.epoch]
-            flights = sum(row is request for flight in lives for row in flight.rows)
+            flights = sum(request in flight.rows for flight in self._flights if flight.plan.step >= request.epoch)
             assert request.in_flight == flights, "spans in flight count wrong"
             assert request.computed <= request.planned and request.computed < request.limit
             assert request.in_flight or request.computed == request.planned < request.known == len(request.tokens)
@@ -278,10 +280,8 @@ class Scheduler:
     def _span_end(self, request: Request, share: int) -> int:
         """How far the next span may go: not past what is known, the budget, the pool, or a state to be kept."""
         start = request.planned
-        if not self.options.chunked_prefill:
-            return request.known if request.known - start <= share else start
         threshold = self.options.long_prefill_token_threshold
-        if threshold and len(self._requests) > 1:
+        if threshold and self.options.chunked_prefill and len(self._requests) > 1:
             share = min(share, threshold)
         end = min(request.known, start + share, self._tables.reach(request))
         if start < request.snapshot_at < end:
@@ -336,7 +336,7 @@ class Scheduler:
             if request is None or self._is_blocked(request, slack):
                 return
             if not self.options.chunked_prefill and request.known > draft.left:
-                return
+                return  # it waits for a step that can take it whole
             spoken_for = self._find_pages(request, slack)
             if spoken_for is None:
                 self._blocked = _Blocked(request, slack)
@@ -367,18 +367,14 @@ class Scheduler:
         """Let the request share what is known of its prefix. Returns the pages that it takes or will want, per group;
         None, and then it holds nothing, if that is more than `slack`.
         """
-        for most in (self._longest_hit(request), 0):
-            free = self._tables.free()
-            hit = self._tables.adopt(request, most)
-            shared = [before - now for before, now in zip(free, self._tables.free(), strict=True)]
-            total = [pages + more for pages, more in zip(shared, self._tables.demand(request), strict=True)]
-            if all(pages <= limit for pages, limit in zip(total, slack, strict=True)):
-                return total
-            self._tables.release(request)
-            request.computed = request.planned = 0
-            if self._running or not hit:
-                break
-            # Alone, yet what the hit holds is in the way: a state's only page besides its snapshot, say.
+        before = self._tables.free()
+        self._tables.adopt(request, self._longest_hit(request))
+        shared = [pages - now for pages, now in zip(before, self._tables.free(), strict=True)]
+        total = [pages + more for pages, more in zip(shared, self._tables.demand(request), strict=True)]
+        if all(pages <= limit for pages, limit in zip(total, slack, strict=True)):
+            return total
+        self._tables.release(request)
+        request.computed = request.planned = 0
         return None
 
     def _longest_hit(self, request: Request) -> int:
