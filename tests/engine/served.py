@@ -24,12 +24,12 @@ from transformers import PreTrainedTokenizerFast
 from quire.config import ServeOptions
 from quire.core.options import SchedulerOptions
 from quire.core.params import SamplingParams
-from quire.core.plan import GroupSpec, StepPlan
+from quire.core.plan import GroupSpec
 from quire.core.scheduler import Scheduler
 from quire.engine.async_engine import AsyncEngine
 from quire.engine.core import EngineCore
 from quire.engine.engine import Engine, EngineSettings
-from quire.engine.executor import FakeExecutor, Handle
+from quire.engine.executor import FakeExecutor
 from quire.engine.metrics import Metrics
 from quire.serve.app import create_app
 from quire.serve.service import ModelCard, Service
@@ -76,24 +76,13 @@ def parrot(tokens: tuple[int, ...]) -> int:
     return reply[min(said, len(reply) - 1)]
 
 
-class MortalExecutor(FakeExecutor):
-    """A FakeExecutor that can be made to die."""
-
-    dying = False
-
-    def submit(self, plan: StepPlan) -> Handle:
-        if self.dying:
-            raise RuntimeError("the machine is gone")
-        return super().submit(plan)
-
-
 @dataclass
 class Running:
     """A server that runs. `client` is the openai library's, `http` a bare one."""
 
     url: str
     service: Service
-    executor: MortalExecutor
+    executor: FakeExecutor
     metrics: Metrics
     client: openai.OpenAI
     http: httpx.Client
@@ -154,13 +143,15 @@ def engine_of(setup: Setup, executor: FakeExecutor, metrics: Metrics) -> Engine:
 def served(setup: Setup | None = None) -> Iterator[Running]:
     """Run a server in a thread while the block runs."""
     setup = setup or Setup()
-    executor = MortalExecutor(parrot, delay=setup.delay)
+    executor = FakeExecutor(parrot, delay=setup.delay)
     metrics = Metrics("parrot", MAX_MODEL_LEN)
     engine = AsyncEngine(engine_of(setup, executor, metrics))
     engine.start()
     card = ModelCard(("parrot", "bird"), MAX_MODEL_LEN, defaults=setup.defaults, fingerprint="quire-test")
     service = Service(engine, card, setup.options, metrics.registry)
-    config = uvicorn.Config(create_app(service, setup.keys), port=0, log_level="error", lifespan="off")
+    config = uvicorn.Config(
+        create_app(service, setup.keys), port=0, log_level="error", lifespan="off", root_path=setup.options.root_path
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -31,7 +31,8 @@ async def health(request: Request) -> Response:
     return Response()
 
 
-@router.api_route("/ping", methods=["GET", "POST"], operation_id="ping")
+@router.get("/ping")
+@router.post("/ping")
 async def ping(request: Request) -> Response:
     """The same as /health."""
     return await health(request)

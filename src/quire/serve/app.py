@@ -22,7 +22,7 @@ LARGEST_BODY = 64 * 2**20  # bytes; about the longest prompts there are, as toke
 
 def create_app(service: Service, keys: Sequence[str] = ()) -> FastAPI:
     """The server as an ASGI application over a started AsyncEngine. `keys`: API keys; none lets everybody in."""
-    app = FastAPI(title="quire", version=quire.__version__, root_path=service.options.root_path)
+    app = FastAPI(title="quire", version=quire.__version__)
     app.state.service = service
     for module in (completions, chats, admin):
         app.include_router(module.router)

@@ -203,6 +203,7 @@ async def _serve(
         log_config=None,
         access_log=options.uvicorn_log_level in ("info", "debug", "trace"),
         lifespan="off",
+        root_path=options.root_path,
         h11_max_incomplete_event_size=HEADER_BYTES,
         timeout_graceful_shutdown=int(options.shutdown_timeout + LAST_WORDS_SECONDS),
         server_header=False,

@@ -155,6 +155,7 @@ class Tokenizer:
                 "continue_final_message",
             )
         template = self.template_for(tools, chat_template)
+        usable = _usable_kwargs(template, template_kwargs or {})
         try:
             return self.hf.apply_chat_template(
                 list(messages),
@@ -164,7 +165,7 @@ class Tokenizer:
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 tokenize=False,
-                **_usable_kwargs(template, template_kwargs or {}),
+                **usable,
             )
         except TemplateSyntaxError as error:
             raise ValidationError(f"The chat template is not valid Jinja: {error.message}.", "chat_template") from error
