@@ -6,12 +6,14 @@ One model is in memory at a time. Knows how to run one prompt through a ServedMo
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from quire import sizing
 from quire.cli.verify import Report, VerifyOptions
@@ -70,6 +72,7 @@ def compare(options: EngineOptions, wanted: VerifyOptions, texts: tuple[str, ...
 def run_transformers(config: EngineConfig, prompts: list[list[int]]) -> Traces:
     """The library's own model, with its plain attention."""
     files = config.files
+    disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
         files.folder, config=files.config, dtype=config.dtype, trust_remote_code=files.trust_remote_code
     )
@@ -205,5 +208,5 @@ def layer_differences(ours: Traces, theirs: Traces) -> tuple[float, ...]:
     for index in range(len(pairs[0][0])):
         apart = sum((a[index] - b[index]).square().sum() for a, b in pairs)
         whole = sum(b[index].square().sum() for _, b in pairs)
-        found.append(float((apart / whole).sqrt()))
+        found.append(math.sqrt(float(apart / whole)))
     return tuple(found)

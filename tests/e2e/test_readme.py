@@ -1,0 +1,111 @@
+"""The README's promises: its commands exist, its Python and its curl line work as printed."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+START_SECONDS = 120  # far more than it takes, for machines that do other things, too
+
+
+def block(language: str, containing: str) -> str:
+    return next(text for kind, text in BLOCKS if kind == language and containing in text)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[int]:
+    """The port of `quire serve` with the bundled model."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "quire.cli.main", "serve", "--port", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + START_SECONDS
+    while not healthy(port):
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(f"the server did not start:\n{process.communicate()[0]}")
+        time.sleep(0.2)
+    yield port
+    process.terminate()
+    printed = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, printed
+    assert f"at http://127.0.0.1:{port}" in printed
+    assert f"curl http://127.0.0.1:{port}/v1/chat/completions" in printed
+    assert re.search(r"loading the model +\d+\.\d+ s", printed), printed
+
+
+def healthy(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def test_it_opens_with_the_two_commands() -> None:
+    kind, first = BLOCKS[0]
+    assert kind == "sh"
+    assert [line.split("#")[0].strip() for line in first.splitlines()] == ["make serve", "make test"]
+    assert README.index("```sh") < 200
+
+
+def test_every_make_target_exists() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"make ([a-z-]+)", README)) - {"sure"}
+    assert named <= targets, named - targets
+
+
+def test_every_command_exists() -> None:
+    from quire.cli.main import COMMANDS
+
+    named = set(re.findall(r"^quire ([a-z-]+)", block("sh", "quire plan"), re.MULTILINE))
+    assert named <= set(COMMANDS)
+
+
+def test_files_that_are_linked_exist() -> None:
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / link).is_file(), link
+
+
+def test_the_python_works_as_printed() -> None:
+    code = block("python", "LLM()")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Once upon a time ... " in done.stdout
+    assert "The old mill by the river ... " in done.stdout
+    assert len(done.stdout.splitlines()) >= 3
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl here")
+def test_the_curl_line_works_as_printed(server: int) -> None:
+    line = block("sh", "curl").replace(":8000", f":{server}")
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["object"] == "chat.completion"
+    assert answer["choices"][0]["message"]["content"].strip()
+    assert answer["usage"]["completion_tokens"] <= 64
+
+
+def test_chat_and_complete_talk_to_the_server(server: int) -> None:
+    for command in ("chat", "complete"):
+        words = [sys.executable, "-m", "quire.cli.main", command, "--url", f"http://127.0.0.1:{server}/v1"]
+        words += ["-q", "Once upon a time", "--max-tokens", "8", "--stats"]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip()
+        assert " 8 out" in done.stderr
