@@ -48,7 +48,8 @@ def test_the_figures_add_up() -> None:
             server.client.completions.create(model="", prompt=f"{number} {'y' * number}|", max_tokens=length, n=2)
 
         with ThreadPoolExecutor(6) as pool:
-            list(pool.map(ask, range(requests)))
+            list(pool.map(ask, numbers[:-1]))
+        ask(numbers[-1])
         server.wait_idle()
         figures = server.figures()
     completions = 2 * len(numbers)
