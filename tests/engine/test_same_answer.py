@@ -18,7 +18,7 @@ from quire import LLM, SamplingParams
 from quire.engine.prompts import TokensPrompt
 
 COUNT = 64
-PAGE = 8
+PAGE = 16
 BASE = {
     "max_num_seqs": COUNT,
     "max_model_len": 96,
@@ -33,8 +33,8 @@ WAYS = {
     "planned ahead": {"async_scheduling": True},
     "chunked": {"max_num_batched_tokens": 7, "max_num_seqs": 5},
     "odd chunks": {"max_num_batched_tokens": 64, "long_prefill_token_threshold": 5},
-    "preempted": {"num_gpu_blocks_override": 40, "enable_prefix_caching": False},
-    "preempted, with hits, ahead": {"num_gpu_blocks_override": 40, "async_scheduling": True},
+    "preempted": {"num_gpu_blocks_override": 30, "enable_prefix_caching": False},
+    "preempted, with hits, ahead": {"num_gpu_blocks_override": 30, "async_scheduling": True},
 }
 
 
@@ -49,12 +49,12 @@ class Answer:
 def make_requests() -> list[tuple[TokensPrompt, SamplingParams]]:
     """Prompts of 1 to 40 tokens, a third with the same beginning; every kind of choosing."""
     rng = random.Random(3)
-    shared = [rng.randrange(3, VOCAB) for _ in range(20)]
+    shared = [rng.randrange(3, VOCAB) for _ in range(36)]
     found = []
     for index in range(COUNT):
         own = [rng.randrange(3, VOCAB) for _ in range(rng.randint(1, 40))]
         ids = [*shared, *own[:10]] if index % 3 == 0 else own
-        wish = {"max_tokens": rng.randint(2, 16), "ignore_eos": True, "logprobs": 1, "seed": index}
+        wish = {"max_tokens": rng.randint(4, 24), "ignore_eos": True, "logprobs": 1, "seed": index}
         if index % 4 == 0:
             wish["temperature"] = 0.0
         elif index % 4 == 1:
