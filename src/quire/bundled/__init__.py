@@ -1,0 +1,1 @@
+"""Data: the bundled model, its draft model and its adapters. No code."""
