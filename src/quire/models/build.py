@@ -17,6 +17,7 @@ from quire.models.decide import serve
 from quire.models.hub import ModelFiles
 from quire.models.probe import find_class, model_config, probe
 from quire.models.registry import ModelRegistry, select_impl
+from quire.models.report import ProbeReport
 from quire.models.rewrite import rewrite
 from quire.models.served import ServedModel
 from quire.models.twin import build
@@ -32,12 +33,18 @@ def build_model(
         native = ModelRegistry.resolve(files.architecture)(files, dtype, device, ops)
         native.load(files, options.seed)
         return native
-    report = probe(files, dtype)
+    return build_transformers(files, probe(files, dtype), options.seed, dtype, device, ops)
+
+
+def build_transformers(
+    files: ModelFiles, report: ProbeReport, seed: int, dtype: torch.dtype, device: torch.device, ops: Ops
+) -> ServedModel:
+    """The Transformers path, from a report: build without memory, replace, load, attach."""
     model_class = find_class(files)
     config = copy.deepcopy(model_config(model_class, files.config))
     model = build(model_class, config, dtype, "meta")
     targets = model_targets(model, dtype, device)
     targets.update(rewrite(model, report.rewrite, ops, targets, device))
-    loaded = load_transformers(model, targets, files, device, options.seed)
+    loaded = load_transformers(model, targets, files, device, seed)
     logger.info("%d tensors, %.2f GB in %.2f s", loaded.tensors, loaded.nbytes / 1e9, loaded.seconds)
     return serve(model, report, ops)

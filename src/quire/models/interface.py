@@ -27,11 +27,28 @@ SPEC = "quire_spec"
 BATCH_ARGUMENT = "quire_batch"  # the keyword argument that carries the step through a model's **kwargs
 
 # Keyword arguments that reach the interface and mean nothing to attention.
-NOISE = frozenset(
-    "dropout position_ids use_cache output_attentions output_hidden_states output_router_logits encoder_hidden_states "
-    "labels logits_to_keep is_causal cache_position return_dict position_embeddings past_key_values cache_params "
-    "token_type_ids num_items_in_batch head_mask layer_head_mask".split()
-) | {BATCH_ARGUMENT}
+NOISE = {
+    "cache_params",
+    "cache_position",
+    "dropout",
+    "encoder_hidden_states",
+    "head_mask",
+    "is_causal",
+    "labels",
+    "layer_head_mask",
+    "logits_to_keep",
+    "num_items_in_batch",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "past_key_values",
+    "position_embeddings",
+    "position_ids",
+    "return_dict",
+    "token_type_ids",
+    "use_cache",
+    BATCH_ARGUMENT,
+}
 
 # Set and reset by TransformersModel.forward alone, for models whose **kwargs do not reach every layer.
 current_batch: ContextVar[Batch] = ContextVar("quire_batch")

@@ -6,14 +6,12 @@ report is remembered under a hash of the config, the library versions and this p
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import inspect
 import logging
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -21,8 +19,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
-from torch.fx.experimental import _config as fx_config
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from quire.env import cache_folder
@@ -32,17 +28,14 @@ from quire.layers.spec import ModelLayout
 from quire.models.decide import (
     Decider,
     counted_layers,
-    describe,
     model_report,
-    observed_arguments,
     outermost,
     packed_report,
     sequential_report,
 )
-from quire.models.experts import is_experts, set_experts
 from quire.models.hub import ModelFiles
+from quire.models.full_size import observe_full, try_observe
 from quire.models.interface import SPEC
-from quire.models.observe import Observation, Observer
 from quire.models.prove import prove
 from quire.models.registry import ModelRegistry, select_impl
 from quire.models.report import FORMAT, ProbeReport
@@ -103,47 +96,16 @@ def enlarge(model_class: type, config: Any, dtype: torch.dtype, twin: ProbeRepor
     model = build(model_class, copy.deepcopy(config), dtype, "meta")
     notes = list(twin.layout.notes)
     if tier in ("A", "A+mixer"):
-        seen = observe_meta(model, SPEC)
+        seen = observe_full(model, SPEC)
         report = packed_report(model, seen, stepwise=any(mixer.stepwise for mixer in twin.mixers))
         report = replace(report, batch_argument=twin.batch_argument, arguments=twin.arguments)
     elif tier == "B":
-        seen = observe_meta(model, "eager")
+        seen = observe_full(model, "eager")
         report = replace(sequential_report(model, seen, outermost(seen.cache_users), notes), arguments=twin.arguments)
     else:
-        layers = counted_layers(_try_observe(model), model)
+        layers = counted_layers(try_observe(model), model)
         report = model_report(model, layers, twin.mode, twin.layout.chunked_prefill, notes)
     return replace(report, rewrite=twin.rewrite)
-
-
-def observe_meta(model: nn.Module, implementation: str) -> Observation:
-    """Observe one step of a model without weights. Raises UnsupportedModelError where its code needs real numbers."""
-    set_experts([module for module in model.modules() if is_experts(module)])
-    observer = Observer(model, model.config, with_linears=False)
-    with torch.device("meta"), meta_nonzero():
-        seen = observer.run(observed_arguments(model, observer, "meta"), implementation)
-    if observer.problems and implementation == SPEC:
-        raise UnsupportedModelError(
-            f"The full-size model does what its tiny twin did not: {describe(model, observer.problems)}."
-        )
-    return seen
-
-
-@contextlib.contextmanager
-def meta_nonzero() -> Iterator[None]:
-    """Inside, nonzero() of a tensor without numbers takes all of them as set, as loops over used experts need."""
-    before = fx_config.meta_nonzero_assume_all_nonzero
-    fx_config.meta_nonzero_assume_all_nonzero = True
-    try:
-        yield
-    finally:
-        fx_config.meta_nonzero_assume_all_nonzero = before
-
-
-def _try_observe(model: nn.Module) -> Observation:
-    try:
-        return observe_meta(model, "eager")
-    except Exception:  # only memory figures depend on it, and a token is counted anyway
-        return Observation()
 
 
 def find_class(files: ModelFiles) -> type:

@@ -48,9 +48,8 @@ def propose(model: nn.Module, seen: Observation, ops: Ops) -> RewritePlan:
             if norm is not None:
                 plan.norms[key] = norm
         gated = gated_of(module)
-        if gated is not None and all(f"{key}.{child}" in plan.linears for child in (*gated["gate_up"], gated["down"])):
-            if len(gated["gate_up"]) == 1 or gated["gate_up"] in plan.merged.get(key, []):
-                plan.gated[key] = gated
+        if gated is not None and _gated_fits(key, gated, plan):
+            plan.gated[key] = gated
         if name in attention:
             style = _propose_rotary(module)
             if style is not None:
@@ -58,6 +57,13 @@ def propose(model: nn.Module, seen: Observation, ops: Ops) -> RewritePlan:
         if is_experts(module) and key not in plan.experts:
             plan.experts.append(key)
     return plan
+
+
+def _gated_fits(key: str, gated: dict[str, Any], plan: RewritePlan) -> bool:
+    """Whether the plan replaces the linears that the block joins, gate and up as one."""
+    names = gated["gate_up"]
+    replaced = all(f"{key}.{child}" in plan.linears for child in (*names, gated["down"]))
+    return replaced and (len(names) == 1 or names in plan.merged.get(key, []))
 
 
 def _propose_linears(model: nn.Module, seen: Observation) -> list[str]:

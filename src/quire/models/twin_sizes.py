@@ -61,10 +61,18 @@ SIZES: dict[str, int] = {
 }
 
 # A zero in these says that the thing is absent, and must stay zero.
-ZERO_MEANS_NONE = frozenset(
-    "n_group topk_group num_kv_shared_layers n_shared_experts num_shared_experts moe_num_shared_experts "
-    "first_k_dense_replace num_dense_layers n_dense_layers hidden_size_per_layer_input".split()
-)
+ZERO_MEANS_NONE = {
+    "first_k_dense_replace",
+    "hidden_size_per_layer_input",
+    "moe_num_shared_experts",
+    "n_dense_layers",
+    "n_group",
+    "n_shared_experts",
+    "num_dense_layers",
+    "num_kv_shared_layers",
+    "num_shared_experts",
+    "topk_group",
+}
 
 _PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
@@ -128,8 +136,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "hybrid_layer_ids": [1, 3],
     },
     "zaya": {"num_experts_per_tok": 1},
-    **{
-        name: {"text_config": {"rope_parameters": _MROPE}}
-        for name in "qwen2_vl qwen2_5_vl glm4v glm46v glm4v_moe glm_ocr paddleocr_vl ernie4_5_vl_moe".split()
-    },
+    "ernie4_5_vl_moe": {"text_config": {"rope_parameters": _MROPE}},
+    "glm46v": {"text_config": {"rope_parameters": _MROPE}},
+    "glm4v": {"text_config": {"rope_parameters": _MROPE}},
+    "glm4v_moe": {"text_config": {"rope_parameters": _MROPE}},
+    "glm_ocr": {"text_config": {"rope_parameters": _MROPE}},
+    "paddleocr_vl": {"text_config": {"rope_parameters": _MROPE}},
+    "qwen2_5_vl": {"text_config": {"rope_parameters": _MROPE}},
+    "qwen2_vl": {"text_config": {"rope_parameters": _MROPE}},
 }

@@ -1,0 +1,102 @@
+"""Check every causal LM of the installed Transformers against its own generate, and write docs/models.md.
+
+    python tools/enumerate_models.py                 all of them, writes the document and the expected tiers
+    python tools/enumerate_models.py llama,qwen3     some of them, writes nothing
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+import transformers
+
+from quire.models.enumerate import enumerate_architectures
+from quire.models.parity import Outcome, architectures
+
+ROOT = Path(__file__).parent.parent
+DOCUMENT = ROOT / "docs" / "models.md"
+EXPECTED = ROOT / "tests" / "models" / "expected_tiers.json"
+TIERS = ("A", "A+mixer", "B", "C", "none")
+
+INTRODUCTION = """# Models
+
+Every entry of the causal language model mapping of Transformers {version}, checked by `tools/enumerate_models.py`: a
+tiny random model, three prompts together in odd chunks, one on a prefix hit, one preempted and computed again, float32,
+greedy. *Equal* means the same tokens as the library's own `generate`.
+
+| tier | meaning | equal |
+|---|---|---|
+| A | packed row, paged attention; the library's code unchanged | {A} |
+| A+mixer | the same, with recurrent mixers on paged state | {A+mixer} |
+| B | attention modules one sequence at a time, the rest packed; slow, and without prefix cache | {B} |
+| C | the whole model one sequence at a time; slowest | {C} |
+| none | does not run, or its tokens differ | {none} |
+
+{equal} of {tried} are equal. The tier of a model is found on your machine, on a tiny twin of its own config; this table
+is what the default configs gave with torch {torch}. *Replaced* counts kinds of modules whose replacement was proved equal: merged
+linears (m), linears (l), norms (n), gated blocks (g), rotary functions (r), expert blocks (e).
+
+| model type | class | tier | equal | largest difference | replaced | remarks |
+|---|---|---|---|---|---|---|
+"""
+
+
+def main() -> int:
+    chosen = sys.argv[1].split(",") if len(sys.argv) > 1 else list(architectures())
+    outcomes = enumerate_architectures(chosen, report=_tell)
+    counts = Counter(tier_of(outcome) for outcome in outcomes)
+    print({tier: counts[tier] for tier in TIERS}, f"{sum(outcome.seconds for outcome in outcomes):.0f} s of work")
+    if len(sys.argv) == 1:
+        DOCUMENT.parent.mkdir(exist_ok=True)
+        DOCUMENT.write_text(document(outcomes))
+        expected = {outcome.model_type: tier_of(outcome) for outcome in outcomes if not outcome.error}
+        EXPECTED.write_text(json.dumps(expected, indent=1, sort_keys=True) + "\n")
+    return 0
+
+
+def tier_of(outcome: Outcome) -> str:
+    """The tier on which an architecture is equal; "none" when it is not."""
+    return "none" if outcome.error else outcome.tier
+
+
+def document(outcomes: list[Outcome]) -> str:
+    """The text of docs/models.md."""
+    counts = Counter(tier_of(outcome) for outcome in outcomes)
+    head = INTRODUCTION.format(
+        version=transformers.__version__,
+        torch=torch.__version__,
+        equal=len(outcomes) - counts["none"],
+        tried=len(outcomes),
+        **{tier: counts[tier] for tier in TIERS},
+    )
+    return head + "".join(_row(outcome) for outcome in outcomes)
+
+
+def _row(outcome: Outcome) -> str:
+    replaced = " ".join(f"{kind[0]}{count}" for kind, count in outcome.replaced.items() if count)
+    remarks = [outcome.error] if outcome.error else list(outcome.notes)
+    if not outcome.chunked:
+        remarks.append("prompts stay whole")
+    cells = (
+        outcome.model_type,
+        outcome.architecture,
+        tier_of(outcome),
+        "no" if outcome.error else "yes",
+        f"{outcome.difference:.1e}" if outcome.tier != "none" else "",
+        replaced,
+        " ".join(remarks).replace("|", "/"),
+    )
+    return f"| {' | '.join(cells)} |\n"
+
+
+def _tell(outcome: Outcome) -> None:
+    state = outcome.error or f"equal, {outcome.difference:.1e}"
+    print(f"{outcome.model_type:24} {outcome.tier:8} {outcome.seconds:5.1f} s  {state}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
