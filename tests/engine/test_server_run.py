@@ -1,0 +1,124 @@
+"""The life of the server's process: it greets, drains on SIGTERM, ends with the right status, takes its address early."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from quire.config import EngineOptions, ServeOptions
+from quire.errors import ConfigError
+from quire.serve.run import bind, run_server
+
+HERE = Path(__file__).parent
+
+
+@contextmanager
+def process(shutdown_timeout: float, delay: float) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+    """The server's process, its address, and the lines of its greeting."""
+    command = [sys.executable, str(HERE / "serve_parrot.py"), str(shutdown_timeout), str(delay)]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE)
+    try:
+        assert started.stdout is not None
+        lines = [started.stdout.readline() for _ in range(5)]
+        found = re.search(r"http://127\.0\.0\.1:\d+", lines[0])
+        assert found, (lines, started.stderr and started.stderr.read())
+        yield started, found[0], lines
+    finally:
+        started.kill()
+        started.communicate()
+
+
+def lines_of(response: httpx.Response) -> list[str]:
+    return [line.removeprefix("data: ") for line in response.iter_lines() if line]
+
+
+def test_the_greeting_and_an_idle_end() -> None:
+    with process(5, 0) as (server, url, lines):
+        text = "".join(lines)
+        assert "serves parrot at " + url in text and "nothing" in text and "Ready after" in text
+        assert server.stdout is not None
+        curl = server.stdout.readline() if not lines[-1].strip().startswith("curl") else lines[-1]
+        assert curl.strip().startswith(f"curl {url}/v1/chat/completions")
+        assert httpx.get(url + "/health").is_success
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(10) == 0
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_running_requests_finish_after_the_signal(stop: signal.Signals) -> None:
+    body = {"prompt": "x|", "max_tokens": 60, "stream": True}
+    with process(20, 0.02) as (server, url, _), httpx.stream("POST", url + "/v1/completions", json=body) as response:
+        server.send_signal(stop)
+        lines = lines_of(response)
+        assert lines[-1] == "[DONE]"
+        assert json.loads(lines[-2])["choices"][0]["finish_reason"] == "length"
+        assert len(lines) == 61
+        assert server.wait(10) == 0
+
+
+def test_late_requests_are_ended_properly_at_the_timeout() -> None:
+    body = {"prompt": "x|", "max_tokens": 400, "stream": True}
+    with process(0.3, 0.02) as (server, url, _), httpx.stream("POST", url + "/v1/completions", json=body) as response:
+        began = time.monotonic()
+        server.send_signal(signal.SIGTERM)
+        lines = lines_of(response)
+        assert lines[-1] == "[DONE]"
+        assert json.loads(lines[-2])["choices"][0]["finish_reason"] == "abort"
+        assert server.wait(10) == 0
+        assert 0.2 < time.monotonic() - began < 5
+
+
+def test_no_connection_is_taken_while_it_drains() -> None:
+    body = {"prompt": "x|", "max_tokens": 100, "stream": True}
+    with process(20, 0.02) as (server, url, _), httpx.stream("POST", url + "/v1/completions", json=body) as response:
+        server.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(url + "/health")
+        assert lines_of(response)[-1] == "[DONE]"
+
+
+def test_an_engine_that_dies_ends_the_process_with_an_error() -> None:
+    """So that whoever supervises it starts it again."""
+    with process(5, 0) as (server, url, _):
+        assert httpx.post(url + "/v1/completions", json={"prompt": "die"}).status_code == 503
+        assert server.wait(10) == 1
+
+
+def test_an_address_in_use_is_known_at_once() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match="--port"):
+            run_server(EngineOptions(), ServeOptions(port=port))
+    with pytest.raises(ConfigError, match="Cannot listen"):
+        bind(ServeOptions(host="no.such.host.invalid", port=0, allow_insecure=True))
+
+
+def test_a_public_address_without_a_key_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("QUIRE_API_KEY", raising=False)
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    with pytest.raises(ConfigError, match="--allow-insecure"):
+        run_server(EngineOptions(), ServeOptions(host="0.0.0.0", port=0))
+
+
+def test_a_unix_socket(tmp_path: Path) -> None:
+    path = tmp_path / "quire.sock"
+    with bind(ServeOptions(uds=str(path))) as listener:
+        listener.listen()
+        with pytest.raises(ConfigError, match="Cannot listen"):
+            bind(ServeOptions(uds=str(path)))
+    assert path.exists()  # left behind, as after a crash
+    bind(ServeOptions(uds=str(path))).close()
