@@ -219,7 +219,9 @@ class PagedWorker:
         """The token after `known`, and after each draft as long as the drafts are what the model says."""
         made: list[int] = []
         for place in range(known, span.start + span.count + 1):
-            made.append(self.model.choose([root, *(self._visible(seen, span, place, index) for index in range(len(seen)))]))
+            made.append(
+                self.model.choose([root, *(self._visible(seen, span, place, index) for index in range(len(seen)))])
+            )
             if place - known >= len(span.drafts) or span.drafts[place - known] != made[-1]:
                 break
         return tuple(made)
@@ -250,6 +252,4 @@ class PagedWorker:
         if row.admission.params.prompt_logprobs is None:
             return ()
         end = min(span.start + span.count + 1, row.admission.prompt_len)
-        return tuple(
-            TokenLogprobs((row.tokens[place],), (0.0,), (place,)) for place in range(span.start + 1, end)
-        )
+        return tuple(TokenLogprobs((row.tokens[place],), (0.0,), (place,)) for place in range(span.start + 1, end))

@@ -118,7 +118,7 @@ def draw_scenario(rng: random.Random) -> Scenario:
         aborts=rng.choice((0.0, 0.0, 0.02, 0.1)),
         restarts=rng.choice((0.0, 0.0, 0.0, 0.01)),
         resets=rng.choice((0.0, 0.0, 0.1)),
-        errors=rng.choice((0.0, 0.0, 0.01)),
+        errors=rng.choice((0.0, 0.0, 0.01, 0.05)),
         drafts=rng.choice((0.0, 0.0, 0.3, 0.9)),
         lazy=rng.choice((0.0, 0.5, 0.9)),
         eager=rng.choice((0.2, 0.8)),
@@ -138,9 +138,7 @@ class Simulation:
         self.counts: Counter[str] = Counter()
         self.turn = 0
         self.flights: list[tuple[StepPlan, StepResult]] = []
-        self.stems = [
-            [tuple(self.rng.randrange(1, VOCABULARY) for _ in range(23)) for _ in range(2)] for _ in range(2)
-        ]
+        self.stems = [[tuple(self.rng.randrange(1, VOCABULARY) for _ in range(23)) for _ in range(2)] for _ in range(2)]
         self._open()
 
     def run(self) -> Counter[str]:
@@ -254,13 +252,13 @@ class Simulation:
         positions = min(LONGEST, len(request.prompt_token_ids) + (request.params.max_tokens or LONGEST)) - 1
         for group in self.scenario.options.groups:
             usable = (group.num_pages - 1) * group.page_size
-            if group.kind == "window" and self.scenario.options.chunked_prefill:
-                # A window may begin at the last position of a page.
-                if usable < min(positions, group.window + group.page_size - 1):
-                    return True
-            elif group.kind in ("full", "window") and usable < positions:
-                return True
-            elif group.kind == "cross" and usable < request.encoder_tokens:
+            if group.kind == "cross":
+                needed = request.encoder_tokens
+            elif group.kind == "window" and self.scenario.options.chunked_prefill:
+                needed = min(positions, group.window + group.page_size - 1)  # it may begin at the end of a page
+            else:
+                needed = positions if group.kind != "state" else 0
+            if usable < needed:
                 return True
         return False
 

@@ -5,10 +5,42 @@ Part of the scheduler, and called by nobody else. Nothing here knows pages, slot
 
 from __future__ import annotations
 
-from quire.core.plan import Event, FinishReason, Span, SpanResult, TokenLogprobs
+from collections.abc import Mapping
+
+from quire.core.plan import NO_TIMES, Event, FinishReason, Span, SpanResult, TokenLogprobs
 from quire.core.request import Request
 from quire.core.stats import Stats
 from quire.core.stop import STOPPED, Stop, check_stop
+
+
+def step_on(request: Request, span: Span, outcome: SpanResult) -> bool:
+    """The common case in one go: one position computed, one token that ends nothing, nothing else to note.
+
+    False, and nothing changed, if there is more to it.
+    """
+    row, _, count, sample, drafts = span
+    slot, made, _, prompt_logprobs, proposed, _, error = outcome
+    tokens = request.tokens
+    if (
+        count != 1
+        or not sample
+        or len(made) != 1
+        or error is not None
+        or slot != row
+        or prompt_logprobs
+        or drafts
+        or proposed
+        or request.drafting
+        or request.first_token is None
+        or made[0] in request.watched
+        or len(tokens) + 1 >= request.watch_from
+        or request.computed + 1 >= request.publish_at
+    ):
+        return False
+    tokens.append(made[0])
+    request.computed += 1
+    request.in_flight -= 1
+    return True
 
 
 def contradiction(span: Span, outcome: SpanResult) -> str | None:
@@ -39,7 +71,7 @@ def append(request: Request, span: Span, tokens: tuple[int, ...], totals: Stats)
         return STOPPED  # a vector: there is nothing to go on with
     for token in tokens:
         request.tokens.append(token)
-        if token in request.watched or len(request.tokens) >= request.limit or request.rules.repetition is not None:
+        if token in request.watched or len(request.tokens) >= request.watch_from:
             stop = check_stop(request.tokens, request.rules)
             if stop is not None:
                 request.computed = min(request.computed, len(request.tokens))  # the rest was accepted behind the end
@@ -68,6 +100,29 @@ def times(request: Request) -> dict[str, float]:
     if request.first_token is not None:
         found["first_token"] = request.first_token
     return found
+
+
+def next_event(
+    request: Request,
+    tokens: tuple[int, ...],
+    logprobs: tuple[TokenLogprobs, ...],
+    prompt_logprobs: tuple[TokenLogprobs, ...] = (),
+    stamps: Mapping[str, float] = NO_TIMES,
+) -> Event:
+    """An event of a request that goes on."""
+    return Event(
+        request.given.request_id,
+        tokens,
+        logprobs,
+        prompt_logprobs,
+        None,
+        None,
+        None,
+        None,
+        request.cached_tokens,
+        request.preemptions,
+        stamps,
+    )
 
 
 def last_event(

@@ -63,6 +63,7 @@ class Request:
     rules: StopRules
     limit: int  # as in rules
     watched: frozenset[int]  # as in rules
+    watch_from: int  # from this number of tokens on, every token may end the request
     tables: list[Table]
     names: list[list[bytes]] = field(default_factory=list)  # per page size, of its full pages, made when first needed
     generation: int = NOWHERE  # which key made the names

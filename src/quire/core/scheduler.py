@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from quire.core.landing import append, contradiction, last_event, take_drafts, times, unsent
+from quire.core.landing import append, contradiction, last_event, next_event, step_on, take_drafts, times, unsent
 from quire.core.options import SchedulerOptions
 from quire.core.params import SamplingParams
 from quire.core.plan import (
@@ -123,6 +123,7 @@ class Scheduler:
             rules=rules,
             limit=rules.limit,
             watched=rules.watched,
+            watch_from=0 if rules.repetition else rules.limit,
             tables=self._tables.new_tables(),
             known=len(tokens),
             logprobs_sent=len(request.prompt_token_ids) - 1 if request.generated else 0,
@@ -319,32 +320,42 @@ class Scheduler:
 
     def _vacate(self, request: Request) -> None:
         """Slot and pages go back; whatever is in flight for the request will be dropped because of its epoch."""
-        self._tables.release(request)
+        self._let_go(request)
         self._released.append(request.slot)
         self._slots.append(request.slot)
-        request.slot, request.epoch = NOWHERE, GONE
-        request.computed = request.planned = request.in_flight = 0
+        request.slot, request.epoch, request.in_flight = NOWHERE, GONE, 0
         request.drafts, request.drafting = (), False
 
     def _admit_waiting(self, draft: _Draft) -> None:
-        """Let requests in from the front of the line while slots, budget and pages last."""
+        """Let requests in from the front of the line while slots, budget and pages last.
+
+        One whose next page another is just computing is set aside for a step, with slot and pages kept for it.
+        """
         if not (len(self._waiting) and self._slots and draft.left):
             return
         slack = self._slack()
-        while self._slots and draft.left:
+        aside: list[Request] = []
+        while len(self._slots) > len(aside) and draft.left:
             request = self._waiting.front()
             if request is None or self._is_blocked(request, slack):
-                return
+                break
             if not self.options.chunked_prefill and request.known > draft.left:
-                return  # it waits for a step that can take it whole
+                break  # it waits for a step that can take it whole
             spoken_for = self._find_pages(request, slack)
             if spoken_for is None:
                 self._blocked = _Blocked(request, slack)
-                return
+                break
             if not self._running:
                 slack = [free - reserve for free, reserve in zip(slack, self._reserve, strict=True)]
             slack = [free - pages for free, pages in zip(slack, spoken_for, strict=True)]
-            self._admit(request, draft)
+            self._waiting.pop()
+            if self._tables.follows(request, self._running, self._longest_hit(request)):
+                self._let_go(request)
+                aside.append(request)
+            else:
+                self._admit(request, draft)
+        for request in aside:
+            self._waiting.push(request)
 
     def _slack(self) -> list[int]:
         """Free pages per group that no running request will want in order to catch up."""
@@ -373,9 +384,12 @@ class Scheduler:
         total = [pages + more for pages, more in zip(shared, self._tables.demand(request), strict=True)]
         if all(pages <= limit for pages, limit in zip(total, slack, strict=True)):
             return total
+        self._let_go(request)
+        return None
+
+    def _let_go(self, request: Request) -> None:
         self._tables.release(request)
         request.computed = request.planned = 0
-        return None
 
     def _longest_hit(self, request: Request) -> int:
         """Positions that may come from the cache: never the last, and none whose log-probabilities are still owed."""
@@ -386,8 +400,7 @@ class Scheduler:
         return 0 if params.skip_reading_prefix_cache else most
 
     def _admit(self, request: Request, draft: _Draft) -> None:
-        """Give the front of the line, whose shared pages are found, a slot and its first span."""
-        self._waiting.pop()
+        """Give a request, whose shared pages are found, a slot and its first span."""
         bisect.insort(self._running, request, key=lambda other: other.key)
         given, hit = request.given, request.planned
         request.slot = self._slots.pop()
@@ -424,6 +437,10 @@ class Scheduler:
         for request, span, outcome in zip(flight.rows, flight.plan.spans, result.spans, strict=True):
             if request.epoch > step:
                 continue  # ended or preempted meanwhile: computed for an earlier life
+            if step_on(request, span, outcome):
+                events.append(next_event(request, outcome.tokens, outcome.logprobs))
+                self._totals.generated_tokens += 1
+                continue
             event = self._land(request, span, outcome, now)
             if event is not None:
                 events.append(event)
@@ -471,10 +488,7 @@ class Scheduler:
             )
         if not (tokens or prompt_logprobs):
             return None
-        request_id, cached = request.given.request_id, request.cached_tokens
-        return Event(
-            request_id, tokens, logprobs, prompt_logprobs, None, None, None, None, cached, request.preemptions, stamps
-        )
+        return next_event(request, tokens, logprobs, prompt_logprobs, stamps)
 
     def _remove(self, request: Request, reason: FinishReason) -> None:
         """The request has ended: nothing of it stays but a count. The caller takes it out of its list or line."""

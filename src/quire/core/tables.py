@@ -319,6 +319,24 @@ class PageTables:
         request.snapshot_at = self._snapshot_position(request)
         return length
 
+    def follows(self, request: Request, running: Iterable[Request], most: int) -> bool:
+        """Whether the page after the request's hit is just being computed by one before it, so that waiting pays.
+
+        `most` is the longest hit allowed. A state can only be taken over where its owner's prompt ends: no use waiting.
+        """
+        end = request.computed + self._grid
+        if not self.caching or self._states or end > most:
+            return False
+        index = end // self._sizes[0] - 1
+        name = request.names[0][index]
+        return any(
+            other.computed < end <= other.planned
+            and other.key < request.key
+            and index < len(other.names[0])
+            and other.names[0][index] == name
+            for other in running
+        )
+
     def least(self, positions: int, encoder: int, chunked: bool) -> list[int]:
         """Per group, the pages without which such a request can never run."""
         return [group.least(positions, encoder, chunked) for group in self.groups]
