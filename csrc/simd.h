@@ -18,6 +18,7 @@
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx512.h>
 #include <simde/x86/fma.h>
+#include "simde_gaps.h"
 #elif defined(QUIRE_AVX2) || defined(QUIRE_AVX512) || defined(QUIRE_AVX512BF16)
 #include <immintrin.h>
 #elif defined(__aarch64__)

@@ -1,0 +1,36 @@
+// The few AVX-512 conversions that simd.h uses and SIMDe lacks, element by element. Only for the emulated builds.
+#pragma once
+
+#include <cmath>
+
+namespace quire {
+
+inline __m512i emulated_cvtps_epi32(__m512 x) {
+    float in[16];
+    int32_t out[16];
+    _mm512_storeu_ps(in, x);
+    for (int i = 0; i < 16; i++) out[i] = int32_t(std::nearbyintf(in[i]));
+    return _mm512_loadu_si512(out);
+}
+
+inline __m512i emulated_cvtepu16_epi32(__m256i x) {
+    uint16_t in[16];
+    uint32_t out[16];
+    _mm256_storeu_si256((__m256i*)in, x);
+    for (int i = 0; i < 16; i++) out[i] = in[i];
+    return _mm512_loadu_si512(out);
+}
+
+inline __m256i emulated_cvtepi32_epi16(__m512i x) {
+    uint32_t in[16];
+    uint16_t out[16];
+    _mm512_storeu_si512(in, x);
+    for (int i = 0; i < 16; i++) out[i] = uint16_t(in[i]);
+    return _mm256_loadu_si256((const __m256i*)out);
+}
+
+}  // namespace quire
+
+#define _mm512_cvtps_epi32 quire::emulated_cvtps_epi32
+#define _mm512_cvtepu16_epi32 quire::emulated_cvtepu16_epi32
+#define _mm512_cvtepi32_epi16 quire::emulated_cvtepi32_epi16
