@@ -120,4 +120,7 @@ def _gathering(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
     nbytes = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or nbytes < 1 << 16:
         return torch.empty(shape, dtype=dtype, device=device)
-    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=dtype).view(shape)
+    memory = mmap.mmap(-1, nbytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)

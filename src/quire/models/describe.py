@@ -195,11 +195,12 @@ def _model_type_of(raw: Mapping[str, Any], name: str) -> str:
 
 def _architecture(raw: Mapping[str, Any], config: Any, name: str) -> str:
     """The class to run: the first that the config names, else the usual causal language model of its type."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
     named = raw.get("architectures") or []
     if named:
         return str(named[0])
+    # Not imported for a config that names its class: it takes a second and a half.
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     default = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     if default is None:
         raise UnsupportedModelError(
