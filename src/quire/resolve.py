@@ -47,6 +47,7 @@ LENGTH_KEYS = (
     "max_target_positions",
     "n_ctx",
 )
+NOT_IN_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "glm4")
 GIB = 1 << 30
 
 
@@ -117,6 +118,7 @@ def resolve(options: EngineOptions, machine: Machine | None = None) -> EngineCon
         machine = measure_machine(log.take("device", choose_device(options.parallel.device)), options.parallel.threads)
     impl = select_impl(files, options.model.model_impl)
     dtype = log.take("dtype", choose_dtype(options.model.dtype, checkpoint_dtype(files), machine.device))
+    check_dtype(files, dtype)
     layout = layout_of(files, impl, dtype)
     cache_dtype = log.take("kv_cache_dtype", choose_cache_dtype(options.cache.kv_cache_dtype, dtype))
     block_size = log.take("block_size", choose_block_size(options.cache.block_size, machine.device))
@@ -155,7 +157,9 @@ def resolve(options: EngineOptions, machine: Machine | None = None) -> EngineCon
         max_num_seqs=max_num_seqs,
         max_in_flight=log.take("max_in_flight", choose_in_flight(options.schedule.async_scheduling, machine.device)),
         chunked_prefill=chunked,
-        prefix_caching=log.take("prefix_caching", choose_prefix_caching(options.cache.enable_prefix_caching, layout)),
+        prefix_caching=log.take(
+            "prefix_caching", choose_prefix_caching(options.cache.enable_prefix_caching, layout, chunked)
+        ),
         memory=memory,
         groups=groups,
         served_model_names=options.model.served_model_name or (files.name,),
@@ -264,6 +268,15 @@ def choose_dtype(wanted: str, stored: torch.dtype | None, device: str) -> Choice
     return Choice(stored, "as in the checkpoint")
 
 
+def check_dtype(files: ModelFiles, dtype: torch.dtype) -> None:
+    """Refuse float16 for models whose activations exceed its range."""
+    if dtype is torch.float16 and files.text_config.model_type in NOT_IN_FLOAT16:
+        raise ConfigError(
+            f"dtype is float16, but activations of {files.text_config.model_type} models leave its range and become "
+            "infinite. Use --dtype bfloat16 or float32."
+        )
+
+
 def choose_cache_dtype(wanted: str, dtype: torch.dtype) -> Choice[torch.dtype]:
     """The data type of keys and values."""
     if wanted == "auto":
@@ -289,6 +302,8 @@ def model_length(files: ModelFiles) -> Choice[int]:
     if not lengths:
         return Choice(2048, f"the config has none of {', '.join(LENGTH_KEYS[:4])}")
     key, length = min(lengths.items(), key=lambda item: item[1])
+    if files.tokenizer_limit is not None and files.tokenizer_limit < length:
+        key, length = "tokenizer's model_max_length", files.tokenizer_limit
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind, factor = rope.get("rope_type") or rope.get("type"), rope.get("factor")
     if kind in ("linear", "dynamic") and isinstance(factor, int | float) and factor > 1:
@@ -458,8 +473,10 @@ def choose_in_flight(wanted: bool | None, device: str) -> Choice[int]:
     return Choice(1, "planning takes less time than it would take from the kernels' cores")
 
 
-def choose_prefix_caching(wanted: bool, layout: ModelLayout) -> Choice[bool]:
+def choose_prefix_caching(wanted: bool, layout: ModelLayout, chunked: bool) -> Choice[bool]:
     """Whether pages of prompts that begin alike are reused."""
+    if wanted and not chunked:
+        return Choice(False, "a prompt that is computed in one step cannot begin in the middle")
     if wanted and not layout.prefix_caching:
         return Choice(False, "this model's state cannot be taken up in the middle of a prompt")
     return Choice(wanted, "the default" if wanted else "as asked")

@@ -27,7 +27,7 @@ class GroupCost:
     """One group of layers that share page tables: what a page costs and how many a request of n positions holds."""
 
     kind: str  # full, window or state
-    page_size: int
+    page_size: int  # of a state group: the grid of its snapshots
     page_bytes: int  # one page of all layers of the group
     window: int | None = None
 
@@ -60,7 +60,7 @@ def group_costs(
         layers = [layer for layer in layout.layers if layer.group == index]
         total = sum(layer_page_bytes(layer, page_size, dtype, cache_bytes) for layer in layers)
         if layers[0].kind == "state":
-            costs.append(GroupCost("state", 1, total))
+            costs.append(GroupCost("state", page_size, total))
             continue
         windows = {layer.window for layer in layers if layer.shares is None}
         window = max(windows) if windows and None not in windows else None

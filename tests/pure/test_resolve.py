@@ -224,7 +224,9 @@ def test_what_a_model_cannot_do_is_switched_off() -> None:
     alone = replace(LAYOUT, batched=False, chunked_prefill=False, prefix_caching=False)
     assert resolve.choose_max_num_seqs(64, alone).value == 1
     assert resolve.choose_chunked(True, alone).value is False
-    assert resolve.choose_prefix_caching(True, alone).value is False
+    assert resolve.choose_prefix_caching(True, alone, chunked=True).value is False
+    assert resolve.choose_prefix_caching(True, LAYOUT, chunked=False).value is False
+    assert resolve.choose_prefix_caching(True, LAYOUT, chunked=True).value is True
 
 
 def test_the_next_step_is_planned_ahead_on_a_gpu_only() -> None:
