@@ -106,6 +106,13 @@ def test_each_part_is_in_the_table() -> None:
     assert not unknown, f"parts of quire that have no place in the layers: {unknown}"
 
 
+def test_each_part_is_described() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    parts = {part_of(path) for path in FILES} - {"__init__"}
+    missing = sorted(part for part in parts if f"`{part}/`" not in text and f"`{part}.py`" not in text)
+    assert not missing, f"docs/architecture.md does not name {missing}"
+
+
 def test_files_import_only_from_lower_layers() -> None:
     offenders = [
         f"{place(path, node)}: {part_of(path)} may not import quire.{module}"
