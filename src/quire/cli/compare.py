@@ -142,7 +142,7 @@ class Listener:
             undo()
 
     def _hook(self, module: nn.Module, inputs: object, output: object) -> None:
-        self.heard.append(output[0] if isinstance(output, tuple) else output)  # type: ignore[arg-type]
+        self.heard.append(output[0] if isinstance(output, tuple) else output)
 
     def _wrap(self, norm: RMSNorm) -> Callable[[], None]:
         add = norm.add
