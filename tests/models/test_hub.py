@@ -15,6 +15,7 @@ import pytest
 import torch
 from tiny import write_tiny
 
+from quire import resolve
 from quire.config import ModelOptions
 from quire.errors import (
     CheckpointError,
@@ -401,6 +402,22 @@ def test_the_hub(hub: type[Hub], tmp_path: Path) -> None:
     assert gated[0] == "ModelNotFoundError" and "is gated on the hub" in gated[1] and "HF_TOKEN" in gated[1]
     assert opened[1] == "LlamaForCausalLM"
     assert from_hub(hub, tmp_path, {"model": "org/tiny"}, offline=True) == [found]
+
+
+def test_the_tokenizer_may_allow_less_than_the_model(folder: Path) -> None:
+    assert resolve.model_length(find(folder)).value == 512
+    change(folder, "tokenizer_config.json", model_max_length=300)
+    shorter = resolve.model_length(find(folder))
+    assert shorter.value == 300 and "model_max_length" in shorter.reason
+    change(folder, "tokenizer_config.json", model_max_length=10**30)
+    assert resolve.model_length(find(folder)).value == 512
+
+
+def test_float16_is_refused_where_it_overflows(tmp_path: Path) -> None:
+    files = find(write_tiny(tmp_path, "gemma2", tokenizer=False))
+    with pytest.raises(ConfigError, match="float16, but activations of gemma2"):
+        resolve.check_dtype(files, torch.float16)
+    resolve.check_dtype(files, torch.bfloat16)
 
 
 def test_dtype_of_the_config_is_read(tmp_path: Path) -> None:

@@ -211,6 +211,13 @@ def _architecture(raw: Mapping[str, Any], config: Any, name: str) -> str:
     return str(default)
 
 
+def tokenizer_limit(folder: Path) -> int | None:
+    """model_max_length of tokenizer_config.json; None when there is none, or a placeholder for "unlimited"."""
+    path = folder / "tokenizer_config.json"
+    found = read_json(path).get("model_max_length") if path.is_file() else None
+    return int(found) if isinstance(found, int | float) and 0 < found < 1 << 40 else None
+
+
 def _no_config(folder: Path, name: str) -> str:
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "") if names else "nothing"

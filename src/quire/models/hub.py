@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 
 from quire.config import ModelOptions
 from quire.errors import CheckpointError, ModelNotFoundError
-from quire.models.describe import describe, read_generation_config, sampling_defaults, stop_token_ids
+from quire.models.describe import describe, read_generation_config, sampling_defaults, stop_token_ids, tokenizer_limit
 from quire.models.headers import read_index
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,7 @@ class ModelFiles:
     weight_format: WeightFormat
     tokenizer: str  # folder or hub id to load the tokenizer from
     tokenizer_revision: str | None
+    tokenizer_limit: int | None  # the longest input that the tokenizer's own config allows
     trust_remote_code: bool  # the user's decision
     remote_code: bool  # the model runs code of its own
 
@@ -93,6 +94,7 @@ def find_model(options: ModelOptions) -> ModelFiles:
         weight_format=weights.format,
         tokenizer=options.tokenizer or str(folder),
         tokenizer_revision=options.tokenizer_revision,
+        tokenizer_limit=tokenizer_limit(folder),
         trust_remote_code=options.trust_remote_code,
         remote_code=described.remote_code,
     )

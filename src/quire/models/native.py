@@ -6,6 +6,7 @@ What differs between the families is in FAMILIES and in the Shape read from the 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +30,8 @@ from quire.layers.target import Target
 from quire.models.checkpoint import Checkpoint, stream_weights
 from quire.models.hub import ModelFiles
 from quire.models.load import LoadReport, LoadRules, dummy_weights, load_into
+
+logger = logging.getLogger(__name__)
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -327,6 +330,11 @@ class NativeDecoder:
 
     def load(self, files: ModelFiles, seed: int) -> LoadReport:
         """Read and pack all weights, or make random ones. Raises CheckpointError naming file and tensor."""
+        report = self._load(files, seed)
+        logger.info("%d tensors, %.2f GB in %.2f s", report.tensors, report.nbytes / 1e9, report.seconds)
+        return report
+
+    def _load(self, files: ModelFiles, seed: int) -> LoadReport:
         targets = self.targets()
         tied = {"lm_head.weight": "model.embed_tokens.weight"} if self.shape.tied else {}
         if files.weight_format == "dummy":
