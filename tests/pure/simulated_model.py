@@ -17,7 +17,7 @@ EOS = 0
 VOCABULARY = 6
 OUT_OF_LUCK = "out of luck"
 NONSENSE = -7
-STOP_RATE = 41  # one token in so many is EOS
+STOP_RATE = 61  # one token in so many is EOS
 
 
 @dataclass(frozen=True, slots=True)
