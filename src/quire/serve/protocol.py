@@ -27,6 +27,7 @@ LONGEST_SALT = 128
 DEFAULT_COMPLETION_TOKENS = 16
 
 Int32 = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
+Penalty = Annotated[float, Field(ge=1e-4, le=1e4)]  # beyond, float32 logits turn into infinities
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 
 # What quire knows and cannot do yet, with the values that ask for nothing.
@@ -115,7 +116,7 @@ class GenerationRequest(ApiRequest):
     min_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
+    repetition_penalty: Penalty | None = None
     seed: Int64 | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[Int32] | None = None
