@@ -146,6 +146,17 @@ def test_a_stop_string_over_token_borders() -> None:
     assert included.push(ids).text == "xxSTOP"
 
 
+def test_taking_what_is_new() -> None:
+    tokenizer = small("byte_level")
+    stream = Stream(tokenizer, SamplingParams(stop="zz"))
+    ids = tokenizer.encode("abz", add_special_tokens=False)
+    stream.push(ids[:1])
+    stream.push(ids[1:])
+    assert (stream.take(), stream.take()) == ("ab", "")
+    stream.finish()
+    assert (stream.take(), stream.text) == ("z", "abz")
+
+
 def test_an_end_token_is_not_shown_unless_asked() -> None:
     tokenizer = small("byte_level")
     ids = tokenizer.encode("time", add_special_tokens=False)

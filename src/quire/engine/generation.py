@@ -31,7 +31,6 @@ class Completion:
         "stop_reason",
         "token_ids",
         "_lazy",
-        "_sent_text",
         "_sent_tokens",
         "_stream",
         "_tokenizer",
@@ -58,7 +57,6 @@ class Completion:
         # Nobody looks at the text before the end, so it is made there in one go.
         self._lazy = params.output_kind is RequestOutputKind.FINAL_ONLY and not params.stop
         self._untold: list[int] = []
-        self._sent_text = 0
         self._sent_tokens = 0
 
     def push(self, event: Event) -> bool:
@@ -103,11 +101,13 @@ class Completion:
 
     def output(self, delta: bool) -> CompletionOutput:
         """What to show now: everything, or only what is new since the last call with delta=True."""
-        text = "" if self._stream is None else self._stream.text
-        first_token, first_character = (self._sent_tokens, self._sent_text) if delta else (0, 0)
+        first_token = self._sent_tokens if delta else 0
         if delta:
-            self._sent_tokens, self._sent_text = len(self.token_ids), len(text)
-        text, token_ids = text[first_character:], self.token_ids[first_token:]
+            self._sent_tokens = len(self.token_ids)
+        text = ""
+        if self._stream is not None:
+            text = self._stream.take() if delta else self._stream.text
+        token_ids = self.token_ids[first_token:]
         logprobs = None if self.logprobs is None else self.logprobs[first_token:]
         return CompletionOutput(
             self.index,
@@ -137,6 +137,11 @@ class Generation:
     scheduled_ts: float = 0.0
     preemptions: int = 0
     unfinished: int = 0
+    prompt_token_ids: list[int] = field(init=False)  # one list for all outputs: copying it in each step would add up
+
+    def __post_init__(self) -> None:
+        """Make the list."""
+        self.prompt_token_ids = list(self.prompt.token_ids)
 
     def note_prompt_logprobs(self, entries: tuple[TokenLogprobs, ...], tokenizer: Tokenizer | None) -> None:
         """Append the log-probabilities of further prompt tokens, up to the prompt's end."""
@@ -163,7 +168,7 @@ class Generation:
         return RequestOutput(
             self.request_id,
             self.prompt.text,
-            list(self.prompt.token_ids),
+            self.prompt_token_ids,
             self.prompt_logprobs,
             outputs,
             finished,

@@ -50,6 +50,7 @@ class Stream:
         self._count = 0
         self._held = ""  # the end of the text so far that may be the start of a stop string
         self._parts: list[str] = []
+        self._fresh: list[str] = []  # the parts since the last take()
         self._stopped = False
 
     @property
@@ -58,6 +59,11 @@ class Stream:
         if len(self._parts) > 1:
             self._parts = ["".join(self._parts)]
         return self._parts[0] if self._parts else ""
+
+    def take(self) -> str:
+        """What was handed out since the last take()."""
+        fresh, self._fresh = self._fresh, []
+        return "".join(fresh)
 
     def push(self, token_ids: Sequence[int], ended: bool = False) -> Delta:
         """Take the next tokens. `ended`: the last of them is an end or stop token, whose text is not shown unless
@@ -88,6 +94,7 @@ class Stream:
         text = "".join(shown)
         if text:
             self._parts.append(text)
+            self._fresh.append(text)
         return text
 
     def _take(self, text: str, shown: list[str]) -> str | None:
