@@ -6,6 +6,7 @@ Knows names and targets, not what the layers do with them.
 
 from __future__ import annotations
 
+import math
 import re
 import time
 import zlib
@@ -131,35 +132,38 @@ def load_into(
 def dummy_weights(targets: Mapping[str, Target], seed: int) -> Iterator[tuple[str, torch.Tensor]]:
     """A random tensor for each target, the same for the same seed and name whatever the order.
 
-    Values are repeated from one seeded block, which makes a billion parameters a matter of copying. Matrices are small
-    normal numbers, vectors scales near one or offsets near zero, so that activations stay in range.
+    Each is a view of one seeded strip in which rows overlap, so that a billion parameters cost no memory until they are
+    packed. Matrices are small normal numbers, vectors scales near one or offsets near zero: activations stay in range.
     """
+    shapes = [target.shape for target in targets.values() if target.dtype.is_floating_point]
+    longest = max((math.prod(shape[:-1]) * _ROW_STEP + shape[-1] for shape in shapes if shape), default=1)
     generator = torch.Generator().manual_seed(seed)
-    normal = torch.randn(_BLOCK, generator=generator) * 0.02
-    blocks: dict[torch.dtype, torch.Tensor] = {}
+    # Numbers are drawn in blocks of 16: a whole number of them makes the first ones the same for any length.
+    normal = torch.randn((longest + _STARTS + 15) // 16 * 16, generator=generator) * 0.02
+    strips: dict[torch.dtype, torch.Tensor] = {}
     for name, target in targets.items():
         if not target.dtype.is_floating_point:
             yield name, torch.zeros(target.shape, dtype=target.dtype)
             continue
-        block = blocks.setdefault(target.dtype, normal.to(target.dtype))
-        tensor = torch.empty(target.shape, dtype=target.dtype)
-        _repeat(block, tensor.view(-1), start=zlib.crc32(name.encode()) % _BLOCK)
-        if tensor.dim() <= 1 and name.endswith("weight"):
-            tensor += 1
-        yield name, tensor
+        if target.dtype not in strips:
+            strips[target.dtype] = normal.to(target.dtype)
+        start = zlib.crc32(name.encode()) % _STARTS
+        tensor = strips[target.dtype].as_strided(target.shape, _overlapping(target.shape), start)
+        yield name, tensor + 1 if tensor.dim() <= 1 and name.endswith("weight") else tensor
 
 
-_BLOCK = 1_048_573  # a prime, so that rows of usual widths do not repeat each other
+_ROW_STEP = 61  # elements between the starts of two rows; odd, so that no usual width repeats
+_STARTS = 4099
 
 
-def _repeat(block: torch.Tensor, out: torch.Tensor, start: int) -> None:
-    first = min(out.numel(), block.numel() - start)
-    out[:first] = block[start : start + first]
-    rest = out[first:]
-    whole = rest.numel() // block.numel() * block.numel()
-    if whole:
-        rest[:whole].view(-1, block.numel()).copy_(block.expand(whole // block.numel(), -1))
-    rest[whole:] = block[: rest.numel() - whole]
+def _overlapping(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a tensor whose last dimension is contiguous and whose rows begin _ROW_STEP apart."""
+    strides = [1] * len(shape)
+    step = _ROW_STEP
+    for dim in range(len(shape) - 2, -1, -1):
+        strides[dim] = step
+        step *= shape[dim]
+    return tuple(strides)
 
 
 def _some(names: list[str]) -> str:
