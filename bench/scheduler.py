@@ -104,7 +104,9 @@ def main() -> None:
     if args.json:
         print(json.dumps([asdict(cost) for cost in costs], indent=2))
         return
-    print(f"{'groups':30} {'running':>8} {'waiting':>8} {'schedule':>9} {'apply':>9} {'step':>9} {'p99':>9}  microseconds")
+    print(
+        f"{'groups':30} {'running':>8} {'waiting':>8} {'schedule':>9} {'apply':>9} {'step':>9} {'p99':>9}  microseconds"
+    )
     for cost in costs:
         print(
             f"{cost.name:30} {cost.running:8} {cost.waiting:8} {cost.schedule:9.0f} {cost.apply:9.0f} "

@@ -228,8 +228,8 @@ class Scheduler:
         running = self._running
         preemptions = self._totals.preemptions
         spans, rows, left = draft.spans, draft.rows, draft.left
-        singles = NOWHERE  # requests that still need one position; counted when a longer span might crowd them out
-        for request in running:  # may lose its end on the way
+        singles = NOWHERE  # requests to come that need one position; counted when a longer span might crowd them out
+        for index, request in enumerate(running):  # which may lose its end on the way
             if not left:
                 break
             start, known = request.planned, request.known
@@ -249,7 +249,8 @@ class Scheduler:
             else:
                 if singles < 0:
                     singles = sum(
-                        other.planned + 1 == other.known < other.limit and not other.drafts for other in running
+                        other.planned + 1 == other.known < other.limit and not other.drafts
+                        for other in running[index + 1 :]
                     )
                 share = max(1, left - singles)
             draft.left = left
