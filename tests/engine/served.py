@@ -117,6 +117,7 @@ class Setup:
     defaults: SamplingParams = field(default_factory=SamplingParams)
     settings: dict[str, Any] = field(default_factory=dict)
     max_num_seqs: int = 16
+    most_tokens: int | None = None
 
 
 def engine_of(setup: Setup, executor: FakeExecutor, metrics: Metrics) -> Engine:
@@ -147,7 +148,13 @@ def served(setup: Setup | None = None) -> Iterator[Running]:
     metrics = Metrics("parrot", MAX_MODEL_LEN)
     engine = AsyncEngine(engine_of(setup, executor, metrics))
     engine.start()
-    card = ModelCard(("parrot", "bird"), MAX_MODEL_LEN, defaults=setup.defaults, fingerprint="quire-test")
+    card = ModelCard(
+        ("parrot", "bird"),
+        MAX_MODEL_LEN,
+        defaults=setup.defaults,
+        fingerprint="quire-test",
+        most_tokens=setup.most_tokens,
+    )
     service = Service(engine, card, setup.options, metrics.registry)
     config = uvicorn.Config(
         create_app(service, setup.keys), port=0, log_level="error", lifespan="off", root_path=setup.options.root_path

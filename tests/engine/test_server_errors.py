@@ -14,6 +14,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from served import MAX_MODEL_LEN, TOKENIZER, Running, Setup, served
 from starlette.types import Message, Receive, Scope, Send
 
@@ -21,7 +23,15 @@ from quire.config import ServeOptions
 from quire.errors import ConfigError
 from quire.serve.app import BodyLimit
 from quire.serve.auth import PUBLIC, KeyCheck, check_bind
-from quire.serve.protocol import _note_unknown
+from quire.serve.protocol import (
+    _REFUSED,
+    ApiRequest,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+    _note_unknown,
+)
 
 HELLO = "say:hello;|"
 CHAT = [{"role": "user", "content": "say:hello;"}]
@@ -242,6 +252,43 @@ def test_bodies_that_are_no_json(server: Running) -> None:
     ).is_success
 
 
+ODD = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.integers(-(2**70), 2**70),
+    st.floats(),
+    st.text(max_size=8),
+    st.lists(st.integers(-5, 300), max_size=3),
+    st.lists(st.text(max_size=3), max_size=3),
+    st.dictionaries(st.text(max_size=4), st.integers(-200, 200), max_size=2),
+    st.just([[[[]]]]),
+)
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "base"),
+    [
+        ("/v1/completions", CompletionRequest, {"prompt": HELLO}),
+        ("/v1/chat/completions", ChatRequest, {"messages": CHAT}),
+        ("/tokenize", TokenizeRequest, {"prompt": HELLO}),
+        ("/detokenize", DetokenizeRequest, {"tokens": [1, 2]}),
+    ],
+)
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_no_body_makes_the_server_fail(
+    server: Running, path: str, kind: type[ApiRequest], base: dict[str, Any], data: st.DataObject
+) -> None:
+    names = st.sampled_from([*kind.model_fields, *_REFUSED, "unknown"])
+    odd = data.draw(st.dictionaries(names, ODD, min_size=1, max_size=4))
+    content = json.dumps({"max_tokens": 4} | base | odd)
+    response = server.http.post(path, content=content, headers={"Content-Type": "application/json"})
+    assert response.status_code in (200, 400, 404), (odd, response.text)
+    if response.status_code != 200:
+        refused(response, response.status_code)
+
+
 def test_unknown_models_and_paths(server: Running) -> None:
     for path, body in (("/v1/completions", {"prompt": HELLO}), ("/v1/chat/completions", {"messages": CHAT})):
         error = refused(server.http.post(path, json=body | {"model": "nobody"}), 404)
@@ -268,6 +315,7 @@ def test_models(server: Running) -> None:
 
 def test_small_routes(server: Running) -> None:
     assert server.http.get("/health").content == b""
+    assert server.http.head("/health").is_success
     assert server.http.get("/ping").is_success and server.http.post("/ping").is_success
     assert set(server.http.get("/version").json()) == {"version"}
     assert server.http.get("/load").json() == {"server_load": 0}

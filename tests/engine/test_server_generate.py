@@ -364,6 +364,14 @@ def test_the_models_own_defaults() -> None:
     assert (seen[1].top_p, seen[1].seed, seen[1].max_tokens) == (0.9, 3, None)
 
 
+def test_the_operators_limit_on_outputs() -> None:
+    with served(Setup(most_tokens=3)) as server:
+        for given in ({}, {"max_tokens": 10}, {"max_tokens": None}):
+            assert server.client.completions.create(model="", prompt="x|", **given).choices[0].text == "abc"
+        assert server.client.chat.completions.create(model="", messages=chat("x")).choices[0].message.content == "abc"
+        assert server.client.completions.create(model="", prompt="x|", max_tokens=2).choices[0].text == "ab"
+
+
 def test_every_field_arrives() -> None:
     fields: dict[str, Any] = {
         "n": 2,

@@ -33,6 +33,22 @@ def test_every_name_is_there_and_prometheus_can_read_it() -> None:
         assert all(sample.labels["model_name"] == "parrot" and sample.labels["engine"] == "0" for sample in samples)
 
 
+def test_answers_are_counted_by_route() -> None:
+    with served() as server:
+        server.client.completions.create(model="", prompt="x|")
+        server.http.post("/v1/completions", json={})
+        server.http.get("/v1/models/parrot")
+        server.http.get("/made/up/by/a/client")
+        server.http.get("/health")
+        text = server.http.get("/metrics").text
+    assert 'http_requests_total{handler="/v1/completions",method="POST",status="2xx"} 1.0' in text
+    assert 'http_requests_total{handler="/v1/completions",method="POST",status="4xx"} 1.0' in text
+    assert 'http_requests_total{handler="/v1/models/{name:path}",method="GET",status="2xx"} 1.0' in text
+    assert 'http_requests_total{handler="none",method="GET",status="4xx"} 1.0' in text
+    assert 'http_request_duration_seconds_count{handler="/v1/completions",method="POST"} 2.0' in text
+    assert 'handler="/health"' not in text and "made" not in text
+
+
 def test_a_server_without_metrics_says_so() -> None:
     with served() as server:
         server.service.registry = None

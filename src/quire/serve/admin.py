@@ -21,6 +21,7 @@ router = APIRouter()
 
 
 @router.get("/health")
+@router.head("/health", include_in_schema=False)
 async def health(request: Request) -> Response:
     """200 while requests can be served, 503 when the engine has stopped or the server drains."""
     service: Service = request.app.state.service

@@ -16,6 +16,7 @@ from quire.serve.auth import KeyCheck
 from quire.serve.errors import Failure, failure_of
 from quire.serve.service import Service
 from quire.serve.sse import ClientLeft
+from quire.serve.traffic import Traffic, TrafficLayer
 
 LARGEST_BODY = 64 * 2**20  # bytes; about the longest prompts there are, as token ids
 
@@ -30,6 +31,10 @@ def create_app(service: Service, keys: Sequence[str] = ()) -> FastAPI:
     app.add_exception_handler(ClientLeft, _left)
     app.add_middleware(ErrorShield)
     app.add_middleware(BodyLimit, most=LARGEST_BODY)
+    if service.registry is not None:
+        traffic = Traffic()
+        service.registry.register(traffic)
+        app.add_middleware(TrafficLayer, traffic=traffic)
     app.add_middleware(RequestIds)
     if keys:
         app.add_middleware(KeyCheck, keys=keys)

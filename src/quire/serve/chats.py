@@ -33,7 +33,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
         service,
         body,
         new_id("chatcmpl", request.headers.get("x-request-id"), body.request_id),
-        body.params(service.card.defaults),
+        body.params(service.card.defaults, service.card.limit),
     )
     if not body.stream:
         return json_response(await until_left(request, answer.whole()))

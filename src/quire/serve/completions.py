@@ -33,7 +33,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
         service,
         body,
         new_id("cmpl", request.headers.get("x-request-id"), body.request_id),
-        body.params(service.card.defaults),
+        body.params(service.card.defaults, service.card.limit),
     )
     if not body.stream:
         return json_response(await until_left(request, answer.whole()))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Annotated, Any
 
@@ -27,6 +27,7 @@ LONGEST_SALT = 128
 DEFAULT_COMPLETION_TOKENS = 16
 
 Int32 = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
+Limit = Callable[[int | None], int | None]  # the wanted number of tokens -> the allowed one
 Penalty = Annotated[float, Field(ge=1e-4, le=1e4)]  # beyond, float32 logits turn into infinities
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 
@@ -247,11 +248,11 @@ class CompletionRequest(GenerationRequest):
             raise ValidationError("A prompt is empty. Give at least one character or token.", "prompt")
         return found
 
-    def params(self, defaults: SamplingParams) -> SamplingParams:
-        """What the engine is asked for."""
+    def params(self, defaults: SamplingParams, limit: Limit) -> SamplingParams:
+        """What the engine is asked for, within the operator's limit."""
         prompt_logprobs = self.logprobs if self.echo and self.prompt_logprobs is None else self.prompt_logprobs
-        limit = max(self.output_tokens, 1) if self.echo else self.output_tokens
-        return self.sampling_params(defaults, limit, self.logprobs, prompt_logprobs)
+        most = max(self.output_tokens, 1) if self.echo else self.output_tokens
+        return self.sampling_params(defaults, limit(most), self.logprobs, prompt_logprobs)
 
 
 class ChatRequest(GenerationRequest):
@@ -308,10 +309,10 @@ class ChatRequest(GenerationRequest):
             given.setdefault("enable_thinking", self.reasoning_effort != "none")
         return given
 
-    def params(self, defaults: SamplingParams) -> SamplingParams:
-        """What the engine is asked for. Without a limit the answer may fill the model's context."""
-        limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        return self.sampling_params(defaults, limit, self.top, self.prompt_logprobs)
+    def params(self, defaults: SamplingParams, limit: Limit) -> SamplingParams:
+        """What the engine is asked for. Without any limit the answer may fill the model's context."""
+        most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        return self.sampling_params(defaults, limit(most), self.top, self.prompt_logprobs)
 
 
 class TokenizeRequest(ApiRequest):

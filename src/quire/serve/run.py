@@ -91,8 +91,12 @@ def run_server(engine_options: EngineOptions, options: ServeOptions, began: floa
             root=_root(engine_options),
             defaults=settings.default_params,
             fingerprint=fingerprint(quire.__version__, engine_options),
+            most_tokens=engine_options.model.override_generation_config.get("max_new_tokens"),
         )
-        service = Service(engine, card, options, None if metrics is None else metrics.registry)
+        if engine.tokenizer is not None:
+            engine.tokenizer.longest_token  # noqa: B018  # reads the vocabulary once, not in the first request
+        registry = None if metrics is None else metrics.registry
+        service = Service(engine, card, options, registry, log_arrivals=engine_options.observe.enable_log_requests)
         return asyncio.run(_serve(service, keys, listener, report, metrics))
     finally:
         listener.close()

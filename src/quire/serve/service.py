@@ -42,6 +42,13 @@ class ModelCard:
     created: int = field(default_factory=lambda: int(time.time()))
     defaults: SamplingParams = field(default_factory=SamplingParams)  # for fields that requests leave out
     fingerprint: str = ""
+    most_tokens: int | None = None  # that the operator allows for one output
+
+    def limit(self, wanted: int | None) -> int | None:
+        """The most tokens to generate where a client wants so many; None: as many as the context holds."""
+        if self.most_tokens is None:
+            return wanted
+        return self.most_tokens if wanted is None else min(wanted, self.most_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +71,7 @@ class Service:
     live: set[str] = field(default_factory=set)
     requests: int = 0  # being answered now, for /load
     draining: bool = False
+    log_arrivals: bool = False
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -131,6 +139,9 @@ class Service:
         """
         await self.check_ready()
         began, tally = time.monotonic(), _Tally()
+        if self.log_arrivals:
+            known = sum(job.tokens or 0 for job in jobs)
+            logger.info("%s arrived: %d prompts, %d tokens in, %s", request_id, len(jobs), known, params)
         self.requests += 1
         try:
             sources = [
