@@ -105,14 +105,15 @@ class EngineConfig:
     decisions: tuple[tuple[str, str, str], ...]  # (rule, value, reason), for the log
 
 
-def resolve(options: EngineOptions, machine: Machine | None = None) -> EngineConfig:
+def resolve(options: EngineOptions, machine: Machine | None = None, download: bool = True) -> EngineConfig:
     """Decide everything that the user left open, and refuse what cannot work.
 
     Raises ConfigError for options that cannot go together, ModelError for a model that cannot be read, CapacityError
-    when it does not fit into the memory. `machine` is measured when not given.
+    when it does not fit into the memory. `machine` is measured when not given. Without `download`, weights that are on
+    the hub stay there: enough for a plan.
     """
     check_sections(options)
-    files = find_model(options.model)
+    files = find_model(options.model, download)
     log = DecisionLog()
     if machine is None:
         machine = measure_machine(log.take("device", choose_device(options.parallel.device)), options.parallel.threads)

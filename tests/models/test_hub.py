@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import write_tiny
 
 from quire import resolve
@@ -298,11 +300,15 @@ FIND = """
 import json, sys
 from quire.config import ModelOptions
 from quire.errors import ModelError
+from quire.models.headers import weight_headers
 from quire.models.hub import find_model
 found = []
 for options in json.loads(sys.argv[1]):
     try:
-        files = find_model(ModelOptions(**options))
+        files = find_model(ModelOptions(**options), download="revision" not in options)
+        if files.headers is not None:
+            found.append([sum(header.nbytes for header in weight_headers(files).values()), files.weights[0].exists()])
+            continue
         names = sorted(path.name for path in files.folder.iterdir())
         found.append([str(files.folder), files.architecture, names])
     except ModelError as error:
@@ -343,8 +349,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.reply(200, json.dumps(found).encode(), body, {"Content-Type": "application/json"})
         else:
             path = hub.root / self.path.rsplit("/", 1)[1]
-            etag = f'"{path.name}"'
-            self.reply(200, path.read_bytes(), body, {"ETag": etag, "X-Repo-Commit": COMMIT})
+            headers = {"ETag": f'"{path.name}"', "X-Repo-Commit": COMMIT}
+            part = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
+            if part is not None:
+                self.reply(206, path.read_bytes()[int(part[1]) : int(part[2]) + 1], body, headers)
+            else:
+                self.reply(200, path.read_bytes(), body, headers)
 
     def reply(self, status: int, content: bytes, body: bool, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
@@ -386,15 +396,18 @@ def from_hub(hub: type[Hub], home: Path, *tried: dict[str, str], offline: bool =
 
 def test_the_hub(hub: type[Hub], tmp_path: Path) -> None:
     hub.failures = 1  # transient: tried again
-    found, none, revision, gated, opened = from_hub(
+    planned, found, none, revision, gated, opened = from_hub(
         hub,
         tmp_path,
+        {"model": "org/tiny", "revision": "main"},
         {"model": "org/tiny"},
         {"model": "org/none"},
         {"model": "org/tiny", "revision": "other"},
         {"model": "org/gated"},
         {"model": "org/gated", "hf_token": "secret"},
     )
+    weights = load_file(hub.root / "model.safetensors").values()
+    assert planned == [sum(tensor.numel() * 4 for tensor in weights), False]
     assert COMMIT in found[0] and found[1] == "LlamaForCausalLM"
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(found[2])
     assert none[0] == "ModelNotFoundError" and "the hub knows no such repository" in none[1]

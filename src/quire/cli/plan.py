@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
     # Imported here: torch and transformers take seconds, and mistakes in flags should answer at once.
     from quire.resolve import resolve
 
-    plan = make_plan(resolve(options))
+    plan = make_plan(resolve(options, download=False))
     print(json.dumps(asdict(plan), indent=2) if found.json else as_text(plan))
     return 0
 

@@ -56,6 +56,8 @@ class WeightHeader:
 
 def weight_headers(files: ModelFiles) -> dict[str, WeightHeader]:
     """Every weight of a model from its safetensors headers alone. Empty for .bin, .pt and dummy weights: no headers."""
+    if files.headers is not None:
+        return files.headers
     if files.weight_format != "safetensors":
         return {}
     index = read_index(files.index) if files.index is not None else None

@@ -5,25 +5,19 @@ Lists weight files and reads JSON; weights themselves are opened by checkpoint.p
 
 from __future__ import annotations
 
-import difflib
 import importlib.resources
-import logging
 import re
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from quire.config import ModelOptions
 from quire.errors import CheckpointError, ModelNotFoundError
 from quire.models.describe import describe, read_generation_config, sampling_defaults, stop_token_ids, tokenizer_limit
-from quire.models.headers import read_index
-
-logger = logging.getLogger(__name__)
+from quire.models.headers import WeightHeader, read_index
+from quire.models.remote import fetch, fetch_headers, nearest_folder, repository_files
 
 WeightFormat = Literal["safetensors", "pt", "dummy"]
-Result = TypeVar("Result")
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "tokenizer*")
@@ -31,7 +25,6 @@ SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "tokenizer
 OTHER_WEIGHTS = re.compile(
     r"(consolidated.*|adapter_model.*|optimizer.*|scheduler.*|training_args|rng_state.*|.*_lora)\.(safetensors|bin|pt)"
 )
-TRIES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +47,7 @@ class ModelFiles:
     tokenizer_limit: int | None  # the longest input that the tokenizer's own config allows
     trust_remote_code: bool  # the user's decision
     remote_code: bool  # the model runs code of its own
+    headers: dict[str, WeightHeader] | None = None  # of weights that were left on the hub
 
     @property
     def text_config(self) -> Any:
@@ -68,8 +62,10 @@ class _Weights:
     index: str | None = None
 
 
-def find_model(options: ModelOptions) -> ModelFiles:
+def find_model(options: ModelOptions, download: bool = True) -> ModelFiles:
     """Find the model that the options name, download what is missing, and read its config.
+
+    Without `download`, safetensors of the hub that are not here stay there, and `headers` says what is in them.
 
     Raises ModelNotFoundError, UnsupportedModelError, CheckpointError or ConfigError, each saying what was found, what
     was tried and what to do.
@@ -78,7 +74,8 @@ def find_model(options: ModelOptions) -> ModelFiles:
     folder = _folder(options)
     # The config is read before any weight is fetched: most mistakes show here.
     described = describe(folder, name, options)
-    weights = _fetch_weights(folder, options)
+    weights = _choose(folder, options)
+    headers = _obtain(folder, weights, options, download)
     generation_config = read_generation_config(folder, options)
     return ModelFiles(
         name=name,
@@ -97,6 +94,7 @@ def find_model(options: ModelOptions) -> ModelFiles:
         tokenizer_limit=tokenizer_limit(folder),
         trust_remote_code=options.trust_remote_code,
         remote_code=described.remote_code,
+        headers=headers,
     )
 
 
@@ -117,9 +115,9 @@ def _folder(options: ModelOptions) -> Path:
     if _looks_local(options.model) or not HUB_ID.fullmatch(options.model):
         raise ModelNotFoundError(
             f"The model {options.model!r} does not exist: there is no such folder, and it is no hub id either "
-            f"(like 'organization/name').{_nearest(path)}"
+            f"(like 'organization/name').{nearest_folder(path)}"
         )
-    return _from_hub(options, list(SMALL_FILES) + (["*.py"] if options.trust_remote_code else []))
+    return fetch(options, list(SMALL_FILES) + (["*.py"] if options.trust_remote_code else []))
 
 
 def _bundled() -> Path:
@@ -134,26 +132,6 @@ def _bundled() -> Path:
 
 def _looks_local(model: str) -> bool:
     return model.startswith(("/", "./", "../", "~", ".\\")) or model.count("/") > 1 or "\\" in model
-
-
-def _nearest(path: Path) -> str:
-    """A hint about what exists near a path that does not."""
-    absolute = path.absolute()
-    for parent in absolute.parents:
-        if not parent.is_dir():
-            continue
-        missing = absolute.relative_to(parent).parts[0]
-        try:
-            siblings = sorted(child.name for child in parent.iterdir() if child.is_dir())
-        except PermissionError:
-            return f" {parent} cannot be read."
-        near = difflib.get_close_matches(missing, siblings, n=1)
-        if near:
-            return f" The nearest existing folder is {parent / near[0]}."
-        if path.is_absolute() or len(path.parts) > 2:
-            return f" The path exists as far as {parent}, which has no {missing!r} in it."
-        return ""
-    return ""
 
 
 # ---------------------------------------------------------------- weight files
@@ -193,105 +171,27 @@ def _with_index(weights: _Weights, folder: Path) -> _Weights:
     return _Weights(weights.format, files, weights.index)
 
 
-def _fetch_weights(folder: Path, options: ModelOptions) -> _Weights:
-    """List the weight files; for a hub model, download them first."""
-    remote = options.model is not None and not Path(options.model).expanduser().is_dir()
-    names = _repository_files(options, folder) if remote else [path.name for path in folder.iterdir()]
-    weights = _with_index(choose_weights(names, options.load_format, str(folder)), folder)
-    if remote and weights.files:
-        _from_hub(options, list(weights.files))
+def _is_remote(options: ModelOptions) -> bool:
+    return options.model is not None and not Path(options.model).expanduser().is_dir()
+
+
+def _choose(folder: Path, options: ModelOptions) -> _Weights:
+    """The weight files of the folder, or of the hub's repository whose small files are in it."""
+    names = repository_files(options, folder) if _is_remote(options) else [path.name for path in folder.iterdir()]
+    return _with_index(choose_weights(names, options.load_format, str(folder)), folder)
+
+
+def _obtain(folder: Path, weights: _Weights, options: ModelOptions, download: bool) -> dict[str, WeightHeader] | None:
+    """See that all weight files are in the folder; or, without `download`, return the headers of those on the hub."""
     missing = [file for file in weights.files if not (folder / file).is_file()]
+    if _is_remote(options) and missing:
+        if not download and weights.format == "safetensors":
+            return fetch_headers(options, folder, weights.files)
+        fetch(options, list(weights.files))
+        missing = [file for file in weights.files if not (folder / file).is_file()]
     if missing:
         raise CheckpointError(
             f"{len(missing)} of {len(weights.files)} weight files are missing in {folder}: {', '.join(missing[:3])}. "
             f"{weights.index or 'The repository'} lists them. Complete the download or the copy."
         )
-    return weights
-
-
-# ---------------------------------------------------------------- the hub
-
-
-def _from_hub(options: ModelOptions, patterns: list[str]) -> Path:
-    """Download the repository's files that match; the folder of its snapshot in the hub's cache."""
-    # Imported here: local models need neither the hub's client nor the half second that it takes.
-    from huggingface_hub import snapshot_download
-
-    def download() -> str:
-        return snapshot_download(
-            str(options.model),
-            revision=options.revision,
-            cache_dir=options.download_dir,
-            token=options.hf_token,
-            allow_patterns=patterns,
-            ignore_patterns=["original/*", "*/*"],
-        )
-
-    return Path(_explained(options, download))
-
-
-def _repository_files(options: ModelOptions, folder: Path) -> list[str]:
-    """Names of the repository's files; when the hub cannot be asked, those in its cache."""
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    cached = [path.name for path in folder.iterdir()]
-    if constants.HF_HUB_OFFLINE:
-        return cached
-    try:
-        return HfApi(token=options.hf_token).list_repo_files(str(options.model), revision=options.revision)
-    except (OSError, OfflineModeIsEnabled) as error:
-        logger.warning("The hub does not answer (%s); only files in its cache are used.", type(error).__name__)
-        return cached
-
-
-def _explained(options: ModelOptions, download: Callable[[], Result]) -> Result:
-    """Run a download: transient failures again, the rest as one paragraph."""
-    import httpx
-    from huggingface_hub import constants, errors
-
-    for attempt in range(1, TRIES + 1):
-        try:
-            return download()
-        except errors.GatedRepoError as error:
-            raise ModelNotFoundError(
-                f"The model {options.model!r} is gated on the hub. Accept its terms on its page, then give a token of "
-                "that account: --hf-token, or the environment variable HF_TOKEN."
-            ) from error
-        except errors.RepositoryNotFoundError as error:
-            raise ModelNotFoundError(_not_on_hub(options)) from error
-        except errors.RevisionNotFoundError as error:
-            raise ModelNotFoundError(
-                f"The model {options.model!r} has no revision {options.revision!r} on the hub. Name a branch, a tag or a "
-                "full commit that exists, or leave --revision out."
-            ) from error
-        except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, httpx.TransportError) as error:
-            offline = constants.HF_HUB_OFFLINE
-            if attempt == TRIES or offline:
-                tried = "HF_HUB_OFFLINE is set" if offline else f"the hub could not be reached ({TRIES} attempts)"
-                raise ModelNotFoundError(
-                    f"The model {options.model!r} is not a local folder and not complete in the hub's cache, and "
-                    f"{tried}.{_nearest(Path(str(options.model)))} Check the connection, download it elsewhere, or give "
-                    "the path of a folder."
-                ) from error
-        except errors.HFValidationError as error:
-            raise ModelNotFoundError(
-                f"The model {options.model!r} is neither a folder nor a hub id: {error}"
-            ) from error
-        except errors.HfHubHTTPError as error:
-            status = error.response.status_code if error.response is not None else 0
-            if attempt == TRIES or 400 <= status < 500 and status != 429:
-                raise ModelNotFoundError(
-                    f"The hub refused {options.model!r} with HTTP status {status} ({attempt} attempts). Try again later, "
-                    "or download the model elsewhere and give its folder."
-                ) from error
-        time.sleep(attempt)
-    raise AssertionError("the last attempt returns or raises")
-
-
-def _not_on_hub(options: ModelOptions) -> str:
-    access = "the token given has no access to it" if options.hf_token else "it is private and no token was given"
-    return (
-        f"The model {options.model!r} was not found: there is no such folder here, and the hub knows no such repository "
-        f"(or {access}).{_nearest(Path(str(options.model)))} Check the spelling, or set HF_TOKEN."
-    )
+    return None
