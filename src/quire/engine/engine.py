@@ -236,12 +236,15 @@ class Engine:
         notes = _StepNotes(self._aborted)
         self._aborted = []
         changed: dict[str, list[Completion]] = {}
+        completions = self._completions
         for event in events:
-            completion = self._completions.get(event.request_id)
+            completion = completions.get(event.request_id)
             if completion is None:  # ended by a stop string or an abort while the step ran
                 continue
             self._take(completion, event, now, notes)
-            changed.setdefault(completion.parent.request_id, []).append(completion)
+            parent = completion.parent
+            if parent.streams or not parent.unfinished:
+                changed.setdefault(parent.request_id, []).append(completion)
         outputs, self._ready = self._ready, []
         outputs.extend(self._outputs(changed))
         if self.observer is not None:
@@ -256,9 +259,10 @@ class Engine:
         if event.tokens:
             notes.tokens(completion, event, now)
             completion.last_token = now
-        if completion.index == 0:
-            parent.cached_tokens = event.cached_tokens or parent.cached_tokens
-        parent.scheduled_ts = parent.scheduled_ts or event.times.get("scheduled", 0.0)
+        if event.times:
+            parent.scheduled_ts = parent.scheduled_ts or event.times.get("scheduled", 0.0)
+            if completion.index == 0:
+                parent.cached_tokens = event.cached_tokens
         stopped = self._push(completion, event)
         if completion.finish_reason is not None:
             parent.preemptions += event.preemptions
@@ -285,7 +289,9 @@ class Engine:
         found = []
         for request_id, completions in changed.items():
             generation = self._generations[request_id]
-            output = generation.output(sorted(completions, key=_index), self.settings.with_metrics)
+            if len(completions) > 1:
+                completions.sort(key=_index)
+            output = generation.output(completions, self.settings.with_metrics)
             if generation.unfinished == 0:
                 del self._generations[request_id]
             if output is not None:

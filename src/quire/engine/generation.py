@@ -138,10 +138,12 @@ class Generation:
     preemptions: int = 0
     unfinished: int = 0
     prompt_token_ids: list[int] = field(init=False)  # one list for all outputs: copying it in each step would add up
+    streams: bool = field(init=False)  # whether the caller wants outputs before the end
 
     def __post_init__(self) -> None:
-        """Make the list."""
+        """Fill in what follows from the rest."""
         self.prompt_token_ids = list(self.prompt.token_ids)
+        self.streams = self.params.output_kind is not RequestOutputKind.FINAL_ONLY
 
     def note_prompt_logprobs(self, entries: tuple[TokenLogprobs, ...], tokenizer: Tokenizer | None) -> None:
         """Append the log-probabilities of further prompt tokens, up to the prompt's end."""

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from quire.core.params import SamplingParams
 from quire.core.plan import Span
 from quire.layers.batch import Batch, GroupInputs
 from quire.worker.device import Device
@@ -115,8 +114,8 @@ class _Wanted:
 
 def _wanted_rows(spans: Sequence[Span], slots: Slots, starts: np.ndarray) -> _Wanted:
     sampled = [index for index, span in enumerate(spans) if span.sample]
-    asking = [index for index, span in enumerate(spans) if _prompt_rows(span, slots) > 0]
-    if not asking:
+    asking = slots.prompt_logprobs
+    if not asking or not any(span.slot in asking and _prompt_rows(span, slots) > 0 for span in spans):
         ends = starts[1:] - 1
         return _Wanted(ends if len(sampled) == len(spans) else ends[sampled], sampled, [], [])
     pieces: list[np.ndarray] = []
@@ -124,7 +123,7 @@ def _wanted_rows(spans: Sequence[Span], slots: Slots, starts: np.ndarray) -> _Wa
     prompts: list[PromptRows] = []
     found = 0
     for index, span in enumerate(spans):
-        count = _prompt_rows(span, slots)
+        count = _prompt_rows(span, slots) if span.slot in asking else 0
         first = int(starts[index])
         if count > 0:
             pieces.append(np.arange(first, first + count))
@@ -139,10 +138,7 @@ def _wanted_rows(spans: Sequence[Span], slots: Slots, starts: np.ndarray) -> _Wa
 
 
 def _prompt_rows(span: Span, slots: Slots) -> int:
-    """How many rows of the span predict a prompt token whose log-probability is wanted."""
-    params = slots.params[span.slot]
-    if not isinstance(params, SamplingParams) or params.prompt_logprobs is None:
-        return 0
+    """How many rows of a span predict another token of the prompt; can be negative behind the prompt."""
     return min(span.count, int(slots.prompt_lens[span.slot]) - 1 - span.start)
 
 

@@ -128,10 +128,8 @@ class Sampler:
 
     def prompt_logprobs(self, logits: torch.Tensor, part: PromptRows) -> tuple[TokenLogprobs, ...]:
         """Of the prompt tokens at positions start + 1 .. start + count, from the logits before any step."""
-        params = self._slots.params[part.slot]
-        assert isinstance(params, SamplingParams) and params.prompt_logprobs is not None
         tokens = self._slots.tokens[part.slot, part.start + 1 : part.start + 1 + part.count].long()
-        wanted = [params.prompt_logprobs] * part.count
+        wanted = [self._slots.prompt_logprobs[part.slot]] * part.count
         return tuple(token_logprobs(logits[part.first : part.first + part.count], tokens, wanted, self._mode))
 
     def explain(self, logits: torch.Tensor) -> RequestFailedError:

@@ -1,7 +1,7 @@
-"""Slots: one stable row per live request: its tokens, its page tables, its parameters.
+"""Slots: one stable row per live request: its tokens and its page tables.
 
 Only the Runner writes here, following the plan. Tokens and tables live on the device, so that a step can read what the
-step before it chose without anybody waiting; what a loop reads (lengths of prompts, parameters) stays on the host.
+step before it chose without anybody waiting; what a loop reads (lengths of prompts, who wants what) stays on the host.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from quire.core.params import PoolingParams, SamplingParams
+from quire.core.params import SamplingParams
 from quire.core.plan import Admission, GroupSpec, PageGrant
 from quire.worker.device import Device
 
@@ -32,8 +32,8 @@ class Slots:
             for group in groups
         ]
         self.prompt_lens = np.zeros(num_slots, dtype=np.int64)
-        self.params: list[SamplingParams | PoolingParams | None] = [None] * num_slots
         self.request_ids: list[str] = [""] * num_slots
+        self.prompt_logprobs: dict[int, int] = {}  # rows that want them for the prompt, and how many
         self.errors: dict[int, str] = {}  # rows whose admission failed, with the reason
 
     def admit(self, new: Admission) -> None:
@@ -41,13 +41,14 @@ class Slots:
         tokens = torch.tensor(new.token_ids, dtype=torch.int32)
         self.tokens[new.slot, : len(new.token_ids)] = self._device.to_device(tokens)
         self.prompt_lens[new.slot] = new.prompt_len
-        self.params[new.slot] = new.params
         self.request_ids[new.slot] = new.request_id
+        if isinstance(new.params, SamplingParams) and new.params.prompt_logprobs is not None:
+            self.prompt_logprobs[new.slot] = new.params.prompt_logprobs
 
     def release(self, slot: int) -> None:
         """Free a row."""
-        self.params[slot] = None
         self.request_ids[slot] = ""
+        self.prompt_logprobs.pop(slot, None)
         self.errors.pop(slot, None)
 
     def grant(self, grants: Sequence[PageGrant]) -> None:
