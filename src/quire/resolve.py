@@ -109,8 +109,7 @@ def resolve(options: EngineOptions, machine: Machine | None = None, download: bo
     """Decide everything that the user left open, and refuse what cannot work.
 
     Raises ConfigError for options that cannot go together, ModelError for a model that cannot be read, CapacityError
-    when it does not fit into the memory. `machine` is measured when not given. Without `download`, weights that are on
-    the hub stay there: enough for a plan.
+    when memory lacks. `machine` is measured when not given. Without `download`, weights on the hub are not fetched.
     """
     check_sections(options)
     files = find_model(options.model, download)
