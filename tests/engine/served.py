@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -178,3 +178,22 @@ def served(setup: Setup | None = None) -> Iterator[Running]:
     finally:
         server.should_exit = True
         thread.join(10)
+
+
+def refused(response: httpx.Response, status: int = 400) -> dict[str, Any]:
+    """The error of a response, which has the right status and shape and says nothing of the inside."""
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["code"] == status
+    assert error["message"] and not any(
+        word in error["message"] for word in ("Traceback", "/work", "/src", "0x", ".py")
+    )
+    return error
+
+
+def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    """Wait for a condition, or fail."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.005)
