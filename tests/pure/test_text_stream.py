@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_tokenizers import CORPUS, small
+from transformers import ByT5Tokenizer, CanineTokenizer
 
 from quire.core.params import SamplingParams
-from quire.text import Stream
+from quire.text import Stream, Tokenizer
 
 KINDS = ["byte_level", "space_marked", "space_kept", "word_piece"]
 TEXT = st.text(st.sampled_from("ab eEnd.STOP \n日é🙂#"), max_size=40)
@@ -203,3 +205,15 @@ def test_cost_is_linear(kind: str) -> None:
         return best
 
     assert seconds(8000) < 8 * seconds(2000) + 0.02
+
+
+@pytest.mark.parametrize("kind", [ByT5Tokenizer, CanineTokenizer])
+def test_tokenizers_written_in_python(kind: Any) -> None:
+    """Their decoding may drop the bytes of an unfinished character; the text is the same all the same."""
+    tokenizer = Tokenizer(kind())
+    assert tokenizer.pieces is None
+    text = "Grüß 🙂 dich, ab"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    for groups in ([1] * len(ids), [3] * len(ids), []):
+        assert run(Stream(tokenizer, SamplingParams()), ids, groups)[0] == text
+        assert run(Stream(tokenizer, SamplingParams(stop="🙂 d")), ids, groups)[:2] == ("Grüß ", "🙂 d")
