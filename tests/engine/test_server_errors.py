@@ -178,6 +178,18 @@ def test_what_is_not_there_yet_is_refused_by_name(server: Running, path: str, fi
     assert "not supported" in error["message"]
 
 
+def test_a_priority_that_has_no_effect_is_refused(server: Running) -> None:
+    assert server.http.post("/v1/completions", json={"prompt": HELLO, "priority": 5}).is_success
+    server.service.takes_priority = False
+    try:
+        assert (
+            refused(server.http.post("/v1/completions", json={"prompt": HELLO, "priority": 5}))["param"] == "priority"
+        )
+        assert server.http.post("/v1/completions", json={"prompt": HELLO, "priority": 0}).is_success
+    finally:
+        server.service.takes_priority = True
+
+
 def test_values_that_ask_for_nothing_are_fine(server: Running) -> None:
     body = {
         "response_format": {"type": "text"},

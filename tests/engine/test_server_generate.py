@@ -140,6 +140,16 @@ def test_many_prompts_keep_their_order(server: Running) -> None:
     assert texts == [choice.text for choice in answer.choices]
 
 
+def test_long_prompts_are_cut_in_a_thread(server: Running) -> None:
+    prompts = ["z" * 30_000 + f"say:{number};|" for number in range(3)]
+    body = {"prompt": prompts, "truncate_prompt_tokens": 100}
+    choices = server.http.post("/v1/completions", json=body).json()["choices"]
+    assert [choice["text"] for choice in choices] == ["0", "1", "2"]
+    messages = [{"role": "system", "content": "z" * 30_000}, *chat("say:hello;")]
+    answer = server.http.post("/v1/chat/completions", json={"messages": messages, "truncate_prompt_tokens": 100}).json()
+    assert answer["choices"][0]["message"]["content"] == "hello"
+
+
 def test_several_choices_of_each_prompt(server: Running) -> None:
     prompts = ["say:a;|", "say:b;|"]
     answer = server.client.completions.create(model="parrot", prompt=prompts, n=3, temperature=1.0)

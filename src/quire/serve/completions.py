@@ -14,7 +14,7 @@ from quire.core.params import SamplingParams
 from quire.engine.outputs import CompletionOutput, Logprob, RequestOutput
 from quire.serve.logprobs import TokenNames, completion_logprobs, prompt_logprobs
 from quire.serve.protocol import CompletionRequest
-from quire.serve.service import Job, Service, new_id
+from quire.serve.service import LONG_TEXT, Job, Service, new_id
 from quire.serve.sse import EventStream, event, json_response, until_left
 from quire.serve.usage import Usage
 
@@ -103,14 +103,16 @@ class _Answer:
 
     async def _outputs(self) -> AsyncGenerator[tuple[int, RequestOutput]]:
         special = self.body.add_special_tokens is not False
-        jobs = [await self._job(prompt, special) for prompt in self.body.prompts()]
+        prompts = self.body.prompts()
+        in_thread = sum(map(len, prompts)) > LONG_TEXT
+        jobs = [await self._job(prompt, special, in_thread) for prompt in prompts]
         async for item in self.service.outputs(self.id, jobs, self.params, self.body, special):
             yield item
 
-    async def _job(self, prompt: str | list[int], special: bool) -> Job:
+    async def _job(self, prompt: str | list[int], special: bool, in_thread: bool) -> Job:
         room = max(self.body.output_tokens, 1)
         if isinstance(prompt, str):
-            return await self.service.encode(prompt, self.body, special, room)
+            return await self.service.encode(prompt, self.body, special, room, in_thread)
         return self.service.job_of_ids(prompt, self.body, room)
 
     def _frame(self) -> dict[str, Any]:

@@ -96,7 +96,14 @@ def run_server(engine_options: EngineOptions, options: ServeOptions, began: floa
         if engine.tokenizer is not None:
             engine.tokenizer.longest_token  # noqa: B018  # reads the vocabulary once, not in the first request
         registry = None if metrics is None else metrics.registry
-        service = Service(engine, card, options, registry, log_arrivals=engine_options.observe.enable_log_requests)
+        service = Service(
+            engine,
+            card,
+            options,
+            registry,
+            log_arrivals=engine_options.observe.enable_log_requests,
+            takes_priority=engine_options.schedule.scheduling_policy == "priority",
+        )
         return asyncio.run(_serve(service, keys, listener, report, metrics))
     finally:
         listener.close()

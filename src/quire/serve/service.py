@@ -72,6 +72,7 @@ class Service:
     requests: int = 0  # being answered now, for /load
     draining: bool = False
     log_arrivals: bool = False
+    takes_priority: bool = True  # whether the scheduler heeds it
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -87,13 +88,23 @@ class Service:
             names = ", ".join(f"`{known}`" for known in self.card.names)
             raise NotFoundError(f"The model `{name[:200]}` does not exist. Served here: {names}.", "model")
 
+    def check_priority(self, priority: int | None) -> None:
+        """Raise ValidationError for a priority that would have no effect."""
+        if priority and not self.takes_priority:
+            raise ValidationError(
+                "priority needs a server with --scheduling-policy priority; this one serves first come, first served.",
+                "priority",
+            )
+
     async def check_ready(self) -> None:
         """Raise when no request can be taken now."""
         if self.draining:
             raise OverloadedError("The server is shutting down.", retry_after=5)
         await self.engine.check_health()
 
-    async def encode(self, text: str, body: GenerationRequest, special: bool, room: int) -> Job:
+    async def encode(
+        self, text: str, body: GenerationRequest, special: bool, room: int, in_thread: bool = False
+    ) -> Job:
         """A text prompt as token ids, cut as the body wants. `room`: tokens that the output needs at least."""
         if self.engine.tokenizer is None and body.truncate_prompt_tokens is None:
             return Job(_salted({"prompt": text}, body), None)
@@ -104,7 +115,7 @@ class Service:
                 "maximum length.",
                 "prompt",
             )
-        if len(text) > LONG_TEXT:
+        if in_thread or len(text) > LONG_TEXT:
             ids = await asyncio.to_thread(tokenizer.encode, text, special)
         else:
             ids = tokenizer.encode(text, special)
@@ -137,6 +148,7 @@ class Service:
 
         A completion that failed raises RequestFailedError; the reason is only logged.
         """
+        self.check_priority(body.priority)
         await self.check_ready()
         began, tally = time.monotonic(), _Tally()
         if self.log_arrivals:
