@@ -62,8 +62,9 @@ def group_costs(
         if layers[0].kind == "state":
             costs.append(GroupCost("state", page_size, total))
             continue
-        windows = {layer.window for layer in layers if layer.shares is None}
-        window = max(windows) if windows and None not in windows else None
+        windows = [layer.window for layer in layers if layer.shares is None and layer.window is not None]
+        writers = sum(layer.shares is None for layer in layers)
+        window = max(windows) if windows and len(windows) == writers else None
         costs.append(GroupCost("full" if window is None else "window", page_size, total, window))
     return tuple(costs)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 
@@ -135,8 +135,11 @@ class Engine:
             bad_words_token_ids=self._bad_word_ids(params.bad_words),
         )
 
-    def _bad_word_ids(self, words: Iterable[str]) -> list[tuple[int, ...]]:
+    def _bad_word_ids(self, words: Sequence[str]) -> list[tuple[int, ...]]:
         """Token sequences that spell the words, at the start of a text and after a space."""
+        if not words:
+            return []
+        assert self.tokenizer is not None, "bad words were refused without a tokenizer"
         found: list[tuple[int, ...]] = []
         for word in words:
             bare = tuple(self.tokenizer.encode(word.lstrip(" "), add_special_tokens=False))

@@ -65,7 +65,7 @@ class Completion:
         if event.logprobs and self.logprobs is not None:
             for entry in event.logprobs:
                 self.logprobs.append(named_logprobs(entry, self._tokenizer))
-                self.cumulative_logprob += entry.logprobs[0]
+                self.cumulative_logprob = (self.cumulative_logprob or 0.0) + entry.logprobs[0]
         if event.finish_reason is not None:
             self.finish_reason = event.finish_reason
             self.stop_reason = event.stop_reason
@@ -79,6 +79,7 @@ class Completion:
 
     def _tell(self, event: Event) -> bool:
         """Turn new tokens into text. The token that ended the completion shows only when asked for."""
+        assert self._stream is not None, "push() comes here only with a stream"
         tokens = [*self._untold, *event.tokens]
         self._untold = []
         delta = self._stream.push(tokens, ended=event.finish_reason == "stop" and bool(event.tokens))

@@ -65,7 +65,7 @@ def read_prompt(
     if isinstance(prompt, str):
         return _read_text(prompt, b"", tokenizer, limits, add_special_tokens)
     if isinstance(prompt, dict):
-        return _read_mapping(prompt, tokenizer, limits, add_special_tokens)
+        return _read_mapping(dict(prompt), tokenizer, limits, add_special_tokens)
     if isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray)):
         return ReadPrompt(None, check_token_ids(prompt, limits))
     raise ValidationError(

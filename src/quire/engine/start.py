@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from quire import sizing
 from quire.config import EngineOptions
@@ -121,7 +122,9 @@ def engine_settings(config: EngineConfig, layout: ModelLayout, tokenizer: Tokeni
 
 def default_params(defaults: Mapping[str, float | int]) -> SamplingParams:
     """Sampling parameters for requests that bring none, from the names of generation_config.json."""
-    renamed = {"max_tokens" if name == "max_new_tokens" else name: value for name, value in defaults.items()}
+    renamed: dict[str, Any] = {
+        "max_tokens" if name == "max_new_tokens" else name: value for name, value in defaults.items()
+    }
     try:
         return SamplingParams(**renamed)
     except ValidationError as error:

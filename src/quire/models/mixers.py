@@ -113,13 +113,10 @@ class Mixer:
     ) -> list[Any]:
         """Rows low..high of one sequence. Returns outputs [high - low, ...]."""
         if has_past and self._stepwise:
-            steps = [
-                self._call(args, kwargs, lambda x, i=i: x[:, i : i + 1], tensors, page, has_past=True)
-                for i in range(low, high)
-            ]
+            steps = [self._call(args, kwargs, _rows(i, i + 1), tensors, page, has_past) for i in range(low, high)]
             outputs = [None if same[0] is None else torch.cat(same, 1) for same in zip(*steps, strict=True)]
         else:
-            outputs = self._call(args, kwargs, lambda x: x[:, low:high], tensors, page, has_past)
+            outputs = self._call(args, kwargs, _rows(low, high), tensors, page, has_past)
         return [None if output is None else output[0] for output in outputs]
 
     def _call(
@@ -182,3 +179,8 @@ def _scatter(parts: list[tuple[Any, list[Any]]], rows: int) -> list[Any]:
 def stray_state(*_: Any, **__: Any) -> None:
     """What the packed cache answers when a module that the probe did not find asks for recurrent state."""
     raise UnsupportedModelError("A module asked for recurrent state that the probe did not see on the tiny twin.")
+
+
+def _rows(low: int, high: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Takes rows low..high of a packed tensor [1, T, ...]."""
+    return lambda x: x[:, low:high]

@@ -9,7 +9,7 @@ import difflib
 import importlib
 import importlib.metadata
 import logging
-from typing import Literal
+from typing import Any, Literal
 
 from quire.errors import ConfigError, UnsupportedModelError
 from quire.models.hub import ModelFiles
@@ -61,7 +61,7 @@ class ModelRegistry:
         return architecture in cls._classes
 
     @classmethod
-    def resolve(cls, architecture: str) -> type:
+    def resolve(cls, architecture: str) -> Any:
         """The native class of an architecture. Raises UnsupportedModelError when there is none or it cannot load."""
         cls._load_plugins()
         found = cls._classes.get(architecture)

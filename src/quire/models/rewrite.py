@@ -180,7 +180,7 @@ class _Rewriter:
 
     def _merge(self, parent: nn.Module, prefix: str, group: list[str]) -> Linear | None:
         """Merge siblings where all are there and agree in input and dtype."""
-        children = [getattr(parent, child, None) for child in group]
+        children: list[Any] = [getattr(parent, child, None) for child in group]
         if any(type(child) is not nn.Linear for child in children):
             return None
         dtypes = {self._given[f"{prefix}{child}.weight"].dtype for child in group}

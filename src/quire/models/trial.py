@@ -95,7 +95,8 @@ class PagedLoop:
         return list(logits.split([count if all_rows else 1 for _, count in work]))
 
     def _batch(self, work: list[tuple[Sequence, int]], all_rows: bool) -> Batch:
-        starts, lengths, tokens, positions = [0], [], [], []
+        starts, lengths = [0], list[int]()
+        tokens, positions = list[int](), list[int]()
         for sequence, count in work:
             span = range(sequence.computed, sequence.computed + count)
             tokens += [sequence.tokens[i] for i in span]

@@ -74,7 +74,7 @@ def _shrink_field(name: str, value: Any, heads: Any) -> Any:
 
 def _shrink_rope(rope: dict[str, Any]) -> dict[str, Any]:
     """Rope parameters for a head of 8 dimensions and a short original context; nested per layer type in some models."""
-    small = {}
+    small: dict[str, Any] = {}
     for name, value in rope.items():
         if isinstance(value, dict):
             small[name] = _shrink_rope(value)
@@ -93,7 +93,7 @@ def _shrink_depth(small: dict[str, Any], values: dict[str, Any]) -> None:
     """Keep one layer of each kind: entries of all per-layer lists that first show a new combination, at most six."""
     count_name = next((name for name in LAYER_COUNTS if isinstance(small.get(name), int)), None)
     depth = values.get(count_name) if count_name else None
-    if not depth:
+    if count_name is None or not depth:
         return
     lists = [name for name, value in small.items() if isinstance(value, list) and len(value) == depth]
     per_layer = values.get("per_layer_config")

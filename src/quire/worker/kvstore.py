@@ -31,10 +31,10 @@ class KVStore:
         self.caches: list[Any] = []
         try:
             for layer in layout.layers:
-                shared = layer.shares is not None
-                self.caches.append(
-                    self.caches[layer.shares] if shared else _allocate(layer, groups[layer.group], dtype, ops, device)
-                )
+                if layer.shares is not None:
+                    self.caches.append(self.caches[layer.shares])
+                else:
+                    self.caches.append(_allocate(layer, groups[layer.group], dtype, ops, device))
         except (RuntimeError, MemoryError) as error:
             pages = ", ".join(f"{group.num_pages} pages of {group.page_size} ({group.kind})" for group in groups)
             raise CapacityError(

@@ -11,6 +11,7 @@ import math
 import os
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -84,6 +85,10 @@ class AttentionStruct(ctypes.Structure):
 
 class Library:
     """The functions of one level's library as attributes, with prepared argument types."""
+
+    if TYPE_CHECKING:  # they come from the tables above
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def __init__(self, level: str, folder: Path = FOLDER) -> None:
         path = folder / f"libquire_{level}.so"

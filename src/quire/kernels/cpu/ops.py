@@ -61,10 +61,10 @@ def _pointer(x: torch.Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def _native(*tensors: torch.Tensor | None) -> int | None:
+def _native(first: torch.Tensor, *others: torch.Tensor | None) -> int | None:
     """The code of the dtype that all these share, or None where the native code does not take them."""
-    dtype = tensors[0].dtype
-    for tensor in tensors[1:]:
+    dtype = first.dtype
+    for tensor in others:
         if tensor is not None and tensor.dtype != dtype:
             return None
     return CODES.get(dtype)
