@@ -1,7 +1,7 @@
 """Check every causal LM of the installed Transformers against its own generate, and write docs/models.md.
 
-    python tools/enumerate_models.py                 all of them, writes the document and the expected tiers
-    python tools/enumerate_models.py llama,qwen3     some of them, writes nothing
+python tools/enumerate_models.py                 all of them, writes the document and the expected tiers
+python tools/enumerate_models.py llama,qwen3     some of them, writes nothing
 """
 
 from __future__ import annotations

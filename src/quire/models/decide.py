@@ -23,6 +23,7 @@ from quire.models.fallback import SequentialModel, forward_parameters
 from quire.models.interface import BATCH_ARGUMENT
 from quire.models.observe import ROWS, Observation, Observer
 from quire.models.report import CallPlan, MixerPlan, ProbeReport, SequentialPlan
+from quire.models.ropes import length_ropes
 from quire.models.served import ServedModel
 from quire.models.transformers import TransformersModel
 from quire.models.trial import PagedLoop, Sequence
@@ -34,6 +35,7 @@ TOLERANCE = 2e-3  # of the largest logit of the twin, or of one: float32 differe
 LENGTHS = (9, 14, 21)
 CHUNKS = (3, 7, 5, 2)
 KNOWN_ARGUMENTS = ("position_ids", "use_cache", "logits_to_keep")
+ROPE_NOTE = "no prefix cache: its rotary frequencies depend on the length of the whole prompt"
 CACHE_ARGUMENTS = ("past_key_values", "cache_params")
 
 
@@ -108,7 +110,8 @@ class Decider:
         model = self.twin()
         if prepare is not None:
             prepare(model)
-        return measure(serve(model, report, self._ops), self.reference, self._ops)
+        served = serve(model, report, self._ops)
+        return measure(served, self.reference, self._ops, all_rows=report.mode != "recompute")
 
     def _packed(self) -> Decision | None:
         """Tiers A and A+mixer."""
@@ -203,8 +206,11 @@ def serve(model: nn.Module, report: ProbeReport, ops: Ops) -> ServedModel:
     return TransformersModel(model, report, ops)
 
 
-def measure(served: ServedModel, reference: Reference, ops: Ops) -> float:
-    """Run the reference's sequences together in odd chunks; the largest difference of a logit (nan counts as inf)."""
+def measure(served: ServedModel, reference: Reference, ops: Ops, all_rows: bool = True) -> float:
+    """Run the reference's sequences together in odd chunks; the largest difference of a logit (nan counts as inf).
+
+    Without `all_rows` only the last row of each chunk is computed and compared.
+    """
     loop = PagedLoop(served, ops)
     running = [loop.start(slot, tokens) for slot, tokens in enumerate(reference.sequences)]
     largest = 0.0
@@ -216,9 +222,8 @@ def measure(served: ServedModel, reference: Reference, ops: Ops) -> float:
             if left and turn >= i:  # later sequences join later
                 work.append((sequence, _count(served.layout, sequence, left, turn, i)))
         work = work[::-1] if turn % 2 else work
-        before = [sequence.computed for sequence, _ in work]
-        for (sequence, count), start, logits in zip(work, before, loop.step(work, all_rows=True), strict=True):
-            expected = reference.logits[sequence.slot][start : start + count]
+        for (sequence, _), logits in zip(work, loop.step(work, all_rows), strict=True):
+            expected = reference.logits[sequence.slot][sequence.computed - len(logits) : sequence.computed]
             difference = float((logits - expected).abs().max())
             largest = max(largest, difference if difference == difference else float("inf"))
         turn += 1
@@ -278,14 +283,17 @@ def packed_report(model: nn.Module, seen: Observation, stepwise: bool) -> ProbeR
         mixers.append(MixerPlan(use.module, len(layers), use.layer, use.row_arguments, use.outputs, stepwise))
         layers.append(LayerSpec(use.module, "state", states=tuple(use.states)))
     notes = ["recurrent mixers continue a prompt token by token: their code takes no initial state"] if stepwise else []
+    ropes = length_ropes(model)
+    notes += [ROPE_NOTE] if ropes else []
     layout = _layout(model, layers, "A+mixer" if mixers else "A", notes)
     return ProbeReport(
-        layout=layout,
+        layout=replace(layout, prefix_caching=not ropes),
         arguments=_arguments(model, seen),
         cache_argument=cache_argument(model),
-        batch_argument=seen.batch_arrives and not mixers and takes_anything(model),
+        batch_argument=seen.batch_arrives and not mixers and not ropes and takes_anything(model),
         calls=calls,
         mixers=tuple(mixers),
+        ropes=ropes,
     )
 
 
@@ -298,6 +306,7 @@ def sequential_report(model: nn.Module, seen: Observation, users: list[str], why
         arguments=_arguments(model, seen),
         cache_argument=cache_argument(model),
         sequential=plans,
+        ropes=length_ropes(model),
     )
 
 
@@ -305,7 +314,9 @@ def model_report(model: nn.Module, layers: list[LayerSpec], mode: Any, chunked: 
     """Tier C."""
     layout = _layout(model, layers, "C", why)
     return ProbeReport(
-        layout=replace(layout, prefix_caching=False, chunked_prefill=chunked, batched=False),
+        layout=replace(
+            layout, prefix_caching=False, chunked_prefill=chunked and not length_ropes(model), batched=False
+        ),
         arguments=_arguments(model, None),
         cache_argument=cache_argument(model),
         mode=mode,

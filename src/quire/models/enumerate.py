@@ -78,6 +78,7 @@ def _work(model_type: str, sender: Connection) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     logging.disable(logging.WARNING)
     try:
         outcome = check_architecture(model_type)

@@ -6,8 +6,9 @@ Used by the enumeration of all architectures; knows nothing of engines.
 
 from __future__ import annotations
 
+import copy
 import tempfile
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,9 @@ from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from quire.config import ModelOptions
 from quire.kernels.table import Ops, load_ops
 from quire.models.build import build_transformers
-from quire.models.hub import find_model
+from quire.models.hub import ModelFiles
 from quire.models.probe import examine, model_config
 from quire.models.served import ServedModel
 from quire.models.trial import PagedLoop, Sequence
@@ -74,7 +74,7 @@ def check_architecture(model_type: str) -> Outcome:
     outcome = Outcome(model_type, architectures()[model_type])
     model_class = getattr(transformers, outcome.architecture)
     config = model_config(model_class, shrink(CONFIG_MAPPING[model_type]()))
-    reference = twin_model(model_class, config)
+    reference = twin_model(model_class, copy.deepcopy(config))  # saving writes into a model's config
     prompts = make_prompts()
     expected = [generate(reference, prompt) for prompt in prompts]
     report = examine(model_class, config, torch.float32)
@@ -91,12 +91,34 @@ def check_architecture(model_type: str) -> Outcome:
     }
     ops = load_ops("cpu")
     with tempfile.TemporaryDirectory() as folder:
-        reference.save_pretrained(folder)
-        files = replace(find_model(ModelOptions(model=folder)), config=config, architecture=outcome.architecture)
+        files = save(reference, Path(folder), config)
         served = build_transformers(files, report, 0, torch.float32, torch.device("cpu"), ops)
         sequences = run_together(served, ops, prompts)
     _compare(outcome, sequences, expected)
     return outcome
+
+
+def save(model: nn.Module, folder: Path, config: Any) -> ModelFiles:
+    """Write the weights as a checkpoint, and name its files with this config instead of the one that was written."""
+    model.save_pretrained(folder)
+    return ModelFiles(
+        name=type(model).__name__,
+        folder=folder,
+        config=config,
+        raw_config={},
+        generation_config={},
+        sampling_defaults={},
+        stop_token_ids=(),
+        architecture=type(model).__name__,
+        weights=tuple(sorted(folder.glob("*.safetensors"))),
+        index=None,
+        weight_format="safetensors",
+        tokenizer=str(folder),
+        tokenizer_revision=None,
+        tokenizer_limit=None,
+        trust_remote_code=False,
+        remote_code=False,
+    )
 
 
 def make_prompts() -> list[list[int]]:

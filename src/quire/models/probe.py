@@ -81,7 +81,8 @@ def examine(model_class: type, config: Any, dtype: torch.dtype) -> ProbeReport:
             "with ModelRegistry.register_model."
         ) from error
     decision = decider.decide()
-    decision = replace(decision, report=replace(decision.report, rewrite=prove(decider, decision, ops)))
+    if decision.report.mode != "recompute":  # there each answer is its own definition, and nothing is slower
+        decision = replace(decision, report=replace(decision.report, rewrite=prove(decider, decision, ops)))
     try:
         return enlarge(model_class, config, dtype, decision.report)
     except Exception as error:  # code that cannot run without numbers
@@ -128,8 +129,8 @@ def model_config(model_class: type, config: Any) -> Any:
     wanted = getattr(model_class, "config_class", None)
     if wanted is None or isinstance(config, wanted):
         return config
-    part = config.get_text_config()
-    return part if isinstance(part, wanted) else config
+    parts = (getattr(config, name, None) for name in config.sub_configs)
+    return next((part for part in parts if isinstance(part, wanted)), config)
 
 
 # ---------------------------------------------------------------- memory on disk

@@ -18,6 +18,7 @@ from quire.models.fallback import PrivateCaches, SequentialModule
 from quire.models.interface import BATCH_ARGUMENT, PAGED, SPEC, CallSequence, LayerCall, current_batch
 from quire.models.mixers import Mixer, StepSplit, stray_state
 from quire.models.report import ProbeReport
+from quire.models.ropes import LengthRope
 
 
 class PackedCache(DynamicCache):
@@ -68,6 +69,9 @@ class TransformersModel:
         self._attach_mixers(report)
         self._private = PrivateCaches(model.config) if report.sequential else None
         self._attach_sequential(report)
+        for name in report.ropes:
+            rope = model.get_submodule(name)
+            rope.__dict__["forward"] = LengthRope(rope)
         set_attention(model, SPEC if report.sequential else PAGED)
 
     def forward(self, batch: Batch) -> torch.Tensor:
