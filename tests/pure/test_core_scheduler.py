@@ -215,6 +215,8 @@ def test_an_error_ends_one_request() -> None:
         ("good", None, None),
     ]
     assert scheduler.stats().finished == {"error": 1}
+    (event,) = land(scheduler, scheduler.schedule(), lambda span: SpanResult(span.slot, (5,), error="late"))
+    assert (event.finish_reason, event.error, event.tokens) == ("error", "late", ()), "a token does not excuse it"
 
 
 @pytest.mark.parametrize(

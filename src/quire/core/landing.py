@@ -18,17 +18,16 @@ def step_on(request: Request, span: Span, outcome: SpanResult) -> bool:
 
     False, and nothing changed, if there is more to it.
     """
-    row, _, count, sample, drafts = span
+    row, _, count, sample, _ = span
     slot, made, _, prompt_logprobs, proposed, _, error = outcome
     tokens = request.tokens
     if (
-        count != 1
+        count != 1  # drafts would make it more
         or not sample
         or len(made) != 1
         or error is not None
         or slot != row
         or prompt_logprobs
-        or drafts
         or proposed
         or request.drafting
         or request.first_token is None

@@ -23,19 +23,25 @@ class PageNames:
     per process: nobody outside can search for tokens whose page would be taken for somebody else's.
     """
 
-    __slots__ = ("_key",)
+    __slots__ = ("_page", "_root")
 
     def __init__(self, key: bytes | None = None) -> None:
-        self._key = secrets.token_bytes(32) if key is None else key
+        secret = secrets.token_bytes(32) if key is None else key
+        # Copying a hash that has taken in its key is cheaper than keying a new one for every page.
+        self._root = blake2b(digest_size=NAME_BYTES, key=secret, person=b"root")
+        self._page = blake2b(digest_size=NAME_BYTES, key=secret, person=b"page")
 
     def root(self, salt: bytes) -> bytes:
         """The name before the first page: `salt` is what else the content depends on (model, adapter, media, tenant)."""
-        return blake2b(salt, digest_size=NAME_BYTES, key=self._key, person=b"root").digest()
+        name = self._root.copy()
+        name.update(salt)
+        return name.digest()
 
     def follow(self, previous: bytes, token_ids: Sequence[int]) -> bytes:
         """The name of the page with `token_ids` that follows the page named `previous`."""
-        content = previous + array("q", token_ids).tobytes()
-        return blake2b(content, digest_size=NAME_BYTES, key=self._key, person=b"page").digest()
+        name = self._page.copy()
+        name.update(previous + array("q", token_ids).tobytes())
+        return name.digest()
 
 
 class PagePool:
