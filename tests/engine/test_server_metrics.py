@@ -129,7 +129,7 @@ def test_adding_up_is_cheap() -> None:
     figures = StepFigures(0, 0, 256, (), (0.02,) * 256, (finished,) * 4)
     best = float("inf")
     for _ in range(20):
-        start = time.perf_counter()
+        start = time.thread_time()
         metrics.observe(Stats(), figures)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, time.thread_time() - start)
     assert best < 0.0005
