@@ -19,7 +19,7 @@ from torch import nn
 from quire.errors import UnsupportedModelError
 from quire.kernels.table import Ops
 from quire.layers.spec import LayerSpec, ModelLayout
-from quire.models.fallback import SequentialModel, forward_parameters
+from quire.models.fallback import SequentialModel, forward_parameters, private_cache
 from quire.models.interface import BATCH_ARGUMENT
 from quire.models.observe import ROWS, Observation, Observer
 from quire.models.report import CallPlan, MixerPlan, ProbeReport, SequentialPlan
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 TOLERANCE = 2e-3  # of the largest logit of the twin, or of one: float32 differences are a hundred times smaller
 LENGTHS = (9, 14, 21)
+SINGLE = 5  # tokens at the end of each that come one by one where prompts stay whole
 CHUNKS = (3, 7, 5, 2)
 KNOWN_ARGUMENTS = ("position_ids", "use_cache", "logits_to_keep")
 ROPE_NOTE = "no prefix cache: its rotary frequencies depend on the length of the whole prompt"
@@ -41,26 +42,57 @@ CACHE_ARGUMENTS = ("past_key_values", "cache_params")
 
 @dataclass(slots=True)
 class Reference:
-    """The unmodified twin's answers: what every way of serving must reproduce."""
+    """The unmodified twin's answers: what every way of serving must reproduce.
+
+    They come from one whole forward per sequence. Where the library's own cache answers otherwise (`own_cache_differs`)
+    they come from stepping on that cache, because that is what its generation does.
+    """
 
     sequences: list[list[int]]
     logits: list[torch.Tensor]  # [length, V] each
     scale: float
+    own_cache_differs: bool = False
 
     @classmethod
     def make(cls, model: nn.Module) -> Reference:
-        """Run each sequence alone and whole, without any cache."""
+        """Run each sequence alone."""
         generator = torch.Generator().manual_seed(7)
         sequences = [torch.randint(3, VOCAB - 14, (n,), generator=generator).tolist() for n in LENGTHS]
-        logits = []
         with torch.no_grad():
-            for tokens in sequences:
-                arguments = {"use_cache": False, "position_ids": torch.arange(len(tokens))[None]}
-                arguments = {name: value for name, value in arguments.items() if takes(model, name)}
-                output = model(input_ids=torch.tensor([tokens]), **arguments)
-                logits.append((output.logits if hasattr(output, "logits") else output[0])[0].float())
-        scale = max(1.0, max(float(rows.abs().max()) for rows in logits))
+            logits = [_whole(model, tokens) for tokens in sequences]
+            scale = max(1.0, max(float(rows.abs().max()) for rows in logits))
+            stepped = _stepped(model, sequences[-1])
+            if stepped is not None and float((stepped - logits[-1]).abs().max()) > 10 * TOLERANCE * scale:
+                return cls(sequences, [_stepped(model, tokens) for tokens in sequences], scale, True)
         return cls(sequences, logits, scale)
+
+
+def _whole(model: nn.Module, tokens: list[int]) -> torch.Tensor:
+    """Logits [length, V] of one forward without a cache."""
+    arguments = {"use_cache": False, "position_ids": torch.arange(len(tokens))[None]}
+    arguments = {name: value for name, value in arguments.items() if takes(model, name)}
+    return _logits(model(input_ids=torch.tensor([tokens]), **arguments))
+
+
+def _stepped(model: nn.Module, tokens: list[int]) -> torch.Tensor | None:
+    """Logits [length, V] of a prompt and single tokens on the library's cache; None where that cannot be done."""
+    name = cache_argument(model)
+    if name is None:
+        return None
+    cache = private_cache(model.config, full_length=False)
+    rows = []
+    try:
+        for first, last in [(0, len(tokens) - SINGLE), *((n, n + 1) for n in range(len(tokens) - SINGLE, len(tokens)))]:
+            offered = {"use_cache": True, "position_ids": torch.arange(first, last)[None], name: cache}
+            arguments = {key: value for key, value in offered.items() if takes(model, key)}
+            rows.append(_logits(model(input_ids=torch.tensor([tokens[first:last]]), **arguments)))
+        return torch.cat(rows)
+    except Exception:  # a cache of its own kind, or none
+        return None
+
+
+def _logits(output: Any) -> torch.Tensor:
+    return (output.logits if hasattr(output, "logits") else output[0])[0].float()
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +120,8 @@ class Decider:
 
     def decide(self) -> Decision:
         """The best tier that holds. Raises UnsupportedModelError when none does."""
+        if self.reference.own_cache_differs:
+            return self.decide_sequential_model("the library's cache gives other answers than a whole forward")
         for attempt in (self._packed, self._sequential_attention, self._sequential_model):
             decision = attempt()
             if decision is not None:
@@ -233,7 +267,7 @@ def measure(served: ServedModel, reference: Reference, ops: Ops, all_rows: bool 
 def _count(layout: ModelLayout, sequence: Sequence, left: int, turn: int, i: int) -> int:
     """Odd chunks with single tokens between; where prompts stay whole, a prompt and then single tokens."""
     if not layout.chunked_prefill:
-        return max(1, left - 5) if sequence.computed == 0 else 1
+        return left - SINGLE if sequence.computed == 0 else 1
     if sequence.computed > 0 and turn % 3 == 2:
         return 1
     return min(left, CHUNKS[(turn + i) % len(CHUNKS)])

@@ -122,7 +122,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "xlm": {"emb_dim": 32, "n_heads": 4},
     "xlnet": {"d_head": 8},
-    "xlstm": {"qk_head_dim": 4, "v_head_dim": 8},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
         "num_hidden_layers": 4,
