@@ -12,7 +12,7 @@ from tiny import FAMILIES, write_tiny
 from transformers import AutoModelForCausalLM
 
 from quire.config import ModelOptions
-from quire.errors import CheckpointError
+from quire.errors import CheckpointError, ModelError
 from quire.kernels import reference
 from quire.kernels.table import ops_of
 from quire.layers.linear import Linear
@@ -54,6 +54,39 @@ def test_same_model_as_from_pretrained(family: str, dtype: torch.dtype, tmp_path
         model(IDS).logits, theirs(IDS).logits, rtol=1e-3, atol=1e-3 if dtype.itemsize > 2 else 0.1
     )
     assert report.empty == frozenset() and report.ignored == ()
+
+
+class Outer(torch.nn.Module):
+    """Stands for a module whose code fills a buffer of another one inside it, and for one whose code forgets."""
+
+    def __init__(self, model: Any, forgets: bool) -> None:
+        super().__init__()
+        self.inner = model.model.layers[0]
+        self.inner.register_buffer("table", torch.empty(3, device="meta"), persistent=False)
+        original = type(model)._init_weights
+
+        def init_weights(module: torch.nn.Module) -> None:
+            original(model, module)
+            if module is model.model and not forgets:
+                self.inner.table.fill_(7.0)
+
+        model._init_weights = model.model._init_weights = init_weights
+
+
+@pytest.mark.parametrize("forgets", [False, True])
+def test_buffers_that_another_module_fills(forgets: bool, tmp_path: Path) -> None:
+    files = find(write_tiny(tmp_path, "llama", tokenizer=False))
+    model = on_meta(files)
+    outer = Outer(model, forgets)
+    targets = model_targets(model, torch.float32, CPU)
+    if forgets:
+        with pytest.raises(ModelError, match="'table' of LlamaDecoderLayer is in no checkpoint"):
+            load_transformers(model, targets, files, CPU, seed=0)
+        return
+    load_transformers(model, targets, files, CPU, seed=0)
+    assert torch.equal(outer.inner.table, torch.full((3,), 7.0))
+    weights = load_file(files.weights[0])
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, weights["model.layers.0.mlp.up_proj.weight"])
 
 
 def test_tied_weights_share_memory(tmp_path: Path) -> None:

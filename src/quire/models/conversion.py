@@ -184,9 +184,15 @@ def _complete(model: Any, device: torch.device) -> None:
         return
     with torch.no_grad():
         model.initialize_weights()
+    waiting = {id(module) for module, leaf, _ in made if _is_unset(getattr(module, leaf))}
+    if waiting:
+        # Some models fill the buffers of their layers from the module around them.
+        for module in model.modules():
+            module._is_hf_initialized = not any(id(inner) in waiting for inner in module.modules())
+        with torch.no_grad():
+            model.initialize_weights()
     for module, leaf, _ in made:
-        now = getattr(module, leaf)
-        if now.is_meta or _is_unset(now):
+        if _is_unset(getattr(module, leaf)):
             raise ModelError(
                 f"The tensor {leaf!r} of {type(module).__name__} is in no checkpoint, and the model's code does not "
                 "compute it when weights are loaded. Update transformers, or report this model."
@@ -208,6 +214,8 @@ def _unset_like(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def _is_unset(tensor: torch.Tensor) -> bool:
+    if tensor.is_meta:
+        return True
     if tensor.numel() == 0 or tensor.dtype is torch.bool:
         return False
     if tensor.is_floating_point():
