@@ -18,8 +18,10 @@ from tqdm.auto import tqdm
 from quire.config import EngineOptions
 from quire.core.params import RequestOutputKind, SamplingParams
 from quire.engine.engine import Engine, Prepared
+from quire.engine.metrics import Metrics
 from quire.engine.outputs import RequestOutput
 from quire.engine.prompts import Prompt
+from quire.engine.reader import Counter, Gauge, Histogram, read_metrics
 from quire.errors import ConfigError, ValidationError
 from quire.text.chat import ChatOptions, prompt_text, read_template
 from quire.text.tokenizer import Tokenizer
@@ -61,6 +63,11 @@ class LLM:
                 raise ConfigError(f"{name} is {value!r}; this version of quire takes only {allowed}. Leave it out.")
         self._engine = Engine.from_options(EngineOptions.from_flat(values))
         self._ids = count()
+        self._metrics: Metrics | None = None
+        if not values["disable_log_stats"]:
+            settings = self._engine.settings
+            self._metrics = Metrics(settings.model_names[0], settings.max_model_len)
+            self._engine.observer = self._metrics
 
     # ---------------------------------------------------------------- generation
 
@@ -165,6 +172,12 @@ class LLM:
     def reset_prefix_cache(self) -> bool:
         """Forget what is known of earlier prompts. False while requests hold some of it."""
         return self._engine.reset_prefix_cache()
+
+    def get_metrics(self) -> list[Counter | Gauge | Histogram]:
+        """What the server shows under /metrics, as objects. Needs disable_log_stats=False when the LLM is made."""
+        if self._metrics is None:
+            raise ConfigError("Nothing was counted: make the LLM with disable_log_stats=False to have metrics.")
+        return read_metrics(self._metrics.collect())
 
     def close(self) -> None:
         """Free the model and its pages. The object cannot be used afterwards."""
