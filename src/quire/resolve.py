@@ -20,9 +20,9 @@ from quire.core.plan import GroupSpec
 from quire.errors import CapacityError, ConfigError
 from quire.kernels.table import load_ops
 from quire.layers.spec import ModelLayout
+from quire.models.build import layout_of
 from quire.models.headers import weight_headers
 from quire.models.hub import ModelFiles, find_model
-from quire.models.probe import layout_of
 from quire.models.registry import select_impl
 from quire.worker.device import Device
 

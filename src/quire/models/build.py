@@ -1,28 +1,28 @@
-"""build_model: from files to a model ready to serve, native or through the Transformers path.
+"""build_model and layout_of: a model ready to serve, and what it needs in memory, by the path that runs it.
 
-The order is fixed: probe, build without memory, replace modules, stream the weights in, attach the step.
+Imports the Transformers path only when it is taken: it brings seconds of imports that a native model does without.
 """
 
 from __future__ import annotations
-
-import copy
-import logging
 
 import torch
 
 from quire.config import ModelOptions
 from quire.kernels.table import Ops
-from quire.models.conversion import load_transformers, model_targets
-from quire.models.decide import serve
+from quire.layers.spec import ModelLayout
 from quire.models.hub import ModelFiles
-from quire.models.probe import find_class, model_config, probe
 from quire.models.registry import ModelRegistry, select_impl
-from quire.models.report import ProbeReport
-from quire.models.rewrite import rewrite
 from quire.models.served import ServedModel
-from quire.models.twin import build
 
-logger = logging.getLogger(__name__)
+
+def layout_of(files: ModelFiles, model_impl: str = "auto", dtype: torch.dtype | None = None) -> ModelLayout:
+    """What a model's layers need in memory, without reading weights. `dtype` is the one it will run in."""
+    if select_impl(files, model_impl) == "native":
+        layout: ModelLayout = ModelRegistry.resolve(files.architecture).layout_of(files)
+        return layout
+    from quire.models.probe import probe
+
+    return probe(files, dtype).layout
 
 
 def build_model(
@@ -32,19 +32,9 @@ def build_model(
     if select_impl(files, options.model_impl) == "native":
         native = ModelRegistry.resolve(files.architecture)(files, dtype, device, ops)
         native.load(files, options.seed)
-        return native
+        served: ServedModel = native
+        return served
+    from quire.models.assemble import build_transformers
+    from quire.models.probe import probe
+
     return build_transformers(files, probe(files, dtype), options.seed, dtype, device, ops)
-
-
-def build_transformers(
-    files: ModelFiles, report: ProbeReport, seed: int, dtype: torch.dtype, device: torch.device, ops: Ops
-) -> ServedModel:
-    """The Transformers path, from a report: build without memory, replace, load, attach."""
-    model_class = find_class(files)
-    config = copy.deepcopy(model_config(model_class, files.config))
-    model = build(model_class, config, dtype, "meta")
-    targets = model_targets(model, dtype, device)
-    targets.update(rewrite(model, report.rewrite, ops, targets, device))
-    loaded = load_transformers(model, targets, files, device, seed)
-    logger.info("%d tensors, %.2f GB in %.2f s", loaded.tensors, loaded.nbytes / 1e9, loaded.seconds)
-    return serve(model, report, ops)

@@ -19,7 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from quire.kernels.table import Ops, load_ops
-from quire.models.build import build_transformers
+from quire.models.assemble import build_transformers
 from quire.models.hub import ModelFiles
 from quire.models.probe import examine, model_config
 from quire.models.served import ServedModel

@@ -1,7 +1,7 @@
 """The probe: how a model is to be served, decided on its tiny twin and remembered on disk.
 
-`probe` is the whole answer for the Transformers path, `layout_of` the part that planning needs, for either path. A
-report is remembered under a hash of the config, the library versions and this package's own source.
+`probe` is the whole answer for the Transformers path. A report is remembered under a hash of the config, the library
+versions and this package's own source.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from quire.env import cache_folder
 from quire.errors import UnsupportedModelError
 from quire.kernels.table import load_ops
-from quire.layers.spec import ModelLayout
 from quire.models.decide import (
     Decider,
     counted_layers,
@@ -33,22 +32,14 @@ from quire.models.decide import (
     packed_report,
     sequential_report,
 )
-from quire.models.hub import ModelFiles
 from quire.models.full_size import observe_full, try_observe
+from quire.models.hub import ModelFiles
 from quire.models.interface import SPEC
 from quire.models.prove import prove
-from quire.models.registry import ModelRegistry, select_impl
 from quire.models.report import FORMAT, ProbeReport
 from quire.models.twin import build, shrink
 
 logger = logging.getLogger(__name__)
-
-
-def layout_of(files: ModelFiles, model_impl: str = "auto", dtype: torch.dtype | None = None) -> ModelLayout:
-    """What a model's layers need in memory, without reading weights. `dtype` is the one it will run in."""
-    if select_impl(files, model_impl) == "native":
-        return ModelRegistry.resolve(files.architecture).layout_of(files)
-    return probe(files, dtype).layout
 
 
 def probe(files: ModelFiles, dtype: torch.dtype | None = None) -> ProbeReport:

@@ -1,0 +1,37 @@
+"""build_transformers: a model of the Transformers path, from a probe's report to ready.
+
+The order is fixed: build without memory, replace modules, stream the weights in, attach the step.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import torch
+
+from quire.kernels.table import Ops
+from quire.models.conversion import load_transformers, model_targets
+from quire.models.decide import serve
+from quire.models.hub import ModelFiles
+from quire.models.probe import find_class, model_config
+from quire.models.report import ProbeReport
+from quire.models.rewrite import rewrite
+from quire.models.served import ServedModel
+from quire.models.twin import build
+
+logger = logging.getLogger(__name__)
+
+
+def build_transformers(
+    files: ModelFiles, report: ProbeReport, seed: int, dtype: torch.dtype, device: torch.device, ops: Ops
+) -> ServedModel:
+    """The Transformers path, from a report: build without memory, replace, load, attach."""
+    model_class = find_class(files)
+    config = copy.deepcopy(model_config(model_class, files.config))
+    model = build(model_class, config, dtype, "meta")
+    targets = model_targets(model, dtype, device)
+    targets.update(rewrite(model, report.rewrite, ops, targets, device))
+    loaded = load_transformers(model, targets, files, device, seed)
+    logger.info("%d tensors, %.2f GB in %.2f s", loaded.tensors, loaded.nbytes / 1e9, loaded.seconds)
+    return serve(model, report, ops)
