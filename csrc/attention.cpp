@@ -41,7 +41,8 @@ struct AddValues {
         for (long g = 0; g < groups; g++) {
             const T* panels[PANELS];
             for (int p = 0; p < PANELS; p++) panels[p] = values[g] + p * Pages<T>::VALUE_PANEL;
-            tile.template add_steps<STEP_WEIGHTS<T>, 1>(weights + g * PER_GROUP * Dot<T>::STEP_A, panels, PER_GROUP);
+            const auto* part = weights + g * PER_GROUP * Dot<T>::STEP_A;
+            for (long s = 0; s < PER_GROUP; s++) tile.template add_step<STEP_WEIGHTS<T>, 1>(part, panels, s);
         }
         tile.write(out, stride);
     }
@@ -227,10 +228,10 @@ private:
                (head * heads_ + r % heads_) * pages_.key_dim;
     }
 
-    // The rows of a task go through the products in tiles of at most MAX_ROWS.
+    // The rows of a task go through the products in tiles of at most MAX_ROWS<T>.
     template <class Fn>
     void for_each_tile(long rows, const Fn& fn) const {
-        const long tiles = ceil_div(rows, MAX_ROWS);
+        const long tiles = ceil_div(rows, MAX_ROWS<T>);
         for (long i = 0; i < tiles; i++) fn(rows * i / tiles, rows * (i + 1) / tiles);
     }
 
@@ -315,7 +316,7 @@ private:
             width = panels_for(int(r1 - r0));
             while (width > g.count - i) width /= 2;
             kernel_for<Multiply, T>(r1 - r0, width)(query, g.keys + i, pages_.key_steps(), m.scores + r0 * STEP + i * PANEL,
-                                                    true);
+                                                    true, Ahead{g.values[i], Dot<T>::STEP_B * long(sizeof(T)), 0});
         }
     }
 

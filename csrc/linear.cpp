@@ -9,10 +9,14 @@
 // For many rows the product is cut so that what is used again stays near: a block of up to BLOCK_ROWS rows of x is packed
 // (tile by tile, k after k), and for each item of GROUP panels
 //
-//     for a block of STEPS steps of k                        x: rows * STEPS values stay in L2
-//         for each panel of the group                        weights: STEPS * 64 bytes stay in L1
+//     for a block of STEP_VALUES values of k                 x: rows * STEP_VALUES values stay in L2
+//         for each panel of the group                        weights: STEP_VALUES * 16 values stay in L1
 //             for each tile of rows:  C += x tile * panel    C: rows * 64 floats, between the blocks in L2
+//
+// Where the machine has no bf16 dot product, many rows share the widening of a block of weights: it is written out as
+// floats once, in L1, and the tiles are those of float. The sums are the same, in the same order.
 #include <algorithm>
+#include <climits>
 
 #include "quire.h"
 #include "threads.h"
@@ -26,10 +30,15 @@ namespace quire {
 namespace {
 
 constexpr long GROUP = BLOCK_COLUMNS / PANEL;
-constexpr long ITEM_ROWS = 192;   // rows of one item
-constexpr long BLOCK_ROWS = 768;  // rows that are packed at a time
-template <class T>
-constexpr long STEPS = Dot<T>::DEPTH == 2 ? 128 : 256;
+constexpr long ITEM_ROWS = 96;   // rows of one item
+constexpr long BLOCK_ROWS = 384;  // rows that are packed at a time
+constexpr long FETCH_BYTES = 1024;  // how far ahead a lone stream is fetched
+constexpr long STEP_VALUES = 384;  // values of k in a block
+#if defined(QUIRE_NATIVE_DOT)
+constexpr long WIDEN_ROWS = LONG_MAX;
+#else
+constexpr long WIDEN_ROWS = 13;  // rows from which on weights are widened
+#endif
 
 template <class T>
 long panel_elements(long k) {
@@ -71,6 +80,7 @@ struct Call {
     const T* bias;
     T* out;
     long m, n, k;
+    bool widen;
     long tiles;  // the m rows are cut evenly into this many tiles
     long first_row(long tile) const { return m * tile / tiles; }
 };
@@ -93,31 +103,77 @@ void write_out(const Call<T>& call, const float* c, long row0, long row1, long c
     }
 }
 
+#if !defined(QUIRE_NATIVE_DOT)
+void widen(const bf16* panel, long steps, float* out) {
+    for (long s = 0; s < steps; s++, panel += Dot<bf16>::STEP_B, out += 2 * PANEL)
+        for (int v = 0; v < PANEL; v += W) {
+            store(out + v, even(panel + 2 * v));
+            store(out + PANEL + v, odd(panel + 2 * v));
+        }
+}
+#endif
+
+// A block of k for some panels side by side: what multiply_item hands to multiply_panels.
+template <class T>
+struct Block {
+    const T* weights;  // step `step` of the first panel
+    const T* next;     // the block that comes next
+    long width, step, steps;
+};
+
+// All tiles of rows [tile0, tile1) on one block; the last of them fetches the next block meanwhile, a lone one what
+// follows in its own stream.
+template <class T>
+void multiply_panels(const Call<T>& call, long tile0, long tile1, const Block<T>& block, float* c) {
+    const long panel = panel_elements<T>(call.k), row0 = call.first_row(tile0);
+    const bool lone = tile1 - tile0 == 1;
+    const T* panels[GROUP];
+    for (long i = 0; i < block.width; i++) panels[i] = block.weights + i * panel;
+    const float* wides[1] = {nullptr};
+#if !defined(QUIRE_NATIVE_DOT)
+    if constexpr (Dot<T>::DEPTH == 2) {
+        if (call.widen) {
+            struct Wide;
+            float* wide = static_cast<float*>(scratch<Wide>(STEP_VALUES * PANEL * long(sizeof(float))));
+            widen(block.weights, block.steps, wide);
+            wides[0] = wide;
+        }
+    }
+#endif
+    for (long t = tile0; t < tile1; t++) {
+        const long row = call.first_row(t), rows = call.first_row(t + 1) - row;
+        const auto* a = call.a + row * packed_row<T>(call.k) + block.step * Dot<T>::STEP_A * rows;
+        float* corner = c + (row - row0) * BLOCK_COLUMNS;
+        const T* from = lone ? block.weights + FETCH_BYTES / long(sizeof(T)) : t + 1 == tile1 ? block.next : block.weights;
+        Ahead ahead{from, PANEL * Dot<T>::DEPTH * long(sizeof(T)), panel * long(sizeof(T))};
+        if constexpr (Dot<T>::STEP_A == Dot<T>::DEPTH) {
+            if (wides[0] != nullptr) {
+                ahead.step /= 2;
+                kernel_for<Multiply, float>(rows, 1)(a, wides, 2 * block.steps, corner, block.step == 0, ahead);
+                continue;
+            }
+        }
+        kernel_for<Multiply, T>(rows, block.width)(a, panels, block.steps, corner, block.step == 0, ahead);
+    }
+}
+
 // Tiles [tile0, tile1) of rows by panels [panel0, panel1).
 template <class T>
 void multiply_item(const Call<T>& call, long tile0, long tile1, long panel0, long panel1) {
-    const long row0 = call.first_row(tile0), row1 = call.first_row(tile1);
     float* c = static_cast<float*>(scratch<Call<T>>(ITEM_ROWS * BLOCK_COLUMNS * long(sizeof(float))));
     const long steps = ceil_div(call.k, Dot<T>::DEPTH), panel = panel_elements<T>(call.k);
-    const long block = tile1 - tile0 == 1 ? steps : STEPS<T>;
-    long most_rows = 0;
-    for (long t = tile0; t < tile1; t++) most_rows = std::max(most_rows, call.first_row(t + 1) - call.first_row(t));
-    for (long s = 0; s < steps; s += block) {
-        const long length = std::min(block, steps - s);
+    const long length = tile1 - tile0 == 1 && !call.widen ? steps : STEP_VALUES / Dot<T>::DEPTH;
+    for (long s = 0; s < steps; s += length)
         for (long p = panel0, width; p < panel1; p += width) {
-            width = panels_for(int(most_rows));
+            width = call.widen ? 1 : panels_for(int(ceil_div(call.m, call.tiles)));
             while (width > panel1 - p) width /= 2;
-            const T* panels[4];
-            for (long i = 0; i < width; i++) panels[i] = call.packed + (p + i) * panel + s * Dot<T>::STEP_B;
-            for (long t = tile0; t < tile1; t++) {
-                const long row = call.first_row(t), rows = call.first_row(t + 1) - row;
-                const auto* a = call.a + row * packed_row<T>(call.k) + s * Dot<T>::STEP_A * rows;
-                float* corner = c + (row - row0) * BLOCK_COLUMNS + (p - panel0) * PANEL;
-                kernel_for<Multiply, T>(rows, width)(a, panels, length, corner, s == 0);
-            }
+            const T* weights = call.packed + p * panel + s * Dot<T>::STEP_B;
+            const T* next = p + width < panel1 ? weights + width * panel
+                                               : call.packed + panel0 * panel + (s + length) * Dot<T>::STEP_B;
+            multiply_panels(call, tile0, tile1, Block<T>{weights, next, width, s, std::min(length, steps - s)},
+                            c + (p - panel0) * PANEL);
         }
-    }
-    write_out(call, c, row0, row1, panel0 * PANEL, std::min(call.n, panel1 * PANEL));
+    write_out(call, c, call.first_row(tile0), call.first_row(tile1), panel0 * PANEL, std::min(call.n, panel1 * PANEL));
 }
 
 template <class T>
@@ -125,14 +181,16 @@ void linear_block(const T* x, long x_stride, Call<T> call) {
     struct Rows;
     auto* a = static_cast<typename Dot<T>::A*>(scratch<Rows>(call.m * packed_row<T>(call.k) * 4));
     call.a = a;
-    call.tiles = ceil_div(call.m, MAX_ROWS);
+    call.widen = Dot<T>::DEPTH == 2 && call.m >= WIDEN_ROWS;
+    const long most_rows = call.widen ? MAX_ROWS<float> : MAX_ROWS<T>;
+    call.tiles = ceil_div(call.m, most_rows);
     for_each_item(call.tiles, call.m * call.k > 1 << 15, [&](long t) {
         const long row = call.first_row(t), rows = call.first_row(t + 1) - row;
         pack_rows<T>([&](int i) { return x + (row + i) * x_stride; }, int(rows), call.k,
                      a + row * packed_row<T>(call.k));
     });
     const long panels = ceil_div(call.n, PANEL), groups = ceil_div(panels, GROUP);
-    const long blocks = ceil_div(call.tiles, ITEM_ROWS / MAX_ROWS);
+    const long blocks = ceil_div(call.tiles, ITEM_ROWS / most_rows);
     for_each_item(groups * blocks, call.m * call.n * call.k > 1 << 17, [&](long item) {
         const long block = item / groups, group = item % groups;
         multiply_item(call, call.tiles * block / blocks, call.tiles * (block + 1) / blocks, group * GROUP,
@@ -144,7 +202,7 @@ template <class T>
 void linear(const T* x, long x_stride, const T* packed, const T* bias, T* out, long m, long n, long k) {
     for (long row = 0; row < m; row += BLOCK_ROWS) {
         const long rows = std::min(BLOCK_ROWS, m - row);
-        linear_block(x + row * x_stride, x_stride, Call<T>{nullptr, packed, bias, out + row * n, rows, n, k, 0});
+        linear_block(x + row * x_stride, x_stride, Call<T>{nullptr, packed, bias, out + row * n, rows, n, k, false, 0});
     }
 }
 

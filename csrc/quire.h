@@ -79,5 +79,9 @@ QUIRE_API void quire_sample(int32_t dtype, const void* logits, int64_t stride, c
                             const int64_t* top_k, const float* top_p, const float* min_p, const double* uniform,
                             int64_t* out, int64_t rows, int64_t vocab);
 
+// ---- ceilings.cpp: what the machine can do at best
+QUIRE_API float quire_read_memory(const float* data, int64_t floats);
+QUIRE_API double quire_multiply_registers(int64_t rounds);
+
 // ---- level.cpp: 0 plain, 1 AVX2 and FMA, 2 AVX-512, 3 AVX-512 with BF16 and VNNI.
 QUIRE_API int32_t quire_best_level(void);

@@ -33,6 +33,8 @@ struct bf16 {
     uint16_t bits;
 };
 
+QUIRE_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
+
 QUIRE_INLINE float to_float(float x) { return x; }
 QUIRE_INLINE float to_float(bf16 x) {
     uint32_t bits = uint32_t(x.bits) << 16;
@@ -236,6 +238,18 @@ QUIRE_INLINE F keep_range(F x, int first, int low, int high, F fill) {
 #endif  // ----------------------------------------------------------------------- the same on every level
 
 QUIRE_INLINE F zero() { return set1(0.0f); }
+
+// The pointer p, which the compiler believes to depend on x: what is read through it is not read before x is there, and
+// does not wait in a register that something else needs.
+template <class P>
+QUIRE_INLINE P* after(F x, P* p) {
+#if defined(__x86_64__)
+    __asm__("" : "+r"(p) : "x"(x));
+#else
+    (void)x;
+#endif
+    return p;
+}
 QUIRE_INLINE F neg(F x) { return sub(zero(), x); }
 
 QUIRE_INLINE float reduce_add(F x) {

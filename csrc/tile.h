@@ -23,41 +23,64 @@ namespace quire {
 constexpr int PANEL = 16;
 constexpr int PANEL_VECTORS = PANEL / W;
 
-// How many rows a tile may have, and how many panels side by side keep enough sums in flight for few rows.
+// How many rows a tile of T may have, and how many panels side by side keep enough sums in flight for few rows. Widening
+// bf16 costs registers.
 #if defined(QUIRE_AVX512) || defined(QUIRE_AVX512BF16)
+template <class T>
 constexpr int MAX_ROWS = 12;
 constexpr int panels_for(int rows) { return rows <= 3 ? 4 : 2; }
 #elif defined(QUIRE_AVX2)
-constexpr int MAX_ROWS = 6;
-constexpr int panels_for(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+template <class T>
+constexpr int MAX_ROWS = sizeof(T) == 2 ? 4 : 6;
+constexpr int panels_for(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 #elif defined(__aarch64__)
-constexpr int MAX_ROWS = 6;
+template <class T>
+constexpr int MAX_ROWS = sizeof(T) == 2 ? 4 : 6;
 constexpr int panels_for(int rows) { return rows == 1 ? 2 : 1; }
 #else
-constexpr int MAX_ROWS = 3;
+template <class T>
+constexpr int MAX_ROWS = sizeof(T) == 2 ? 2 : 3;
 constexpr int panels_for(int rows) { return rows == 1 ? 2 : 1; }
 #endif
 
 constexpr int least(int a, int b) { return a < b ? a : b; }
 constexpr long ceil_div(long a, long b) { return (a + b - 1) / b; }
 
+// c[i][v] += x(i) * w(v), holding in registers what there is less of: the weights of all vectors or the values of all rows.
+template <int ROWS, int VECTORS, class Weights, class Value>
+QUIRE_INLINE void add_products(F (&c)[ROWS][VECTORS], const Weights& w, const Value& x) {
+    if constexpr (ROWS < VECTORS) {
+        F values[ROWS];
+        for (int i = 0; i < ROWS; i++) values[i] = x(i);
+        for (int v = 0; v < VECTORS; v++) {
+            const F weight = w(v);
+            for (int i = 0; i < ROWS; i++) c[i][v] = fma(weight, values[i], c[i][v]);
+        }
+    } else {
+        F weights[VECTORS];
+        for (int v = 0; v < VECTORS; v++) weights[v] = w(v);
+        for (int i = 0; i < ROWS; i++) {
+            const F value = x(i);
+            for (int v = 0; v < VECTORS; v++) c[i][v] = fma(weights[v], value, c[i][v]);
+        }
+    }
+}
+
+// Dot<T>::step adds one step to a tile. `b` are its panels, `at` the offset of the step in each of them.
 template <class T>
 struct Dot;
 
 template <>
 struct Dot<float> {
     using A = float;
-    static constexpr int DEPTH = 1;      // values of k per step
-    static constexpr int STEP_A = 1;     // elements of A per row and step
+    static constexpr int DEPTH = 1;       // values of k per step
+    static constexpr int STEP_A = 1;      // elements of A per row and step
     static constexpr int STEP_B = PANEL;  // elements of B per panel and step
     template <int ROWS, int VECTORS, int ROW, int STEP>
-    static QUIRE_INLINE void step(F (&c)[ROWS][VECTORS], const float* a, const float* const* b, long offset) {
-        F w[VECTORS];
-        for (int v = 0; v < VECTORS; v++) w[v] = load(b[v / PANEL_VECTORS] + offset + v % PANEL_VECTORS * W);
-        for (int i = 0; i < ROWS; i++) {
-            F x = set1(a[i * ROW]);
-            for (int v = 0; v < VECTORS; v++) c[i][v] = fma(w[v], x, c[i][v]);
-        }
+    static QUIRE_INLINE void step(F (&c)[ROWS][VECTORS], const float* a, const float* const* b, long at) {
+        add_products(
+            c, [&](int v) { return load(b[v / PANEL_VECTORS] + at + v % PANEL_VECTORS * W); },
+            [&](int i) { return set1(a[i * ROW]); });
     }
 };
 
@@ -69,9 +92,9 @@ struct Dot<bf16> {
     using A = uint32_t;  // a pair of bf16
     static constexpr int STEP_A = 1;
     template <int ROWS, int VECTORS, int ROW, int STEP>
-    static QUIRE_INLINE void step(F (&c)[ROWS][VECTORS], const uint32_t* a, const bf16* const* b, long offset) {
+    static QUIRE_INLINE void step(F (&c)[ROWS][VECTORS], const uint32_t* a, const bf16* const* b, long at) {
         I w[VECTORS];
-        for (int v = 0; v < VECTORS; v++) w[v] = load_pairs(b[v / PANEL_VECTORS] + offset + v % PANEL_VECTORS * 2 * W);
+        for (int v = 0; v < VECTORS; v++) w[v] = load_pairs(b[v / PANEL_VECTORS] + at + v % PANEL_VECTORS * 2 * W);
         for (int i = 0; i < ROWS; i++) {
             I x = set1_pair(a[i * ROW]);
             for (int v = 0; v < VECTORS; v++) c[i][v] = dot_pairs(c[i][v], w[v], x);
@@ -81,18 +104,11 @@ struct Dot<bf16> {
     using A = float;
     static constexpr int STEP_A = 2;
     template <int ROWS, int VECTORS, int ROW, int STEP>
-    static QUIRE_INLINE void step(F (&c)[ROWS][VECTORS], const float* a, const bf16* const* b, long offset) {
-        F w[VECTORS];
-        for (int v = 0; v < VECTORS; v++) w[v] = even(b[v / PANEL_VECTORS] + offset + v % PANEL_VECTORS * 2 * W);
-        for (int i = 0; i < ROWS; i++) {
-            F x = set1(a[i * ROW]);
-            for (int v = 0; v < VECTORS; v++) c[i][v] = fma(w[v], x, c[i][v]);
-        }
-        for (int v = 0; v < VECTORS; v++) w[v] = odd(b[v / PANEL_VECTORS] + offset + v % PANEL_VECTORS * 2 * W);
-        for (int i = 0; i < ROWS; i++) {
-            F x = set1(a[i * ROW + STEP]);
-            for (int v = 0; v < VECTORS; v++) c[i][v] = fma(w[v], x, c[i][v]);
-        }
+    static QUIRE_INLINE void step(F (&c)[ROWS][VECTORS], const float* a, const bf16* const* b, long at) {
+        auto pairs = [&](int v) { return b[v / PANEL_VECTORS] + at + v % PANEL_VECTORS * 2 * W; };
+        add_products(c, [&](int v) { return even(pairs(v)); }, [&](int i) { return set1(a[i * ROW]); });
+        a = after(c[ROWS - 1][VECTORS - 1], a);
+        add_products(c, [&](int v) { return odd(pairs(v)); }, [&](int i) { return set1(a[i * ROW + STEP]); });
     }
 #endif
 };
@@ -115,9 +131,8 @@ struct Tile {
             for (int v = 0; v < VECTORS; v++) store(p + i * stride + v * W, c[i][v]);
     }
     template <int ROW, int STEP>
-    QUIRE_INLINE void add_steps(const typename Dot<T>::A* a, const T* const* b, long steps) {
-        for (long s = 0; s < steps; s++)
-            Dot<T>::template step<ROWS, VECTORS, ROW, STEP>(c, a + s * STEP * Dot<T>::STEP_A, b, s * Dot<T>::STEP_B);
+    QUIRE_INLINE void add_step(const typename Dot<T>::A* a, const T* const* b, long s) {
+        Dot<T>::template step<ROWS, VECTORS, ROW, STEP>(c, a + s * STEP * Dot<T>::STEP_A, b, s * Dot<T>::STEP_B);
     }
 };
 
@@ -147,10 +162,17 @@ constexpr long packed_row(long k) {
 // Every kernel keeps C in a small block of rows of 64 columns, wherever it goes in the end.
 constexpr long BLOCK_COLUMNS = 64;
 
+// What to fetch into the cache meanwhile: at step s for panel p the line at from + s * step + p * panel (bytes).
+struct Ahead {
+    const void* from;
+    long step, panel;
+    QUIRE_INLINE void fetch(long s, int p) const { prefetch(static_cast<const char*>(from) + s * step + p * panel); }
+};
+
 // C = or += (packed rows of A) * (1, 2 or 4 panels side by side).
 template <class T, int ROWS, int PANELS>
 struct Multiply {
-    static void run(const typename Dot<T>::A* a, const T* const* b, long steps, float* c, bool first) {
+    static void run(const typename Dot<T>::A* a, const T* const* b, long steps, float* c, bool first, const Ahead& ahead) {
         Tile<T, ROWS, PANELS> tile;
         if (first)
             tile.clear();
@@ -158,7 +180,11 @@ struct Multiply {
             tile.read(c, BLOCK_COLUMNS);
         const T* panels[PANELS];
         for (int p = 0; p < PANELS; p++) panels[p] = b[p];
-        tile.template add_steps<1, ROWS>(a, panels, steps);
+        const Ahead fetch = ahead;
+        for (long s = 0; s < steps; s++) {
+            for (int p = 0; p < PANELS; p++) fetch.fetch(s, p);
+            tile.template add_step<1, ROWS>(a, panels, s);
+        }
         tile.write(c, BLOCK_COLUMNS);
     }
 };
@@ -167,7 +193,7 @@ struct Multiply {
 template <template <class, int, int> class Kernel, class T, int PANELS, int... ROW>
 constexpr auto table_of(std::integer_sequence<int, ROW...>) {
     using Function = decltype(&Kernel<T, 1, 1>::run);
-    std::array<Function, MAX_ROWS + 1> table{};
+    std::array<Function, MAX_ROWS<T> + 1> table{};
     ((PANELS <= panels_for(ROW + 1) ? void(table[ROW + 1] = &Kernel<T, ROW + 1, least(PANELS, panels_for(ROW + 1))>::run)
                                     : void()),
      ...);
@@ -176,7 +202,7 @@ constexpr auto table_of(std::integer_sequence<int, ROW...>) {
 
 template <template <class, int, int> class Kernel, class T>
 auto kernel_for(long rows, long panels) {
-    using Rows = std::make_integer_sequence<int, MAX_ROWS>;
+    using Rows = std::make_integer_sequence<int, MAX_ROWS<T>>;
     static constexpr auto one = table_of<Kernel, T, 1>(Rows{}), two = table_of<Kernel, T, 2>(Rows{}),
                           four = table_of<Kernel, T, 4>(Rows{});
     return panels == 4 ? four[rows] : panels == 2 ? two[rows] : one[rows];

@@ -9,7 +9,8 @@ import ctypes
 import logging
 import math
 import os
-from ctypes import c_float, c_int32, c_int64, c_void_p
+import time
+from ctypes import c_double, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,8 @@ LONG_FUNCTIONS = {
     "quire_linear": (_I, _P, _L, _P, _P, _P, _L, _L, _L),
     "quire_attention": (_P,),
     "quire_sample": (_I, _P, _L, _P, _P, _P, _P, _P, _P, _L, _L),
+    "quire_read_memory": (_P, _L),
+    "quire_multiply_registers": (_L,),
 }
 SHORT_FUNCTIONS = {
     "quire_set_threads": (_I, _P),
@@ -46,7 +49,13 @@ SHORT_FUNCTIONS = {
     "quire_uniform": (_P, _P, _P, _L),
     "quire_best_level": (),
 }
-RETURNS = {"quire_packed_size": c_int64, "quire_page_size": c_int64, "quire_best_level": c_int32}
+RETURNS = {
+    "quire_packed_size": c_int64,
+    "quire_page_size": c_int64,
+    "quire_best_level": c_int32,
+    "quire_read_memory": c_float,
+    "quire_multiply_registers": c_double,
+}
 
 
 class CacheStruct(ctypes.Structure):
@@ -104,6 +113,25 @@ class Library:
     def set_threads(self, count: int) -> None:
         """Work on `count` threads: on PyTorch's own team where its OpenMP library is found, else on threads of ours."""
         self.quire_set_threads(count, gomp_parallel())
+
+    def read_bandwidth(self, megabytes: int = 256) -> float:
+        """Bytes per second that the team reads from memory: the best of three passes over so many megabytes."""
+        data = torch.zeros(megabytes << 18).add_(1.0)
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            self.quire_read_memory(data.data_ptr(), data.numel())
+            times.append(time.perf_counter() - start)
+        return data.nbytes / min(times[1:])
+
+    def multiply_rate(self, rounds: int = 2_000_000) -> float:
+        """Floating-point operations per second of float32 products in registers on the team: the best of three."""
+        rates = []
+        for _ in range(3):
+            start = time.perf_counter()
+            done = self.quire_multiply_registers(rounds)
+            rates.append(done / (time.perf_counter() - start))
+        return max(rates)
 
 
 def built_levels() -> tuple[str, ...]:
