@@ -105,7 +105,7 @@ class LLM:
         """Answer a conversation, or each of several. Messages are in the form of the OpenAI API."""
         if self._engine.tokenizer is None:
             raise ValidationError("chat needs a tokenizer, and this engine runs without one", "messages")
-        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        conversations: Sequence[Any] = [messages] if messages and isinstance(messages[0], Mapping) else messages
         options = ChatOptions(
             tools=tools,
             add_generation_prompt=add_generation_prompt,
