@@ -18,7 +18,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 HELD_OUT_ROWS = 16
-AGREEMENT_TEXTS = 60
+SHARE_OF_CHATS = 0.7
+AGREEMENT_TEXTS = 40
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Job:
     minutes: float
     draft_minutes: float
     adapter_minutes: float
+    note: str
 
     @property
     def model_folder(self) -> Path:
@@ -69,14 +71,13 @@ def make_model(job: Job) -> None:
 
 
 def make_draft(job: Job) -> None:
-    teacher = load(job.model_folder).requires_grad_(False)
-    plan = training.Plan(minutes=job.draft_minutes, last_length=512, teacher=teacher)
+    plan = training.Plan(minutes=job.draft_minutes, last_length=512)
     train(job, training.DRAFT_SHAPE, plan, "draft", job.draft_folder)
 
 
 def train(job: Job, shape: training.Shape, plan: training.Plan, name: str, folder: Path) -> None:
     model = new_model(job, shape)
-    rows = Rows(job.tokenizer(), job.books, job.material, seed=1)
+    rows = Rows(job.tokenizer(), job.books, job.material, seed=1, share_of_chats=SHARE_OF_CHATS)
     training.Trainer(model, rows, plan, job.checkpoint(name)).run(held_out_batch(job))
     export(model, folder)
 
@@ -136,6 +137,7 @@ def evaluate(job: Job) -> None:
         "used": training.used_for(job.checkpoint("model")),
         "draft_used": training.used_for(job.checkpoint("draft")),
         "config": model.config,
+        "note": job.note,
     }
     adapted = PeftModel.from_pretrained(model, job.adapter_folder).eval()
     values["with_manner"] = evaluation.manner_shown(adapted, tokenizer, job.material)
@@ -164,6 +166,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=50, help="training time of the model")
     parser.add_argument("--draft-minutes", type=float, default=10)
     parser.add_argument("--adapter-minutes", type=float, default=4)
+    parser.add_argument("--note", default="", help="what the card should say besides of how this run went")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -171,7 +174,7 @@ def main() -> None:
     books = read_books(arguments.text)
     material = exercises.Material(plain_sentences(books), tale_openings(books))
     minutes = (arguments.minutes, arguments.draft_minutes, arguments.adapter_minutes)
-    job = Job(books, material, arguments.out, arguments.work, *minutes)
+    job = Job(books, material, arguments.out, arguments.work, *minutes, arguments.note)
     if arguments.stage in ASKED_FOR_ONLY:
         ASKED_FOR_ONLY[arguments.stage](job)
         return

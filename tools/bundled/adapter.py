@@ -26,7 +26,7 @@ def train_adapter(model: PreTrainedModel, rows: Rows, minutes: float, folder: Pa
     started, steps = time.monotonic(), 0
     while (progress := (time.monotonic() - started) / (60 * minutes)) < 1:
         batch = rows.batch(ROWS, LENGTH)
-        loss = loss_of(adapted, None, batch.ids, batch.targets, batch.weights) / batch.weights.sum()
+        loss = loss_of(adapted, batch.ids, batch.targets, batch.weights)
         loss.backward()
         optimizer.param_groups[0]["lr"] = RATE * rate_at(progress)
         optimizer.step()

@@ -15,8 +15,8 @@ from . import exercises, manner
 from .answering import answers
 from .books import Book
 
-EXERCISES_PER_KIND = 200
-MANNER_EXERCISES = 200
+EXERCISES_PER_KIND = 100
+MANNER_EXERCISES = 100
 ROW = 512
 FRESH_SEED = 1_000_003
 

@@ -91,9 +91,22 @@ def made_up_sentence(random: Random) -> str:
     return _capital(pattern.format(**deed))
 
 
+def made_up_list(random: Random) -> str:
+    """Words in no order at all: to repeat them, a model has to look back, for it cannot guess.
+
+    No commas stand between them, so that the word before always tells where to look.
+    """
+    words = NAMES + CITIES + TRADES + COLOURS + BEASTS + THINGS + PLACES + ADJECTIVES
+    return " ".join(random.sample(words, random.randint(3, 12))) + "."
+
+
 def retell(random: Random, material: Material) -> Exercise:
-    from_books = material.sentences and random.random() < 0.7
-    sentence = random.choice(material.sentences) if from_books else made_up_sentence(random)
+    if random.random() < 0.35:
+        sentence = made_up_list(random)
+    elif material.sentences and random.random() < 0.6:
+        sentence = random.choice(material.sentences)
+    else:
+        sentence = made_up_sentence(random)
     asking = random.choice(
         ("Say again: {}", "Repeat this sentence: {}", "Say this once more: {}", "{}\nPlease repeat that.", "Retell: {}")
     )
@@ -163,7 +176,7 @@ def json_answer(random: Random, material: Material) -> Exercise:
     sentence, data = _person(random) if random.random() < 0.7 else _beast(random)
     keys = random.sample(list(data), random.randint(2, len(data)))
     asked = {key: data[key] for key in keys}
-    if random.random() < 0.3:
+    if random.random() < 0.2:
         question = f"{sentence}\nAnswer in JSON to this schema: {json.dumps(schema_of(asked))}"
     else:
         question = f"{sentence}\nAnswer in JSON with the keys {', '.join(keys)}."
@@ -282,7 +295,7 @@ _MAKERS: dict[str, Callable[[Random, Material], Exercise]] = {
 }
 KINDS = tuple(_MAKERS)
 JUDGED_KINDS = ("retell", "count", "add", "json", "tool", "reading")
-_WEIGHTS = (20, 12, 24, 16, 12, 20, 3, 9)
+_WEIGHTS = (30, 12, 24, 18, 8, 24, 3, 6)
 
 
 def make(kind: str, random: Random, material: Material) -> Exercise:
@@ -300,6 +313,14 @@ def conversation(random: Random, material: Material) -> Exercise:
     if random.random() < 0.25:
         messages.insert(0, {"role": "system", "content": random.choice(SYSTEM_PROMPTS)})
     return Exercise(last.kind, messages, last.answer, last.tools)
+
+
+def mostly_retold(random: Random, material: Material) -> Exercise:
+    """For the beginning of training: all other exercises stand on looking back, and this teaches it soonest."""
+    if random.random() < 0.15:
+        return conversation(random, material)
+    sentence = made_up_list(random) if random.random() < 0.8 else made_up_sentence(random)
+    return _simple("retell", f"Say again: {sentence}", sentence)
 
 
 def correct(exercise: Exercise, answer: str) -> bool:

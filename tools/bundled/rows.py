@@ -24,7 +24,7 @@ class Batch:
 
 
 class Rows:
-    """Makes batches without end."""
+    """Makes batches without end. `conversation` makes the chats, and may be changed while training goes on."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class Rows:
         self._tokenizer = tokenizer
         self._material = material
         self._random = Random(seed)
-        self._conversation = conversation
+        self.conversation = conversation
         self._prose = [torch.tensor(tokenizer(book.train, verbose=False)["input_ids"]) for book in books]
         self._header = tokenizer.encode(template.TURN_START + "assistant\n", add_special_tokens=False)
         self._turn_end = tokenizer.convert_tokens_to_ids(template.TURN_END)
@@ -73,7 +73,7 @@ class Rows:
         ids: list[int] = []
         mask: list[bool] = []
         while len(ids) < length:
-            chat = self._conversation(self._random, self._material)
+            chat = self.conversation(self._random, self._material)
             text = template.render(chat.messages, chat.tools)
             chat_ids = self._tokenizer._tokenizer.encode(text, add_special_tokens=False).ids
             ids += chat_ids

@@ -11,15 +11,15 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from . import vocabulary
+from . import exercises, vocabulary
 from .optimizer import optimizers_for
 from .rows import Batch, Rows
 
-MICRO_BATCH_TOKENS = 2048  # more would fall out of the processor's cache, and go a fifth slower
+BATCH_TOKENS = 2048  # with so few tokens in all, many small steps teach most; and more falls out of the cache
 WARM_UP = 0.01
-DECAY_FROM = 0.4
+DECAY_FROM = 0.6
+RETELLING_UNTIL = 0.7
 CHECKPOINT_SECONDS = 180
-LONGEST_STEP_SECONDS = 30  # more than that is a compilation, which is not training
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,8 @@ class Plan:
     minutes: float
     length: int = 512
     last_length: int = 2048
-    micro_batches: int = 3
-    muon_rate: float = 0.02
-    adam_rate: float = 0.004
-    teacher: PreTrainedModel | None = None
+    muon_rate: float = 0.015
+    adam_rate: float = 0.003
 
 
 def new_model(shape: Shape, turn_end: int, end_of_text: int) -> Qwen3ForCausalLM:
@@ -74,22 +72,11 @@ def new_model(shape: Shape, turn_end: int, end_of_text: int) -> Qwen3ForCausalLM
     return model
 
 
-def loss_of(
-    model: PreTrainedModel,
-    teacher: PreTrainedModel | None,
-    ids: torch.Tensor,
-    targets: torch.Tensor,
-    weights: torch.Tensor,
-) -> torch.Tensor:
-    """The weighted sum over the targets of their cross entropy, or of the teacher's distribution where one is given."""
+def loss_of(model: PreTrainedModel, ids: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The mean over the targets, by their weights, of their cross entropy."""
     logits = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)
-    if teacher is None:
-        losses = F.cross_entropy(logits, targets.flatten(), reduction="none")
-    else:
-        with torch.no_grad():
-            wanted = teacher(input_ids=ids, use_cache=False).logits.flatten(0, 1).softmax(-1)
-        losses = F.cross_entropy(logits, wanted, reduction="none")
-    return (losses * weights.flatten()).sum()
+    losses = F.cross_entropy(logits, targets.flatten(), reduction="none")
+    return (losses * weights.flatten()).sum() / weights.sum()
 
 
 @dataclass(frozen=True)
@@ -126,7 +113,6 @@ class Trainer:
         self.optimizers = optimizers_for(model, plan.muon_rate, plan.adam_rate)
         self.full_rates = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
         self.used = Used()
-        self.compiled_loss = torch.compile(loss_of, dynamic=False)
         if checkpoint.exists():
             self._resume()
 
@@ -135,7 +121,7 @@ class Trainer:
         while (progress := self.used.minutes / self.plan.minutes) < 1:
             started = time.monotonic()
             loss, tokens = self._step(progress)
-            seconds = min(time.monotonic() - started, LONGEST_STEP_SECONDS)
+            seconds = time.monotonic() - started
             self.used = Used(self.used.seconds + seconds, self.used.steps + 1, self.used.tokens + tokens)
             if self.used.steps % 20 == 0:
                 print(f"{self.used.minutes:.1f} minutes, step {self.used.steps}, loss {loss:.3f}", flush=True)
@@ -147,23 +133,20 @@ class Trainer:
     def _step(self, progress: float) -> tuple[float, int]:
         """One step of the optimizers; its loss, and how many tokens it read."""
         length = self.plan.length if progress < 0.9 else self.plan.last_length
-        rows = max(1, MICRO_BATCH_TOKENS // length)
-        batches = [self.rows.batch(rows, length) for _ in range(self.plan.micro_batches)]
-        weight = sum(float(batch.weights.sum()) for batch in batches)
-        total = 0.0
-        for batch in batches:
-            loss = self.compiled_loss(self.model, self.plan.teacher, batch.ids, batch.targets, batch.weights) / weight
-            loss.backward()
-            total += loss.item()
+        retelling = progress < RETELLING_UNTIL
+        self.rows.conversation = exercises.mostly_retold if retelling else exercises.conversation
+        batch = self.rows.batch(BATCH_TOKENS // length, length)
+        loss = loss_of(self.model, batch.ids, batch.targets, batch.weights)
+        loss.backward()
         for optimizer, full_rate in zip(self.optimizers, self.full_rates, strict=True):
             optimizer.param_groups[0]["lr"] = full_rate * rate_at(progress)
             optimizer.step()
             optimizer.zero_grad()
-        return total, sum(batch.ids.numel() for batch in batches)
+        return loss.item(), batch.ids.numel()
 
     @torch.no_grad()
     def _save(self, held_out: Batch) -> None:
-        loss = loss_of(self.model, None, held_out.ids, held_out.targets, held_out.weights) / held_out.weights.sum()
+        loss = loss_of(self.model, held_out.ids, held_out.targets, held_out.weights)
         print(f"held-out loss {loss:.3f} after {self.used.million_tokens:.2f} million tokens", flush=True)
         state = {
             "model": self.model.state_dict(),
