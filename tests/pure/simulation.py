@@ -193,7 +193,7 @@ class Simulation:
                 oldest, result = self.flights.pop(0)
                 for event in self.scheduler.apply(oldest, result):
                     self._hear(event)
-            self.scheduler.check()
+                self.scheduler.check()
         self._close()
 
     # ---- what happens
