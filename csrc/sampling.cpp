@@ -87,7 +87,8 @@ public:
 
 private:
     F weigh(F logits) const {
-        const F w = exp(div(sub(logits, set1(largest_)), set1(rule_.temperature)));
+        const F scaled = div(sub(logits, set1(largest_)), set1(rule_.temperature));
+        const F w = select_lt(scaled, set1(-87.0f), zero(), exp(scaled));
         return select_lt(w, set1(rule_.min_p), zero(), w);
     }
 

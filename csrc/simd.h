@@ -311,14 +311,13 @@ QUIRE_INLINE F exp2(F x) {
     return mul(exp_small(mul(sub(x, n), set1(0.693147181f))), power_of_two(n));
 }
 
+// From e^88.4 on the result is inf; below e^-87.3 it stays at that, about 1e-38. NaN stays NaN.
 QUIRE_INLINE F exp(F x) {
-    x = max(set1(-105.0f), min(set1(88.8f), x));
+    x = max(set1(-87.3f), min(set1(88.8f), x));
     F n = round_whole(mul(x, set1(1.44269504f)));
     F r = fma(n, set1(-0.693359375f), x);
     r = fma(n, set1(2.12194440e-4f), r);
-    // 2^n in two halves: n reaches 128, and the halves keep it a number while the product overflows to inf by itself.
-    F half = round_whole(mul(n, set1(0.5f)));
-    return mul(mul(exp_small(r), power_of_two(half)), power_of_two(sub(n, half)));
+    return mul(exp_small(r), power_of_two(n));
 }
 
 QUIRE_INLINE F tanh(F x) {

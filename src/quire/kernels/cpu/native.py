@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import time
+from collections.abc import Callable
 from ctypes import c_double, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,6 +96,26 @@ class AttentionStruct(ctypes.Structure):
 class Library:
     """The functions of one level's library as attributes, with prepared argument types."""
 
+    quire_pack_linear: Callable[..., None]
+    quire_unpack_linear: Callable[..., None]
+    quire_linear: Callable[..., None]
+    quire_attention: Callable[..., None]
+    quire_sample: Callable[..., None]
+    quire_read_memory: Callable[..., float]
+    quire_multiply_registers: Callable[..., float]
+    quire_set_threads: Callable[..., None]
+    quire_fork_join: Callable[..., None]
+    quire_packed_size: Callable[..., int]
+    quire_page_size: Callable[..., int]
+    quire_write_cache: Callable[..., None]
+    quire_rotary: Callable[..., None]
+    quire_rms_norm: Callable[..., None]
+    quire_layer_norm: Callable[..., None]
+    quire_gated: Callable[..., None]
+    quire_argmax: Callable[..., None]
+    quire_uniform: Callable[..., None]
+    quire_best_level: Callable[..., int]
+
     if TYPE_CHECKING:  # they come from the tables above
 
         def __getattr__(self, name: str) -> Any: ...
@@ -114,15 +135,16 @@ class Library:
         """Work on `count` threads: on PyTorch's own team where its OpenMP library is found, else on threads of ours."""
         self.quire_set_threads(count, gomp_parallel())
 
-    def read_bandwidth(self, megabytes: int = 256) -> float:
-        """Bytes per second that the team reads from memory: the best of three passes over so many megabytes."""
+    def read_bandwidth(self, megabytes: int = 128, passes: int = 8) -> float:
+        """Bytes per second that the team reads from memory: the best of some passes over so many megabytes."""
         data = torch.zeros(megabytes << 18).add_(1.0)
+        self.quire_read_memory(data.data_ptr(), data.numel())
         times = []
-        for _ in range(4):
+        for _ in range(passes):
             start = time.perf_counter()
             self.quire_read_memory(data.data_ptr(), data.numel())
             times.append(time.perf_counter() - start)
-        return data.nbytes / min(times[1:])
+        return data.nbytes / min(times)
 
     def multiply_rate(self, rounds: int = 2_000_000) -> float:
         """Floating-point operations per second of float32 products in registers on the team: the best of three."""

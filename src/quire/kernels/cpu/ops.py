@@ -145,7 +145,8 @@ class CpuOps:
         if dtype not in CODES:
             return reference.new_cache(num_pages, page_size, kv_heads, key_dim, value_dim, dtype, device)
         elements = self._lib.quire_page_size(CODES[dtype], page_size, kv_heads, key_dim, value_dim)
-        data = torch.zeros(num_pages, elements, dtype=dtype)
+        # Left as it comes, so that pages take memory only once they are written.
+        data = torch.empty(num_pages, elements, dtype=dtype)
         struct = native.CacheStruct(data.data_ptr(), page_size, kv_heads, key_dim, value_dim, CODES[dtype])
         return NativeCache(data, num_pages, page_size, kv_heads, key_dim, value_dim, dtype, struct)
 

@@ -1,0 +1,233 @@
+"""The CPU kernels beside PyTorch's own path and beside what the machine can do at best.
+
+    python bench/kernels.py [--only linear,attention,small] [--seconds 0.5] [--json FILE]
+
+Both sides of a line run in alternation on the same inputs, so that a disturbed minute disturbs both; the time shown is
+the lower quartile of each, the ratio the median of the ratios of neighbouring runs. The ceilings (reading memory,
+multiplying from registers) are measured in the same minute. Weights and pages are taken in turn from copies that together
+exceed the caches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from quire.kernels.cpu import CpuOps, native
+
+COLD_BYTES = 192 << 20
+DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One line of the table. `flops` and `bytes` are what the work needs at least; 0 where they say nothing."""
+
+    name: str
+    ours: Callable[[], object]
+    torch: Callable[[], object]
+    flops: float = 0
+    bytes: float = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    name: str
+    ours_ms: float
+    torch_ms: float
+    ratio: float
+    gflops: float
+    gbytes: float
+    of_ceiling: float  # the larger of the shares of the two ceilings
+
+
+def measure(case: Case, seconds: float, bandwidth: float, rate: float) -> Result:
+    """Alternate both sides for `seconds`, at least five times each."""
+    ours: list[float] = []
+    other: list[float] = []
+    for function in (case.ours, case.torch):
+        function()
+    until = time.perf_counter() + seconds
+    while len(ours) < 5 or (time.perf_counter() < until and len(ours) < 2000):
+        for function, times in ((case.ours, ours), (case.torch, other)):
+            start = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - start)
+    best = statistics.quantiles(ours, n=4)[0]
+    return Result(
+        case.name,
+        best * 1e3,
+        statistics.quantiles(other, n=4)[0] * 1e3,
+        statistics.median(b / a for a, b in zip(ours, other, strict=True)),
+        case.flops / best / 1e9,
+        case.bytes / best / 1e9,
+        max(case.flops / best / rate, case.bytes / best / bandwidth),
+    )
+
+
+class Turn:
+    """Hands out copies one after the other, so that none is still in a cache."""
+
+    def __init__(self, make: Callable[[], object], size: int) -> None:
+        self.copies = [make() for _ in range(max(2, min(64, COLD_BYTES // size + 1)))]
+        self.at = 0
+
+    def next(self) -> object:
+        self.at = (self.at + 1) % len(self.copies)
+        return self.copies[self.at]
+
+
+def linear_cases(ops: CpuOps, rows: list[int], shape: tuple[int, int]) -> Iterator[Case]:
+    n, k = shape
+    for label, dtype in DTYPES.items():
+        weight = torch.randn(n, k).to(dtype)
+        plain = Turn(weight.clone, weight.nbytes)
+        packed = Turn(lambda w=weight: ops.pack_linear(w, None), weight.nbytes)
+        for m in rows:
+            x = torch.randn(m, k).to(dtype)
+            yield Case(
+                f"linear {label} M={m} N={n} K={k}",
+                lambda x=x, packed=packed: ops.linear(x, packed.next()),
+                lambda x=x, plain=plain: F.linear(x, plain.next()),
+                2.0 * m * n * k,
+                weight.nbytes,
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """`batch` sequences of `context` positions each, the last `new` of them to compute."""
+
+    batch: int
+    context: int
+    new: int
+    heads: int
+    kv_heads: int
+    dim: int
+
+
+def attention_case(ops: CpuOps, label: str, scene: Scene) -> Case:
+    """PyTorch gets its keys and values contiguous and in its own order, ours lie in shuffled pages."""
+    dtype, page = DTYPES[label], 16
+    batch, context, new = scene.batch, scene.context, scene.new
+    heads, kv_heads, dim = scene.heads, scene.kv_heads, scene.dim
+    pages = -(-context // page)
+    cache = ops.new_cache(batch * pages + 1, page, kv_heads, dim, dim, dtype, "cpu")
+    tables = (torch.randperm(batch * pages) + 1).int().view(batch, pages)
+    key, value = torch.randn(2, batch, context, kv_heads, dim).to(dtype)
+    at = torch.arange(context)
+    for s in range(batch):
+        ops.write_cache(cache, key[s], value[s], tables[s, at // page].long() * page + at % page)
+    query = torch.randn(batch * new, heads, dim).to(dtype)
+    starts = (torch.arange(batch + 1) * new).int()
+    lengths = torch.full((batch,), context, dtype=torch.int32)
+    q = query.view(batch, new, heads, dim).transpose(1, 2)
+    k, v = key.transpose(1, 2).contiguous(), value.transpose(1, 2).contiguous()
+    seen = batch * new * (context - (new - 1) / 2)
+    return Case(
+        f"attention {label} batch={batch} context={context} new={new} heads={heads}/{kv_heads} d={dim}",
+        lambda: ops.attention(query, cache, tables, starts, lengths, dim**-0.5),
+        lambda: F.scaled_dot_product_attention(q, k, v, is_causal=new > 1, enable_gqa=True),
+        4.0 * seen * heads * dim,
+        key.nbytes + value.nbytes,
+    )
+
+
+def attention_cases(ops: CpuOps) -> Iterator[Case]:
+    for label in DTYPES:
+        for batch, context, new in [(1, 512, 1), (32, 512, 1), (1, 2048, 1), (1, 512, 512)]:
+            yield attention_case(ops, label, Scene(batch, context, new, 32, 8, 64))
+    yield attention_case(ops, "bf16", Scene(32, 512, 1, 16, 8, 128))
+
+
+def small_cases(ops: CpuOps) -> Iterator[Case]:
+    for label, dtype in DTYPES.items():
+        for m in (1, 32):
+            x, residual, weight = (
+                torch.randn(m, 2048).to(dtype),
+                torch.randn(m, 2048).to(dtype),
+                torch.randn(2048).to(dtype),
+            )
+            both = torch.randn(m, 2 * 8192).to(dtype)
+            yield Case(
+                f"add + rms_norm {label} M={m} D=2048",
+                lambda x=x, r=residual, w=weight: ops.add_rms_norm(x, r, w, 1e-6, "down_then_scale"),
+                lambda x=x, r=residual, w=weight: F.rms_norm(x + r, (2048,), w, 1e-6),
+            )
+            yield Case(
+                f"gated silu {label} M={m} F=8192",
+                lambda both=both: ops.gated(both, "silu"),
+                lambda both=both: F.silu(both[:, :8192]) * both[:, 8192:],
+            )
+    logits = torch.randn(8, 128256) * 3
+    uniform = torch.rand(8, dtype=torch.float64)
+    heat, all_ids, fifty, share, none = (torch.full((8,), value) for value in (0.8, 0, 50, 0.95, 0.0))
+    yield Case("argmax f32 M=8 V=128256", lambda: ops.argmax(logits), lambda: logits.argmax(-1))
+    yield Case(
+        "sample top_k=50 top_p=0.95 M=8 V=128256",
+        lambda: ops.sample(logits, heat, fifty, share, none, uniform),
+        lambda: torch.multinomial(torch.softmax(logits.topk(50).values / 0.8, -1), 1),
+    )
+    yield Case(
+        "sample top_p=0.95 M=8 V=128256",
+        lambda: ops.sample(logits, heat, all_ids, share, none, uniform),
+        lambda: torch.softmax(logits / 0.8, -1).sort(descending=True).values.cumsum(-1),
+    )
+
+
+def call_cost(ops: CpuOps) -> float:
+    """Microseconds of one call of an op from Python that has next to nothing to do."""
+    seeds = torch.zeros(1, dtype=torch.int64)
+    start = time.perf_counter()
+    for _ in range(20_000):
+        ops.uniform(seeds, seeds)
+    return (time.perf_counter() - start) / 20_000 * 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="linear,attention,small")
+    parser.add_argument("--rows", default="1,8,32,256,1024", help="M of the linear cases")
+    parser.add_argument("--shape", default="4096,2048", help="N,K of the linear cases")
+    parser.add_argument("--seconds", type=float, default=0.5, help="time for each line")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    level = native.choose_level()
+    if level is None:
+        sys.exit("The native library is not built; `make setup` builds it.")
+    torch.set_grad_enabled(False)
+    torch.manual_seed(0)
+    ops, library = CpuOps(level), native.Library(level)
+    library.set_threads(native.default_threads())
+    n, k = (int(part) for part in options.shape.split(","))
+    groups = {
+        "linear": lambda: linear_cases(ops, [int(m) for m in options.rows.split(",")], (n, k)),
+        "attention": lambda: attention_cases(ops),
+        "small": lambda: small_cases(ops),
+    }
+    print(f"level {level}, {native.default_threads()} threads, a call from Python {call_cost(ops):.2f} us")
+    results = []
+    for group in options.only.split(","):
+        bandwidth, rate = library.read_bandwidth(), library.multiply_rate(200_000)
+        print(f"\nceilings now: {bandwidth / 1e9:.1f} GB/s, {rate / 1e9:.0f} GFLOP/s (float32)")
+        print(f"{'':58s}{'quire ms':>10s}{'torch ms':>10s}{'ratio':>7s}{'GFLOP/s':>9s}{'GB/s':>7s}{'ceiling':>9s}")
+        for case in groups[group]():
+            r = measure(case, options.seconds, bandwidth, rate)
+            results.append(r)
+            figures = f"{r.gflops:9.0f}{r.gbytes:7.1f}{r.of_ceiling:9.0%}" if case.bytes else ""
+            print(f"{r.name:58s}{r.ours_ms:10.3f}{r.torch_ms:10.3f}{r.ratio:7.2f}{figures}", flush=True)
+    if options.json is not None:
+        options.json.write_text(json.dumps([asdict(r) for r in results], indent=1))
+
+
+if __name__ == "__main__":
+    main()
