@@ -50,7 +50,7 @@ def test_perplexity_of_unseen_text() -> None:
 
 def test_exercises_are_done() -> None:
     right = evaluation.accuracy(model(), tokenizer(), MATERIAL, PER_KIND)
-    assert sum(right.values()) / len(right) >= 0.8, right
+    assert sum(right.values()) / len(right) >= 0.6, right
 
 
 def test_a_tale_is_told_to_its_end() -> None:
