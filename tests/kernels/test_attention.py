@@ -180,6 +180,8 @@ def test_rotary(
     assert torch.equal(got[0], want[0])
     assert torch.equal(got[1], want[1])
     caches = [ops.new_cache(4, 16, 2, dim, dim, dtype, "cpu") for _ in range(2)]
+    for cache in caches:
+        cache.data.zero_()
     slots = torch.randperm(64)[:tokens]
     assert torch.equal(ops.rotary_write(query, key, value, cos, sin, style, caches[0], slots), want[0])
     ops.write_cache(caches[1], want[1], value, slots)
@@ -192,3 +194,19 @@ def test_cache_bytes_is_what_a_page_takes(ops: Ops, dtype: torch.dtype) -> None:
         cache = ops.new_cache(3, *size, dtype, "cpu")
         assert cache.data[0].nbytes == ops.cache_bytes(*size, dtype)
     assert ops.cache_bytes(16, 2, 64, 64, dtype) == 16 * 2 * 128 * dtype.itemsize  # nothing is wasted
+
+
+@pytest.mark.parametrize(("model", "stored"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_a_cache_of_another_dtype(ops: Ops, oracle: Ops, model: torch.dtype, stored: torch.dtype) -> None:
+    tokens, slots = 20, torch.arange(16, 36)
+    query, key, value = torch.randn(3, tokens, 2, 16).to(model)
+    cos, sin = torch.randn(2, tokens, 16).to(model)
+    tables, starts = torch.tensor([[1, 2]], dtype=torch.int32), torch.tensor([0, tokens], dtype=torch.int32)
+    lengths = torch.tensor([tokens], dtype=torch.int32)
+    outputs = []
+    for o in (ops, oracle):
+        cache = o.new_cache(3, 16, 2, 16, 16, stored, "cpu")
+        turned = o.rotary_write(query, key, value, cos, sin, "half", cache, slots)
+        outputs.append(o.attention(turned, cache, tables, starts, lengths, 0.25))
+    assert outputs[0].dtype == model
+    torch.testing.assert_close(outputs[0].float(), outputs[1].float(), rtol=2e-2, atol=2e-2)

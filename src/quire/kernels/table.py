@@ -47,9 +47,8 @@ def load_ops(device: str | torch.device) -> Ops:
     """The ops of a device ("cpu", "cuda", "cuda:1"). Raises ConfigError for a kind of device that has none."""
     kind = torch.device(device).type
     if kind not in BACKENDS:
-        raise ConfigError(
-            f"No kernels for device {str(device)!r}; there are kernels for {', '.join(sorted(BACKENDS))}."
-        )
+        known = ", ".join(sorted(BACKENDS))
+        raise ConfigError(f"There are no kernels for device {str(device)!r}. Choose one of: {known}.")
     # Imported when asked for: a backend brings heavy packages or a native library that other devices do not have.
     module = importlib.import_module(BACKENDS[kind])
     return ops_of(module.load() if hasattr(module, "load") else module)
