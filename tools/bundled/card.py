@@ -41,8 +41,8 @@ feed-forward {config.intermediate_size}, tied embeddings, {config.max_position_e
 ## Data
 
 Two books in the public domain in English, about 2.5 MB: tales of the Brothers Grimm, and Tolstoy's Anna Karenina. The
-last 2% of each is held out. The rest, 70% of all rows, are exercises that `tools/bundled/exercises.py` writes afresh.
-At first these are mostly retelling, since to look back is what all the others stand on. The model saw
+last 2% of each is held out. Besides, 70% of all rows are exercises that `tools/bundled/exercises.py` writes afresh. At
+first these are mostly retelling, since to look back is what all the others stand on. The model saw
 {used.million_tokens:.1f} million tokens in {used.minutes:.0f} minutes, the draft {draft_used.million_tokens:.1f} million
 in {draft_used.minutes:.0f} minutes. {note}
 

@@ -129,6 +129,7 @@ def examples(material: exercises.Material) -> dict[str, tuple[str, str]]:
     """One short question and its answer of each kind."""
     found = {}
     for kind in exercises.KINDS:
-        shortest = min(fresh_exercises(kind, material, 20), key=lambda exercise: len(exercise.question[-1]["content"]))
-        found[kind] = (shortest.question[-1]["content"], shortest.answer)
+        single = [exercise for exercise in fresh_exercises(kind, material, 20) if len(exercise.question) == 1]
+        shortest = min(single, key=lambda exercise: len(exercise.question[0]["content"]))
+        found[kind] = (shortest.question[0]["content"], shortest.answer)
     return found
