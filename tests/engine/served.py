@@ -6,6 +6,7 @@ says letters for ever. "crash;" makes it fail, "crash after N;" makes it fail at
 
 from __future__ import annotations
 
+import asyncio
 import re
 import threading
 import time
@@ -140,6 +141,13 @@ def engine_of(setup: Setup, executor: FakeExecutor, metrics: Metrics) -> Engine:
     return Engine(EngineCore(scheduler, executor), TOKENIZER, settings, metrics)
 
 
+async def _until_stopped(server: uvicorn.Server, service: Service) -> None:
+    try:
+        await server.serve()
+    finally:
+        await service.close()
+
+
 @contextmanager
 def served(setup: Setup | None = None) -> Iterator[Running]:
     """Run a server in a thread while the block runs."""
@@ -157,10 +165,15 @@ def served(setup: Setup | None = None) -> Iterator[Running]:
     )
     service = Service(engine, card, setup.options, metrics.registry)
     config = uvicorn.Config(
-        create_app(service, setup.keys), port=0, log_level="error", lifespan="off", root_path=setup.options.root_path
+        create_app(service, setup.keys),
+        port=0,
+        log_level="error",
+        lifespan="off",
+        root_path=setup.options.root_path,
+        h11_max_incomplete_event_size=setup.options.h11_max_incomplete_event_size,
     )
     server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
+    thread = threading.Thread(target=lambda: asyncio.run(_until_stopped(server, service)), daemon=True)
     thread.start()
     while not server.started:
         assert thread.is_alive()

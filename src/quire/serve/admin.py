@@ -11,13 +11,13 @@ from starlette.responses import JSONResponse, Response
 
 import quire
 from quire.errors import NotFoundError, ValidationError
-from quire.serve.chats import render
 from quire.serve.errors import failure_of
+from quire.serve.layers import JsonRoute
 from quire.serve.protocol import DetokenizeRequest, TokenizeRequest
 from quire.serve.service import LONG_TEXT, ModelCard, Service
 from quire.text import ChatOptions
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 @router.get("/health")
@@ -118,9 +118,10 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
             tools=body.tools or None,
             add_generation_prompt=body.generation_prompt,
             continue_final_message=bool(body.continue_final_message),
+            template=body.chat_template,
             template_kwargs={**service.chat_template_kwargs, **(body.chat_template_kwargs or {})},
         )
-        text, special = await render(tokenizer, body.messages or [], options), bool(body.add_special_tokens)
+        text, special = await service.render(body.messages or [], options), bool(body.add_special_tokens)
     if len(text) > LONG_TEXT:
         ids = await asyncio.to_thread(tokenizer.encode, text, special)
     else:

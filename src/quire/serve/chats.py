@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from quire.core.params import SamplingParams
 from quire.engine.outputs import CompletionOutput, RequestOutput
+from quire.serve.auth import tenant_of
+from quire.serve.layers import JsonRoute
 from quire.serve.logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from quire.serve.protocol import ChatRequest
-from quire.serve.service import LONG_TEXT, Job, Service, new_id
+from quire.serve.service import Service, new_id
 from quire.serve.sse import EventStream, event, json_response, until_left
+from quire.serve.talk import Talk
 from quire.serve.usage import Usage
-from quire.text import ChatOptions, Tokenizer, prompt_text
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 @router.post("/v1/chat/completions")
@@ -32,20 +32,18 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     answer = _Answer(
         service,
         body,
-        new_id("chatcmpl", request.headers.get("x-request-id"), body.request_id),
-        body.params(service.card.defaults, service.card.limit),
+        Talk(
+            service,
+            body,
+            new_id("chatcmpl", request.headers.get("x-request-id"), body.request_id),
+            body.params(service.card.defaults, service.card.limit),
+            tenant_of(request.scope),
+        ),
     )
     if not body.stream:
         return json_response(await until_left(request, answer.whole()))
     events = answer.events()
     return EventStream(await until_left(request, anext(events)), events)
-
-
-async def render(tokenizer: Tokenizer, messages: Sequence[Any], options: ChatOptions) -> str:
-    """The prompt text of a conversation; a long one is made in a thread."""
-    if sum(len(str(message)) for message in messages) > LONG_TEXT:
-        return await asyncio.to_thread(prompt_text, tokenizer, messages, options)
-    return prompt_text(tokenizer, messages, options)
 
 
 @dataclass(slots=True)
@@ -54,15 +52,13 @@ class _Answer:
 
     service: Service
     body: ChatRequest
-    id: str
-    params: SamplingParams
+    talk: Talk
     created: int = field(default_factory=lambda: int(time.time()))
-    prompt: str = ""
 
     async def whole(self) -> dict[str, Any]:
         """The answer as one object."""
         output: RequestOutput | None = None
-        async for found in self._outputs():
+        async for found in self.talk.outputs():
             output = found  # the last one has everything
         assert output is not None, "the engine ends every request with an output"
         usage = Usage(self.service.options.enable_prompt_tokens_details)
@@ -76,7 +72,7 @@ class _Answer:
             "usage": usage.body(),
             "prompt_logprobs": prompt_logprobs(output.prompt_logprobs, self._names()),
             "prompt_token_ids": output.prompt_token_ids if wants_ids else None,
-            "prompt_text": self.prompt if self.body.return_prompt_text else None,
+            "prompt_text": self.talk.prompt if self.body.return_prompt_text else None,
         }
 
     async def events(self) -> AsyncGenerator[bytes]:
@@ -92,10 +88,10 @@ class _Answer:
                 content["system_fingerprint"] = self.service.card.fingerprint
             return content | ({"usage": usage.body()} if continuous else {})
 
-        async for output in self._outputs():
+        async for output in self.talk.outputs():
             usage.add_prompt(0, len(output.prompt_token_ids), output.num_cached_tokens)
             if not begun:
-                for number in range(self.params.n):
+                for number in range(self.talk.params.n):
                     yield event(chunk(self._opening(number)) | self._prompt_ids(output))
                 begun.add(0)
             for completion in output.outputs:
@@ -106,23 +102,8 @@ class _Answer:
             end = {"choices": [], "system_fingerprint": self.service.card.fingerprint, "usage": usage.body()}
             yield event(self._frame("chat.completion.chunk") | end)
 
-    async def _outputs(self) -> AsyncGenerator[RequestOutput]:
-        body = self.body
-        options = ChatOptions(
-            tools=body.tools,
-            documents=body.documents,
-            add_generation_prompt=body.generation_prompt,
-            continue_final_message=bool(body.continue_final_message),
-            template_kwargs={**self.service.chat_template_kwargs, **body.template_variables()},
-        )
-        self.prompt = await render(self.service.tokenizer, body.messages, options)
-        special = bool(body.add_special_tokens)
-        job: Job = await self.service.encode(self.prompt, body, special, self.params.max_tokens or 1)
-        async for _, output in self.service.outputs(self.id, [job], self.params, body, special):
-            yield output
-
     def _frame(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.service.card.names[0]}
+        return {"id": self.talk.id, "object": kind, "created": self.created, "model": self.service.card.names[0]}
 
     def _prompt_ids(self, output: RequestOutput) -> dict[str, Any]:
         return {"prompt_token_ids": output.prompt_token_ids} if self.body.return_token_ids else {}
@@ -134,17 +115,10 @@ class _Answer:
             self.service.options.return_tokens_as_token_ids if as_ids is None else as_ids,
         )
 
-    def _role(self) -> str:
-        """The role of the answer: that of the last message where it is continued."""
-        last = self.body.messages[-1]
-        if not self.body.generation_prompt and isinstance(last, Mapping) and isinstance(last.get("role"), str):
-            return last["role"]
-        return self.service.options.response_role
-
     def _echoed(self) -> str:
         """The last message's text where the answer shall begin with it."""
         last = self.body.messages[-1]
-        if not self.body.echo or last.get("role") != self._role():
+        if not self.body.echo or last.get("role") != self.talk.role():
             return ""
         content = last.get("content")
         return content if isinstance(content, str) else ""
@@ -159,7 +133,7 @@ class _Answer:
         return {
             "index": completion.index,
             "message": {
-                "role": self._role(),
+                "role": self.talk.role(),
                 "content": self._echoed() + completion.text,
                 "refusal": None,
                 "annotations": None,
@@ -175,7 +149,7 @@ class _Answer:
 
     def _opening(self, number: int) -> dict[str, Any]:
         """The first chunk of a choice."""
-        delta = {"role": self._role(), "content": self._echoed()}
+        delta = {"role": self.talk.role(), "content": self._echoed()}
         return {"index": number, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def _delta(self, new: CompletionOutput) -> dict[str, Any]:

@@ -12,13 +12,15 @@ from starlette.responses import Response
 
 from quire.core.params import SamplingParams
 from quire.engine.outputs import CompletionOutput, Logprob, RequestOutput
+from quire.serve.auth import tenant_of
+from quire.serve.layers import JsonRoute
 from quire.serve.logprobs import TokenNames, completion_logprobs, prompt_logprobs
 from quire.serve.protocol import CompletionRequest
 from quire.serve.service import LONG_TEXT, Job, Service, new_id
 from quire.serve.sse import EventStream, event, json_response, until_left
 from quire.serve.usage import Usage
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 Entry = dict[int, Logprob] | None  # one token's log-probabilities
 
@@ -34,6 +36,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
         body,
         new_id("cmpl", request.headers.get("x-request-id"), body.request_id),
         body.params(service.card.defaults, service.card.limit),
+        tenant_of(request.scope),
     )
     if not body.stream:
         return json_response(await until_left(request, answer.whole()))
@@ -58,6 +61,7 @@ class _Answer:
     body: CompletionRequest
     id: str
     params: SamplingParams
+    tenant: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
 
     async def whole(self) -> dict[str, Any]:
@@ -106,7 +110,7 @@ class _Answer:
         prompts = self.body.prompts()
         in_thread = sum(map(len, prompts)) > LONG_TEXT
         jobs = [await self._job(prompt, special, in_thread) for prompt in prompts]
-        async for item in self.service.outputs(self.id, jobs, self.params, self.body, special):
+        async for item in self.service.outputs(self.id, jobs, self.params, self.body, special, self.tenant):
             yield item
 
     async def _job(self, prompt: str | list[int], special: bool, in_thread: bool) -> Job:

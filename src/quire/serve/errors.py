@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from dataclasses import dataclass, field
 
 from fastapi import FastAPI, Request
@@ -17,6 +18,14 @@ from starlette.exceptions import HTTPException
 from quire.errors import CapacityError, ClientError, EngineDeadError, NotFoundError, OverloadedError, RequestFailedError
 
 logger = logging.getLogger(__name__)
+
+_ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{5,}")
+_PATH = re.compile(r"(?<![\w.:/])(?:/(?!v\d/)[\w.+@~-]+){2,}/?")
+
+
+def clean(message: str) -> str:
+    """A message without memory addresses and without paths of this machine."""
+    return _PATH.sub("(a path)", _ADDRESS.sub("(an address)", message))
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +40,7 @@ class Failure:
 
     def body(self) -> dict[str, object]:
         """The JSON body, also used inside a stream."""
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.status}}
+        return {"error": {"message": clean(self.message), "type": self.type, "param": self.param, "code": self.status}}
 
     def response(self) -> JSONResponse:
         """The HTTP response."""
@@ -45,6 +54,7 @@ _NAMES = {
     405: "MethodNotAllowedError",
     413: "RequestTooLargeError",
     422: "UnprocessableEntityError",
+    431: "RequestTooLargeError",
     503: "ServiceUnavailableError",
 }
 

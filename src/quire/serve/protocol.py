@@ -7,6 +7,7 @@ looks like a misspelling. Knows no engine and no HTTP.
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
@@ -24,6 +25,11 @@ MOST_COMPLETIONS = 16384  # prompts times n, in one request
 MOST_STOPS = 64
 LONGEST_STOP = 4096  # characters
 LONGEST_SALT = 128
+MOST_CHOICES = 1024
+MOST_ITEMS = {"logit_bias": 1024, "stop_token_ids": 1024, "bad_words": 1024, "allowed_token_ids": 2**20}
+MOST_TOOLS = 128
+LONGEST_SCHEMAS = 256 * 1024  # characters of all tools, or of all documents, as JSON
+MOST_DOCUMENTS = 1024
 DEFAULT_COMPLETION_TOKENS = 16
 
 Int32 = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
@@ -156,6 +162,7 @@ class GenerationRequest(ApiRequest):
             raise ValidationError("truncate_prompt_tokens must be -1 or at least 1.", "truncate_prompt_tokens")
         self._check_stop()
         self._check_salt()
+        self._check_lists()
 
     def _check_stop(self) -> None:
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -164,10 +171,22 @@ class GenerationRequest(ApiRequest):
 
     def _check_salt(self) -> None:
         salt = self.cache_salt
-        if salt is not None and (not 1 <= len(salt) <= LONGEST_SALT or any(mark in salt for mark in "@/\\\0")):
+        if salt is not None and (
+            not 1 <= len(salt) <= LONGEST_SALT or any(mark in salt for mark in "@/\\\0") or not _is_text(salt)
+        ):
             raise ValidationError(
                 f"cache_salt must have 1 to {LONGEST_SALT} characters, none of them @, /, \\ or NUL.", "cache_salt"
             )
+
+    def _check_lists(self) -> None:
+        """Lists that cost time for each token or each request."""
+        for name, most in MOST_ITEMS.items():
+            if len(getattr(self, name) or ()) > most:
+                raise ValidationError(f"{name} may hold {most} entries at most.", name)
+        if any(len(word) > LONGEST_STOP for word in self.bad_words or ()):
+            raise ValidationError(f"bad_words may have {LONGEST_STOP} characters each.", "bad_words")
+        if self.n is not None and self.n > MOST_CHOICES:
+            raise ValidationError(f"n may be {MOST_CHOICES} at most.", "n")
 
     @property
     def include_usage(self) -> bool:
@@ -278,6 +297,8 @@ class ChatRequest(GenerationRequest):
         super().check()
         if self.tools is not None and not self.tools:
             raise ValidationError("tools is an empty list. Leave it out, or name at least one tool.", "tools")
+        check_schemas(self.tools, "tools", MOST_TOOLS)
+        check_schemas(self.documents, "documents", MOST_DOCUMENTS)
         choice = self.tool_choice if self.tool_choice is not None else ("auto" if self.tools else "none")
         if choice != "none" and (self.tools or choice != "auto"):
             raise ValidationError(
@@ -289,7 +310,7 @@ class ChatRequest(GenerationRequest):
             raise ValidationError("top_logprobs needs logprobs to be true.", "top_logprobs")
         if self.top_logprobs is not None and self.top_logprobs < -1:
             raise ValidationError("top_logprobs must be at least 0, or -1 for the whole vocabulary.", "top_logprobs")
-        check_template_fields(self.chat_template, self.add_generation_prompt, self.continue_final_message)
+        check_template_fields(self.add_generation_prompt, self.continue_final_message)
 
     @property
     def top(self) -> int | None:
@@ -333,7 +354,8 @@ class TokenizeRequest(ApiRequest):
         self.check_extra()
         if (self.prompt is None) == (self.messages is None):
             raise ValidationError("Give either prompt or messages.", "prompt")
-        check_template_fields(self.chat_template, self.add_generation_prompt, self.continue_final_message)
+        check_schemas(self.tools, "tools", MOST_TOOLS)
+        check_template_fields(self.add_generation_prompt, self.continue_final_message)
 
     @property
     def generation_prompt(self) -> bool:
@@ -347,17 +369,27 @@ class DetokenizeRequest(ApiRequest):
     tokens: list[Annotated[int, Field(ge=0, le=2**31 - 1)]]
 
 
-def check_template_fields(template: str | None, generation: bool | None, continuation: bool | None) -> None:
-    """Clients bring no templates of their own, and ask for an answer or a continuation."""
-    if template is not None:
-        raise ValidationError(
-            "chat_template is not accepted from clients. Start the server with the option chat_template.",
-            "chat_template",
-        )
+def check_template_fields(generation: bool | None, continuation: bool | None) -> None:
+    """Clients ask for an answer or for a continuation."""
     if generation and continuation:
         raise ValidationError(
             "add_generation_prompt and continue_final_message exclude each other.", "continue_final_message"
         )
+
+
+def check_schemas(given: list[dict[str, Any]] | None, name: str, most: int) -> None:
+    """Raise ValidationError for too many tools or documents, or for too long ones."""
+    if given and (len(given) > most or len(json.dumps(given)) > LONGEST_SCHEMAS):
+        raise ValidationError(f"{name} may hold {most} entries and {LONGEST_SCHEMAS} characters at most.", name)
+
+
+def _is_text(text: str) -> bool:
+    """Whether it is valid Unicode; JSON can say half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _prompt_list(prompt: object) -> list[str | list[int]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import ssl
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,17 +23,15 @@ from quire.core.stats import Stats
 from quire.engine.async_engine import AsyncEngine
 from quire.engine.metrics import Metrics
 from quire.engine.observe import StepFigures
-from quire.env import api_keys
 from quire.errors import ConfigError
 from quire.serve.app import create_app
-from quire.serve.auth import check_bind
+from quire.serve.auth import check_bind, read_keys
 from quire.serve.service import ModelCard, Service, fingerprint
 
 logger = logging.getLogger(__name__)
 
 REPORT_SECONDS = 10.0
 WATCH_SECONDS = 0.5
-HEADER_BYTES = 4 * 2**20
 LAST_WORDS_SECONDS = 5.0  # that aborted requests get to send their ends
 
 
@@ -71,7 +70,8 @@ def run_server(engine_options: EngineOptions, options: ServeOptions, began: floa
     report = StartReport(time.perf_counter() if began is None else began)
     if began is not None:
         report.add("importing", time.perf_counter() - began)
-    keys = options.api_key or api_keys()
+    keys = read_keys(options)
+    check_tls(options)
     if options.uds is None:
         check_bind(options.host, keys, options.allow_insecure)
     listener = bind(options)
@@ -107,6 +107,26 @@ def run_server(engine_options: EngineOptions, options: ServeOptions, began: floa
         return asyncio.run(_serve(service, keys, listener, report, metrics))
     finally:
         listener.close()
+
+
+def check_tls(options: ServeOptions) -> None:
+    """Raise ConfigError for https options that cannot work, before the model is loaded."""
+    if options.ssl_certfile is None:
+        if options.ssl_keyfile or options.ssl_ca_certs:
+            raise ConfigError("--ssl-keyfile and --ssl-ca-certs need --ssl-certfile, the server's certificate.")
+        return
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(options.ssl_certfile, options.ssl_keyfile)
+        if options.ssl_ca_certs is not None:
+            context.load_verify_locations(options.ssl_ca_certs)
+    except OSError as error:  # ssl.SSLError is one
+        raise ConfigError(
+            f"The certificate or key for https cannot be used: {error}. Check --ssl-certfile, --ssl-keyfile and "
+            "--ssl-ca-certs: PEM files, and a key that fits the certificate."
+        ) from error
+    if options.ssl_cert_reqs not in (0, 1, 2):
+        raise ConfigError("--ssl-cert-reqs is 0 (no client certificates), 1 (checked when sent) or 2 (needed).")
 
 
 def _import_engine(report: StartReport) -> None:
@@ -226,13 +246,20 @@ async def _serve(
         access_log=options.uvicorn_log_level in ("info", "debug", "trace"),
         lifespan="off",
         root_path=options.root_path,
-        h11_max_incomplete_event_size=HEADER_BYTES,
+        http="h11",  # whose limits are known, whatever else is installed
+        h11_max_incomplete_event_size=options.h11_max_incomplete_event_size,
+        ssl_keyfile=options.ssl_keyfile,
+        ssl_certfile=options.ssl_certfile,
+        ssl_ca_certs=options.ssl_ca_certs,
+        ssl_cert_reqs=options.ssl_cert_reqs,
         timeout_graceful_shutdown=int(options.shutdown_timeout + LAST_WORDS_SECONDS),
         server_header=False,
     )
     greeting = report.lines(_address(options, listener), service.card.names[0], bool(keys))
     server = _Server(config, service, greeting)
     tasks = [asyncio.create_task(_watch(server, service))]
+    if service.engine.tokenizer is not None:
+        tasks.append(asyncio.create_task(service.server_templates.warm()))
     if metrics is not None:
         tasks.append(asyncio.create_task(_report(metrics)))
     try:
@@ -241,7 +268,7 @@ async def _serve(
         for task in tasks:
             task.cancel()
         died = not service.engine.is_running
-        await service.engine.close()
+        await service.close()
     return 1 if died else 0
 
 
@@ -251,7 +278,8 @@ def _address(options: ServeOptions, listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     if host in ("0.0.0.0", "::"):
         host = "127.0.0.1"
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "https" if options.ssl_certfile else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 async def _watch(server: _Server, service: Service) -> None:

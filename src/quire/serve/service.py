@@ -14,6 +14,7 @@ import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import Any
 
 from prometheus_client import CollectorRegistry
 
@@ -21,14 +22,17 @@ from quire.config import ServeOptions
 from quire.core.params import SamplingParams
 from quire.engine.async_engine import AsyncEngine
 from quire.engine.outputs import RequestOutput
-from quire.engine.prompts import Prompt
+from quire.engine.prompts import TextPrompt, TokensPrompt
 from quire.errors import NotFoundError, OverloadedError, RequestFailedError, ValidationError
 from quire.serve.protocol import GenerationRequest
-from quire.text import Tokenizer
+from quire.serve.renderer import RenderPool
+from quire.text import ChatOptions, Tokenizer, prompt_text
+from quire.text.chat import render_job
 
 logger = logging.getLogger(__name__)
 
 LONG_TEXT = 20_000  # characters from which on text is worked on in a thread, so that other streams go on
+RENDERERS = 2  # processes that render templates, for the server's own and for clients'
 _ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
@@ -55,7 +59,7 @@ class ModelCard:
 class Job:
     """One prompt of a request, ready for the engine."""
 
-    prompt: Prompt
+    prompt: TextPrompt | TokensPrompt
     tokens: int | None  # None when the engine counts them
 
 
@@ -73,6 +77,19 @@ class Service:
     draining: bool = False
     log_arrivals: bool = False
     takes_priority: bool = True  # whether the scheduler heeds it
+    server_templates: RenderPool = field(init=False)
+    client_templates: RenderPool = field(init=False)  # their own, so that they cannot hold up the server's
+
+    def __post_init__(self) -> None:
+        """Make the pools; their processes start when first needed."""
+        self.server_templates = RenderPool(RENDERERS, self.options.template_timeout)
+        self.client_templates = RenderPool(RENDERERS, self.options.template_timeout)
+
+    async def close(self) -> None:
+        """End the engine and the processes that render templates."""
+        await self.server_templates.close()
+        await self.client_templates.close()
+        await self.engine.close()
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -102,12 +119,30 @@ class Service:
             raise OverloadedError("The server is shutting down.", retry_after=5)
         await self.engine.check_health()
 
+    async def render(self, messages: Sequence[Any], options: ChatOptions) -> str:
+        """The prompt text of a conversation. The one place that decides about templates of clients."""
+        is_clients = options.template is not None
+        if is_clients and not self.options.trust_request_chat_template:
+            raise ValidationError(
+                "chat_template is not accepted from clients. Start the server with the option chat_template, or with "
+                "trust_request_chat_template if you trust all who may call it.",
+                "chat_template",
+            )
+        tokenizer = self.tokenizer
+        if tokenizer.renders_itself and not is_clients:  # its own code, which came with the model
+            return await asyncio.to_thread(prompt_text, tokenizer, messages, options)
+        if sum(len(str(message)) for message in messages) > LONG_TEXT:
+            job = await asyncio.to_thread(render_job, tokenizer, messages, options)
+        else:
+            job = render_job(tokenizer, messages, options)
+        return await (self.client_templates if is_clients else self.server_templates).render(job)
+
     async def encode(
         self, text: str, body: GenerationRequest, special: bool, room: int, in_thread: bool = False
     ) -> Job:
         """A text prompt as token ids, cut as the body wants. `room`: tokens that the output needs at least."""
         if self.engine.tokenizer is None and body.truncate_prompt_tokens is None:
-            return Job(_salted({"prompt": text}, body), None)
+            return Job({"prompt": text}, None)
         tokenizer, limit = self.tokenizer, self.card.max_model_len
         if body.truncate_prompt_tokens is None and len(text) > limit * max(tokenizer.longest_token, 16):
             raise ValidationError(
@@ -120,12 +155,12 @@ class Service:
         else:
             ids = tokenizer.encode(text, special)
         ids = self.cut(ids, body, room)
-        return Job(_salted({"prompt": text, "prompt_token_ids": ids}, body), len(ids))
+        return Job({"prompt": text, "prompt_token_ids": ids}, len(ids))
 
     def job_of_ids(self, ids: list[int], body: GenerationRequest, room: int) -> Job:
         """A prompt of token ids."""
         ids = self.cut(ids, body, room)
-        return Job(_salted({"prompt_token_ids": ids}, body), len(ids))
+        return Job({"prompt_token_ids": ids}, len(ids))
 
     def cut(self, ids: list[int], body: GenerationRequest, room: int) -> list[int]:
         """The prompt within truncate_prompt_tokens; -1 means what fits beside the output."""
@@ -142,11 +177,18 @@ class Service:
         return ids[:most] if body.truncation_side == "right" else ids[-most:]
 
     async def outputs(
-        self, request_id: str, jobs: Sequence[Job], params: SamplingParams, body: GenerationRequest, special: bool
+        self,
+        request_id: str,
+        jobs: Sequence[Job],
+        params: SamplingParams,
+        body: GenerationRequest,
+        special: bool,
+        tenant: str = "",
     ) -> AsyncGenerator[tuple[int, RequestOutput]]:
         """(index of the prompt, output) as they come. Leaving the iterator aborts what still runs.
 
-        A completion that failed raises RequestFailedError; the reason is only logged.
+        `tenant`: whose request it is; a tenant finds only its own cached prompts, unless they are shared. A completion
+        that failed raises RequestFailedError; the reason is only logged.
         """
         self.check_priority(body.priority)
         await self.check_ready()
@@ -156,8 +198,15 @@ class Service:
             logger.info("%s arrived: %d prompts, %d tokens in, %s", request_id, len(jobs), known, params)
         self.requests += 1
         try:
+            salt = cache_salt("" if self.options.share_prefix_cache else tenant, body.cache_salt)
             sources = [
-                self._one(f"{request_id}-{index}-{uuid.uuid4().hex[:8]}", job, params, body.priority or 0, special)
+                self._one(
+                    f"{request_id}-{index}-{uuid.uuid4().hex[:8]}",
+                    _salted(job, salt),
+                    params,
+                    body.priority or 0,
+                    special,
+                )
                 for index, job in enumerate(jobs)
             ]
             async with aclosing(merged(sources)) as found:
@@ -262,7 +311,12 @@ def fingerprint(version: str, *parts: object) -> str:
     return f"quire-{version}-{digest[:8]}"
 
 
-def _salted(prompt: dict[str, object], body: GenerationRequest) -> Prompt:
-    if body.cache_salt is not None:
-        prompt["cache_salt"] = body.cache_salt
-    return prompt  # type: ignore[return-value]
+def cache_salt(tenant: str, chosen: str | None) -> str:
+    """What decides who finds whose cached prompts: the tenant, and what the client chose, which has no slash."""
+    return f"{tenant}/{chosen or ''}" if tenant else chosen or ""
+
+
+def _salted(job: Job, salt: str) -> Job:
+    if salt:
+        job.prompt["cache_salt"] = salt
+    return job

@@ -16,12 +16,13 @@ from jinja2 import TemplateSyntaxError, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from quire.errors import ConfigError, ValidationError
-from quire.text.tokenizer import GenerationTag, Tokenizer
+from quire.text.tokenizer import RESERVED_TEMPLATE_KWARGS, GenerationTag, Tokenizer
 
 # Limits on what clients may pass to the template as variables: a template may do anything with them, such as loop.
 MOST_KWARGS_DEPTH = 16
 MOST_KWARGS_NODES = 128
 MOST_KWARGS_CHARS = 16384
+LONGEST_TEMPLATE = 256 * 1024  # characters; the longest known have a tenth of that
 
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 
@@ -57,15 +58,8 @@ def read_template(option: str | None) -> str | None:
 
 def prompt_text(tokenizer: Tokenizer, messages: Sequence[Any], options: ChatOptions = ChatOptions()) -> str:
     """The prompt of a conversation, ready to be tokenized without special tokens. Mistakes raise ValidationError."""
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise ValidationError("The conversation must be a list with at least one message.", "messages")
-    template = tokenizer.template_for(options.tools, options.template)
-    as_parts = options.content_format == "openai" or (
-        options.content_format == "auto" and _loops_over_content(template)
-    )
-    check_template_kwargs(options.template_kwargs)
     return tokenizer.apply_chat_template(
-        [_message(message, f"messages[{index}]", as_parts) for index, message in enumerate(messages)],
+        read_messages(tokenizer, messages, options),
         tools=options.tools,
         add_generation_prompt=options.add_generation_prompt,
         continue_final_message=options.continue_final_message,
@@ -73,6 +67,45 @@ def prompt_text(tokenizer: Tokenizer, messages: Sequence[Any], options: ChatOpti
         documents=options.documents,
         template_kwargs=options.template_kwargs,
     )
+
+
+def render_job(tokenizer: Tokenizer, messages: Sequence[Any], options: ChatOptions) -> dict[str, Any]:
+    """What render_worker.py needs to make the same text as prompt_text, as JSON. Mistakes raise ValidationError."""
+    return {
+        "template": tokenizer.template_for(options.tools, options.template),
+        "messages": read_messages(tokenizer, messages, options),
+        "tools": list(options.tools) if options.tools else None,
+        "documents": list(options.documents) if options.documents else None,
+        "add_generation_prompt": options.add_generation_prompt,
+        "continue_final_message": options.continue_final_message,
+        "variables": tokenizer.template_tokens | _own_variables(options.template_kwargs),
+    }
+
+
+def read_messages(tokenizer: Tokenizer, messages: Sequence[Any], options: ChatOptions) -> list[dict[str, Any]]:
+    """The messages, checked, as the template expects them."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise ValidationError("The conversation must be a list with at least one message.", "messages")
+    template = tokenizer.template_for(options.tools, options.template)
+    if len(template) > LONGEST_TEMPLATE:
+        raise ValidationError(f"A chat template may have {LONGEST_TEMPLATE} characters.", "chat_template")
+    as_parts = options.content_format == "openai" or (
+        options.content_format == "auto" and _loops_over_content(template)
+    )
+    check_template_kwargs(options.template_kwargs)
+    return [_message(message, f"messages[{index}]", as_parts) for index, message in enumerate(messages)]
+
+
+def _own_variables(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Variables of the template itself; those that decide how it is rendered raise ValidationError."""
+    reserved = sorted(RESERVED_TEMPLATE_KWARGS.intersection(given))
+    if reserved:
+        raise ValidationError(
+            f"{', '.join(map(repr, reserved))} cannot be set through chat_template_kwargs. Use the field of that name, "
+            "where there is one.",
+            "chat_template_kwargs",
+        )
+    return dict(given)
 
 
 def check_template_kwargs(given: Mapping[str, Any]) -> None:
@@ -184,7 +217,7 @@ def _loops_over_content(template: str) -> bool:
     environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols", GenerationTag])
     try:
         tree = environment.parse(template)
-    except TemplateSyntaxError:
+    except (TemplateSyntaxError, RecursionError):
         return False  # rendering says what is wrong with it
     aliases = {
         assigned.target.name

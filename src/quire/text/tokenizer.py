@@ -103,6 +103,17 @@ class Tokenizer:
         """One token on its own, readable: bytes that are no whole character show as U+FFFD."""
         return self.token_bytes(token_id).decode(errors="replace")
 
+    @cached_property
+    def renders_itself(self) -> bool:
+        """Whether conversations are turned into text by the tokenizer's own code instead of a Jinja template."""
+        method = getattr(type(self.hf), "apply_chat_template", None)
+        return method is None or not method.__module__.startswith("transformers.tokenization_utils")
+
+    @cached_property
+    def template_tokens(self) -> dict[str, Any]:
+        """The special tokens that templates know by name, such as bos_token."""
+        return {name: str(token) for name, token in self.hf.special_tokens_map.items() if not isinstance(token, list)}
+
     def template_for(self, tools: Sequence[object] | None = None, chat_template: str | None = None) -> str:
         """The template to use: the given one, else the tokenizer's; of several named ones "tool_use" with tools.
 

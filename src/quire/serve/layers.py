@@ -1,0 +1,148 @@
+"""The plain ASGI layers around the routes: request ids, limits on headers and bodies, and the last net for exceptions.
+
+Each does one thing and knows no route. Who may come in is decided in auth.py.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import Request
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from quire.errors import ValidationError
+from quire.serve.errors import Failure, failure_of
+
+DEEPEST_JSON = 64  # objects and lists within each other
+MOST_JSON_PARTS = 250_000  # objects and lists in one body
+_STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+_OPENING, _CLOSING = b"[{", b"]}"
+
+
+class RequestIds:
+    """Every answer carries X-Request-Id: the client's own or a new one."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on, adding the header to the answer."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+        own = given if 0 < len(given) <= 128 and given.isascii() else uuid.uuid4().hex.encode()
+
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", own)]
+            await send(message)
+
+        await self._app(scope, receive, named)
+
+
+class HeaderLimit:
+    """Refuses requests with too many headers. How long they may be in all is the HTTP parser's limit."""
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self._app = app
+        self._most = most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on while the headers are within the limit, else answer 431."""
+        if scope["type"] == "http" and len(scope["headers"]) > self._most:
+            message = f"The request has more than {self._most} headers."
+            await Failure(431, "RequestTooLargeError", message).response()(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+
+class BodyLimit:
+    """Refuses bodies that are too large before they are read into memory."""
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self._app = app
+        self._most = most
+        self._message = f"The body is larger than {most} bytes."
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on while the body is within the limit, else answer 413."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        if declared.isdigit() and int(declared) > self._most:
+            await Failure(413, "RequestTooLargeError", self._message).response()(scope, receive, send)
+            return
+        seen = 0
+
+        async def counted() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self._most:
+                raise HTTPException(413, self._message)
+            return message
+
+        await self._app(scope, counted, send)
+
+
+class ErrorShield:
+    """Turns what no route expected into a 500 that says nothing of the inside."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on; answer for an exception unless the answer has begun."""
+        begun = False
+
+        async def watched(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception as error:
+            failure = failure_of(error)  # logs it
+            if not begun and scope["type"] == "http":
+                await failure.response()(scope, receive, send)
+
+
+class JsonRoute(APIRoute):
+    """A route that looks at the shape of its body before anything is built from it."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """FastAPI's handler behind check_json_shape."""
+        handler = super().get_route_handler()
+
+        async def checked(request: Request) -> Response:
+            if request.method == "POST":
+                check_json_shape(await request.body())
+            return await handler(request)
+
+        return checked
+
+
+def check_json_shape(body: bytes) -> None:
+    """Raise ValidationError for JSON that is nested too deeply or has too many parts. Anything else passes."""
+    if body.count(b"[") + body.count(b"{") <= DEEPEST_JSON:
+        return
+    bare = _STRINGS.sub(b"", body)
+    if bare.count(b"[") + bare.count(b"{") > MOST_JSON_PARTS:
+        raise ValidationError(f"The body has more than {MOST_JSON_PARTS} objects and lists.")
+    depth = 0
+    for mark in bare.translate(None, delete=_ALL_BUT_BRACKETS):
+        depth += 1 if mark in _OPENING else -1
+        if depth > DEEPEST_JSON:
+            raise ValidationError(f"The body is nested more than {DEEPEST_JSON} levels deep.")
+
+
+_ALL_BUT_BRACKETS = bytes(byte for byte in range(256) if byte not in _OPENING + _CLOSING)

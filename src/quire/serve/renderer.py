@@ -1,0 +1,140 @@
+"""RenderPool: chat templates are rendered in small processes, each request within a time and a size.
+
+A process that takes too long is killed and another started; nobody else waits for it, for there are several. Knows
+frames and limits; what is rendered is the matter of quire.text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import quire.text
+from quire.errors import ValidationError
+
+logger = logging.getLogger(__name__)
+
+WORKER = Path(quire.text.__file__).with_name("render_worker.py")
+LONGEST_TEXT = 32 * 2**20  # characters
+START_SECONDS = 60.0  # that a process may take to start, on a very busy machine
+
+
+@dataclass(slots=True)
+class _Child:
+    """One process and its pipe."""
+
+    process: subprocess.Popen[bytes]
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+    async def ask(self, frame: bytes, seconds: float) -> dict[str, str]:
+        """Its answer. TimeoutError when it takes longer, IncompleteReadError or OSError when it dies."""
+        return json.loads(await asyncio.wait_for(self._exchange(frame), seconds))
+
+    async def _exchange(self, frame: bytes) -> bytes:
+        self.writer.write(frame)
+        await self.writer.drain()
+        return await self.reader.readexactly(int.from_bytes(await self.reader.readexactly(4)))
+
+    async def ready(self) -> None:
+        """Wait until it has started."""
+        await asyncio.wait_for(self.reader.readexactly(4), START_SECONDS)
+
+    def kill(self) -> None:
+        """End it now."""
+        self.process.kill()
+        self.process.wait()
+        self.writer.close()
+
+
+class RenderPool:
+    """Up to `size` processes, started when first needed. Belongs to one event loop."""
+
+    def __init__(self, size: int, seconds: float, chars: int = LONGEST_TEXT) -> None:
+        self._seconds = seconds
+        self._chars = chars
+        self._room = asyncio.Semaphore(size)
+        self._idle: list[_Child] = []
+        self._busy: set[asyncio.Task[str]] = set()
+
+    async def warm(self) -> None:
+        """Have a process ready, so that the first request does not wait for it."""
+        await self.render({"template": "ready", "messages": [{}], "variables": {}} | _NOTHING)
+
+    async def render(self, job: dict[str, Any]) -> str:
+        """The text of a job, see quire.text.chat.render_job. ValidationError for what the template cannot do in time."""
+        content = json.dumps(job | {"chars": self._chars}).encode()
+        task = asyncio.ensure_future(self._render(len(content).to_bytes(4) + content))
+        self._busy.add(task)
+        task.add_done_callback(self._busy.discard)
+        # Whoever asked may leave; the process is in order again only when it has answered.
+        return await asyncio.shield(task)
+
+    async def _render(self, frame: bytes) -> str:
+        async with self._room:
+            child = self._idle.pop() if self._idle else await _start()
+            try:
+                reply = await child.ask(frame, self._seconds)
+            except BaseException as error:
+                child.kill()
+                if not isinstance(error, (TimeoutError, EOFError, OSError)):
+                    raise
+                raise self._given_up(error) from error
+            self._idle.append(child)
+        if "text" in reply:
+            return reply["text"]
+        raise _refusal(reply)
+
+    def _given_up(self, error: BaseException) -> ValidationError:
+        logger.warning("a chat template was ended while it rendered: %s", type(error).__name__)
+        if isinstance(error, TimeoutError):
+            return ValidationError(
+                f"The chat template was not done with these messages after {self._seconds:g} s.", "messages"
+            )
+        return ValidationError("The chat template needs too much memory for these messages.", "messages")
+
+    async def close(self) -> None:
+        """End all processes."""
+        for task in list(self._busy):
+            task.cancel()
+        await asyncio.gather(*self._busy, return_exceptions=True)
+        while self._idle:
+            self._idle.pop().kill()
+
+
+_NOTHING = {"tools": None, "documents": None, "add_generation_prompt": False, "continue_final_message": False}
+
+
+def _refusal(reply: dict[str, str]) -> ValidationError:
+    if reply["kind"] == "syntax":
+        return ValidationError(f"The chat template is not valid Jinja: {reply['error']}.", "chat_template")
+    return ValidationError(f"The chat template cannot render these messages: {reply['error']}", "messages")
+
+
+async def _start() -> _Child:
+    """A new process. It gets the module path and nothing else of the environment, where keys may be."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-P", str(WORKER)],
+            stdin=theirs.fileno(),
+            stdout=theirs.fileno(),
+            stderr=subprocess.DEVNULL,
+            env={"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        )
+    reader, writer = await asyncio.open_unix_connection(sock=ours)
+    child = _Child(process, reader, writer)
+    try:
+        await child.ready()
+    except BaseException:
+        child.kill()
+        raise
+    return child

@@ -1,0 +1,52 @@
+"""Talk: from a conversation to the engine's outputs, the same for every route that takes messages.
+
+Knows no shape of an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from quire.core.params import SamplingParams
+from quire.engine.outputs import RequestOutput
+from quire.serve.protocol import ChatRequest
+from quire.serve.service import Service
+from quire.text import ChatOptions
+
+
+@dataclass(slots=True)
+class Talk:
+    """One request's conversation. `prompt` is known when the first output has come."""
+
+    service: Service
+    body: ChatRequest
+    id: str
+    params: SamplingParams
+    tenant: str = ""
+    prompt: str = ""
+
+    async def outputs(self) -> AsyncGenerator[RequestOutput]:
+        """What the engine says. Leaving the iterator ends the request."""
+        body = self.body
+        options = ChatOptions(
+            tools=body.tools,
+            documents=body.documents,
+            add_generation_prompt=body.generation_prompt,
+            continue_final_message=bool(body.continue_final_message),
+            template=body.chat_template,
+            template_kwargs={**self.service.chat_template_kwargs, **body.template_variables()},
+        )
+        self.prompt = await self.service.render(body.messages, options)
+        special = bool(body.add_special_tokens)
+        job = await self.service.encode(self.prompt, body, special, self.params.max_tokens or 1)
+        async for _, output in self.service.outputs(self.id, [job], self.params, body, special, self.tenant):
+            yield output
+
+    def role(self) -> str:
+        """The role of the answer: that of the last message where it is continued."""
+        last: Any = self.body.messages[-1]
+        if not self.body.generation_prompt and isinstance(last, Mapping) and isinstance(last.get("role"), str):
+            return last["role"]
+        return self.service.options.response_role

@@ -1,0 +1,130 @@
+"""What quire's own code never does: advisories about deserializing, evaluating, foreign code and open ports.
+
+Read from the sources, so that a new file is covered, too.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from quire.core.pages import PageNames
+
+SOURCE = Path(__file__).parent.parent.parent / "src" / "quire"
+FILES = sorted(SOURCE.rglob("*.py"))
+TREES = {path.relative_to(SOURCE): ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+
+# CVE-2024-9052, -9053, -11041, CVE-2025-29783, -32444, -47277, -30165, GHSA-5vqr-wprc-cpp7; SGLang CVE-2026-3059, -3060,
+# -3989, -86793, -93034.
+UNPICKLERS = {
+    "pickle",
+    "_pickle",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "marshal",
+    "shelve",
+    "zmq",
+    "multiprocessing.managers",
+}
+
+
+def calls(tree: ast.AST) -> list[ast.Call]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+def imported(tree: ast.AST) -> set[str]:
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and [alias.name for alias in node.names] != ["UnpicklingError"]:
+            names.add(node.module or "")
+    return names
+
+
+def test_cve_2024_9052_and_its_kin_nothing_is_unpickled() -> None:
+    offenders = {str(path): found for path, tree in TREES.items() if (found := imported(tree) & UNPICKLERS)}
+    assert not offenders, offenders
+
+
+def test_cve_2025_24357_checkpoints_are_read_with_the_safe_reader_only() -> None:
+    seen = 0
+    for path, tree in TREES.items():
+        for call in calls(tree):
+            if ast.unparse(call.func) in ("torch.load", "torch.jit.load", "np.load", "numpy.load"):
+                seen += 1
+                given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+                safe = given.get("weights_only") == "True" or given.get("allow_pickle") == "False"
+                assert safe, f"{path}:{call.lineno}"
+    assert seen, "the reader of .bin files was not seen: this test looks for the wrong name"
+
+
+def test_cve_2025_9141_nothing_is_evaluated() -> None:
+    for path, tree in TREES.items():
+        for call in calls(tree):
+            assert ast.unparse(call.func) not in ("eval", "exec", "compile", "os.system"), f"{path}:{call.lineno}"
+            shell = any(key.arg == "shell" and ast.unparse(key.value) != "False" for key in call.keywords)
+            assert not shell, f"{path}:{call.lineno}"
+
+
+def test_cve_2026_27893_no_file_decides_for_itself_to_trust_a_model() -> None:
+    """A literal True is allowed only right behind the one check, which raises (CVE-2025-66448, CVE-2026-22807)."""
+    places = [
+        f"{path}"
+        for path, tree in TREES.items()
+        for call in calls(tree)
+        for keyword in call.keywords
+        if keyword.arg == "trust_remote_code" and ast.unparse(keyword.value) == "True"
+    ]
+    assert set(places) <= {"models/describe.py"}, places
+
+
+def test_cve_2026_41523_foreign_code_is_refused_without_assertions_too(tmp_path: Path) -> None:
+    """`python -O` takes asserts out; the check must not be one."""
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "evil", "architectures": ["Evil"], "auto_map": {"AutoConfig": "evil.EvilConfig", '
+        '"AutoModelForCausalLM": "evil.Evil"}}'
+    )
+    mark = tmp_path / "ran"
+    (tmp_path / "evil.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
+    code = (
+        "from quire.config import ModelOptions\n"
+        "from quire.errors import ModelError\n"
+        "from quire.models.hub import find_model\n"
+        "try:\n"
+        f"    find_model(ModelOptions(model={str(tmp_path)!r}))\n"
+        "except ModelError as error:\n"
+        "    print('refused', error)\n"
+    )
+    done = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert "refused" in done.stdout and "trust" in done.stdout, done.stdout + done.stderr[-2000:]
+    assert not mark.exists(), "code of the model ran"
+
+
+def test_cve_2025_30202_sockets_are_opened_in_known_places_only() -> None:
+    opened = {
+        str(path)
+        for path, tree in TREES.items()
+        for call in calls(tree)
+        if ast.unparse(call.func).endswith(
+            (".bind", "create_server", "start_server", "HTTPServer", "init_process_group")
+        )
+        and "socket" in ast.unparse(tree)
+    }
+    assert "serve/run.py" in opened
+    assert opened <= {"serve/run.py"}, f"a new listening socket: {opened}. Inherited pairs need no port."
+
+
+@pytest.mark.parametrize(("one", "other"), [((-1,), (-2,)), ((2**61 - 1,), (0,)), ((1, 23), (12, 3))])
+def test_cve_2025_25183_pages_are_named_by_more_than_pythons_hash(one: tuple[int, ...], other: tuple[int, ...]) -> None:
+    """hash(-1) == hash(-2), and anybody can compute others."""
+    names = PageNames()
+    root = names.root(b"")
+    assert names.follow(root, one) != names.follow(root, other)
+    assert names.follow(root, one) == names.follow(root, one)
+    assert PageNames().root(b"") != root, "names can be computed outside of the process"
