@@ -24,7 +24,7 @@ from quire.errors import (
     ValidationError,
 )
 
-SMALL = {"max_model_len": 64, "max_num_seqs": 8, "kv_cache_memory_bytes": 1 << 24, "device": "cpu"}
+SMALL = {"max_model_len": 64, "max_num_seqs": 8, "kv_cache_memory_bytes": 1 << 24, "device": "cpu", "threads": 1}
 GREEDY = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
 
 
