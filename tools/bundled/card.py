@@ -89,7 +89,7 @@ def parameters_of(model: PreTrainedModel, within: str = "") -> int:
 
 def example_rows(examples: Mapping[str, tuple[str, str]]) -> str:
     def cell(text: str) -> str:
-        return text.replace("\n", " ").replace("|", "\\|")
+        return "`" + text.replace("\n", " ").replace("|", "\\|") + "`"
 
     return "\n".join(f"| {kind} | {cell(asked)} | {cell(answer)} |" for kind, (asked, answer) in examples.items())
 

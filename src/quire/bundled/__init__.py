@@ -1,1 +1,1 @@
-"""Data: the bundled model, its draft model and its adapters. No code."""
+"""Data only: the small models that come with quire. README.md is their card; `tools/train_bundled.py` makes them."""
