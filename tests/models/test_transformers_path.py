@@ -15,7 +15,7 @@ from quire.models.fallback import SequentialModel
 from quire.models.interface import current_batch, paged_attention
 from quire.models.masks import mask_spec
 from quire.models.observe import Observer
-from quire.models.probe import enlarge, examine, probe, report_key
+from quire.models.probe import examine, probe, report_key
 from quire.models.prove import prove, transplant
 from quire.models.report import ProbeReport, RewritePlan
 from quire.models.trial import PagedLoop
@@ -294,9 +294,9 @@ def test_a_class_without_a_twin_says_so():
         examine(Odd, LlamaConfig(**SIZES), torch.float32)
 
 
-def test_enlarging_keeps_the_replacements():
-    twin = examine(LlamaForCausalLM, shrink(LlamaConfig()), torch.float32)
-    large = enlarge(LlamaForCausalLM, LlamaConfig(), torch.bfloat16, twin)
-    assert large.rewrite == twin.rewrite
+def test_a_large_model_has_the_replacements_of_its_twin():
+    small = examine(LlamaForCausalLM, shrink(LlamaConfig()), torch.float32)
+    large = examine(LlamaForCausalLM, LlamaConfig(), torch.bfloat16)
+    assert large.rewrite == small.rewrite
     assert large.rewrite != RewritePlan()
     assert len(large.layout.layers) == 32

@@ -20,17 +20,18 @@ from quire.errors import UnsupportedModelError
 from quire.models.decide import describe, observed_arguments
 from quire.models.experts import is_experts, set_experts
 from quire.models.interface import SPEC
-from quire.models.observe import Observation, Observer
+from quire.models.observe import Observation, Observer, class_key
 
 logger = logging.getLogger(__name__)
 
 
-def observe_full(model: nn.Module, implementation: str) -> Observation:
+def observe_full(model: nn.Module, implementation: str, twin: Observation) -> Observation:
     """What one step of `model`, built on meta, does. Raises UnsupportedModelError for what its twin did not do.
 
-    The model may be on empty CPU memory afterwards.
+    The model is good for nothing else afterwards: some of its forwards are gone, or it is on empty CPU memory.
     """
     set_experts([module for module in model.modules() if is_experts(module)])
+    shorten(model, twin)
     observer = Observer(model, model.config, with_linears=False)
     try:
         with torch.device("meta"), _without_numbers():
@@ -38,6 +39,7 @@ def observe_full(model: nn.Module, implementation: str) -> Observation:
     except Exception as error:  # some code branches on values
         logger.info("observing on empty memory, because meta does not do: %s", error)
         for module in model.modules():
+            module.__dict__.pop("forward", None)
             if is_experts(module):
                 module.config._experts_implementation = "eager"
         model.to_empty(device="cpu")
@@ -50,10 +52,28 @@ def observe_full(model: nn.Module, implementation: str) -> Observation:
     return seen
 
 
-def try_observe(model: nn.Module) -> Observation:
+def shorten(model: nn.Module, twin: Observation) -> None:
+    """Let blocks that only turn a tensor into one of the same shape, and have nothing to do with the cache, do just that.
+
+    In most models that is all of the feed-forward part, experts included, where most of the time would go.
+    """
+    users = [name for name, module in model.named_modules() if class_key(module) in twin.user_classes]
+    around = {name.rsplit(".", depth)[0] for name in users for depth in range(1, name.count(".") + 1)} | {"", *users}
+    inside = tuple(f"{name}." for name in users)
+    for name, module in model.named_modules():
+        own = not type(module).__module__.startswith("torch.")
+        if own and name not in around and not name.startswith(inside) and twin.mirrors.get(class_key(module)):
+            module.__dict__["forward"] = _same_shape
+
+
+def _same_shape(x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def try_observe(model: nn.Module, twin: Observation) -> Observation:
     """The same where only memory figures depend on it: nothing seen when the model cannot be observed."""
     try:
-        return observe_full(model, "eager")
+        return observe_full(model, "eager", twin)
     except Exception as error:
         logger.info("the keys of %s cannot be counted: %s", type(model).__name__, error)
         return Observation()

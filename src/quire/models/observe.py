@@ -83,6 +83,8 @@ class Observation:
     weight_reads: set[str] = field(default_factory=set)  # linears whose weight is read from outside
     batch_arrives: bool = True  # the keyword argument reached every call of the interface and every mixer
     logit_rows: int = 0
+    mirrors: dict[str, bool] = field(default_factory=dict)  # class -> it always gave a tensor shaped like its first
+    user_classes: set[str] = field(default_factory=set)  # classes of cache_users
 
 
 class WatchedCache(DynamicCache):
@@ -236,13 +238,14 @@ class Observer:
     def _note_user(self, name: str) -> None:
         if name not in self.seen.cache_users:
             self.seen.cache_users.append(name)
+            self.seen.user_classes.add(class_key(self.model.get_submodule(name)))
 
     @contextlib.contextmanager
     def _hooks(self) -> Iterator[None]:
         handles = []
         for module, name in self._names.items():
             handles.append(module.register_forward_pre_hook(self._entering(module, name), with_kwargs=True))
-            handles.append(module.register_forward_hook(self._leaving(name), always_call=True))
+            handles.append(module.register_forward_hook(self._leaving(module, name), always_call=True))
             if self._with_linears and type(module) is nn.Linear:
                 module.__dict__.update(quire_name=name, quire_reads=self.seen.weight_reads, quire_inside=False)
                 module.__class__ = _WatchedLinear
@@ -270,9 +273,14 @@ class Observer:
 
         return hook
 
-    def _leaving(self, name: str) -> Any:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
+    def _leaving(self, module: nn.Module, name: str) -> Any:
+        key = class_key(module)
+
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             self._stack.pop()
+            mirrors = bool(args) and torch.is_tensor(args[0]) and torch.is_tensor(output)
+            mirrors = mirrors and args[0].shape == output.shape and args[0].dtype == output.dtype
+            self.seen.mirrors[key] = mirrors and self.seen.mirrors.get(key, True)
             is_tuple = isinstance(output, tuple)
             self.seen.outputs[name] = tuple(_runs_along_rows(part) for part in output) if is_tuple else None
 
@@ -300,6 +308,11 @@ class Observer:
     def _collect_siblings(self) -> None:
         found = [tuple(readers) for readers in self._readers.values() if len(readers) > 1]
         self.seen.siblings = list(dict.fromkeys(found))
+
+
+def class_key(module: nn.Module) -> str:
+    """The class of a module, as plans name it."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 @contextlib.contextmanager

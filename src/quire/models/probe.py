@@ -26,6 +26,7 @@ from quire.errors import UnsupportedModelError
 from quire.kernels.table import load_ops
 from quire.models.decide import (
     Decider,
+    Decision,
     counted_layers,
     model_report,
     outermost,
@@ -75,27 +76,28 @@ def examine(model_class: type, config: Any, dtype: torch.dtype) -> ProbeReport:
     if decision.report.mode != "recompute":  # there each answer is its own definition, and nothing is slower
         decision = replace(decision, report=replace(decision.report, rewrite=prove(decider, decision, ops)))
     try:
-        return enlarge(model_class, config, dtype, decision.report)
+        return enlarge(model_class, config, dtype, decision)
     except Exception as error:  # code that cannot run without numbers
         logger.warning("%s: its layers cannot be read off a model without weights: %s", model_class.__name__, error)
         slower = decider.decide_sequential_model(f"sizes unknown: {type(error).__name__} {error}")
-        return enlarge(model_class, config, dtype, slower.report)
+        return enlarge(model_class, config, dtype, slower)
 
 
-def enlarge(model_class: type, config: Any, dtype: torch.dtype, twin: ProbeReport) -> ProbeReport:
+def enlarge(model_class: type, config: Any, dtype: torch.dtype, decision: Decision) -> ProbeReport:
     """The twin's report with the real model's modules and sizes in place of the twin's."""
+    twin, seen_twin = decision.report, decision.seen
     tier = twin.layout.tier
     model = build(model_class, copy.deepcopy(config), dtype, "meta")
     notes = list(twin.layout.notes)
     if tier in ("A", "A+mixer"):
-        seen = observe_full(model, SPEC)
+        seen = observe_full(model, SPEC, seen_twin)
         report = packed_report(model, seen, stepwise=any(mixer.stepwise for mixer in twin.mixers))
         report = replace(report, batch_argument=twin.batch_argument, arguments=twin.arguments)
     elif tier == "B":
-        seen = observe_full(model, "eager")
+        seen = observe_full(model, "eager", seen_twin)
         report = replace(sequential_report(model, seen, outermost(seen.cache_users), notes), arguments=twin.arguments)
     else:
-        layers = counted_layers(try_observe(model), model)
+        layers = counted_layers(try_observe(model, seen_twin), model)
         report = model_report(model, layers, twin.mode, twin.layout.chunked_prefill, notes)
     return replace(report, rewrite=twin.rewrite)
 

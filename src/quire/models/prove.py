@@ -1,4 +1,4 @@
-"""Proves the replacements: all of them together on the twin, and where that fails each kind by itself.
+"""Proves the replacements: all of them together on the twin, where that fails each kind, where that fails each entry.
 
 A replacement holds when the twin, served with it, stays as close to the unmodified twin as it was without it. One that
 does not hold is left out with a log line; that is never an error.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import fields, replace
+from functools import reduce
 from typing import Any
 
 from torch import nn
@@ -30,11 +31,16 @@ def prove(decider: Decider, decision: Decision, ops: Ops) -> RewritePlan:
     if _holds(decider, decision, plan, ops, allowed):
         return plan
     kept = RewritePlan()
-    for part in _parts(plan):
-        if _holds(decider, decision, part, ops, allowed):
-            kept = _joined(kept, part)
-        else:
-            logger.info("left alone, because the twin's answers change: %s", _name(part))
+    for entries in _kinds(plan):
+        whole = reduce(_joined, entries, RewritePlan())
+        if _holds(decider, decision, whole, ops, allowed):
+            kept = _joined(kept, whole)
+            continue
+        for part in entries:
+            if len(entries) > 1 and _holds(decider, decision, part, ops, allowed):
+                kept = _joined(kept, part)
+            else:
+                logger.info("left alone, because the twin's answers change: %s", _name(part))
     if _holds(decider, decision, kept, ops, allowed):
         return kept
     logger.info("no module is replaced: what holds by itself does not hold together")
@@ -58,27 +64,22 @@ def transplant(model: nn.Module, plan: RewritePlan, ops: Ops) -> None:
         target.load(state[name])
 
 
-def _parts(plan: RewritePlan) -> list[RewritePlan]:
-    """Each entry by itself; a gated block together with the linears that it joins."""
-    parts = []
-    gated_linears: dict[str, list[str]] = {}
+def _kinds(plan: RewritePlan) -> list[list[RewritePlan]]:
+    """The entries of each kind, each as a plan; a gated block last, together with the linears that it joins."""
+    gated = []
     for key, found in plan.gated.items():
-        gated_linears[key] = [f"{key}.{child}" for child in (*found["gate_up"], found["down"])]
         merged = [group for group in plan.merged.get(key, []) if group == found["gate_up"]]
-        parts.append(
-            RewritePlan(
-                merged={key: merged} if merged else {},
-                linears=gated_linears[key],
-                gated={key: found},
-            )
-        )
-    taken = {linear for linears in gated_linears.values() for linear in linears}
-    parts += [RewritePlan(linears=[linear]) for linear in plan.linears if linear not in taken]
-    parts += [RewritePlan(merged={key: [group]}) for key, groups in plan.merged.items() for group in groups]
-    parts += [RewritePlan(norms={key: found}) for key, found in plan.norms.items()]
-    parts += [RewritePlan(rotary={key: style}) for key, style in plan.rotary.items()]
-    parts += [RewritePlan(experts=[key]) for key in plan.experts]
-    return parts
+        linears = [f"{key}.{child}" for child in (*found["gate_up"], found["down"])]
+        gated.append(RewritePlan(merged={key: merged} if merged else {}, linears=linears, gated={key: found}))
+    kinds = [
+        [RewritePlan(linears=[linear]) for linear in plan.linears],
+        [RewritePlan(merged={key: [group]}) for key, groups in plan.merged.items() for group in groups],
+        [RewritePlan(norms={key: found}) for key, found in plan.norms.items()],
+        [RewritePlan(rotary={key: style}) for key, style in plan.rotary.items()],
+        [RewritePlan(experts=[key]) for key in plan.experts],
+        gated,
+    ]
+    return [entries for entries in kinds if entries]
 
 
 def _joined(one: RewritePlan, other: RewritePlan) -> RewritePlan:

@@ -19,14 +19,9 @@ from quire.layers.linear import Linear
 from quire.layers.target import Target
 from quire.models.experts import PackedExperts, is_experts, set_experts
 from quire.models.numeric import gated_of, is_layer_norm, rms_norm_of, rotary_of
-from quire.models.observe import Observation
+from quire.models.observe import Observation, class_key
 from quire.models.replaced import GatedForward, LayerNormForward, MergedLinear, MergedView, NormForward, RotaryForward
 from quire.models.report import RewritePlan
-
-
-def class_key(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
-
 
 # ---------------------------------------------------------------- looking
 
