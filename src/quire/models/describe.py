@@ -159,7 +159,8 @@ def _config_object(folder: Path, name: str, raw: Mapping[str, Any], remote: bool
             raise UnsupportedModelError(_unknown_type(name, str(kind), list(CONFIG_MAPPING.keys())))
         own = CONFIG_MAPPING[kind]
     try:
-        return own.from_dict(dict(raw))
+        # The library writes an infinite limit as a tagged object.
+        return own.from_dict(own._decode_special_floats(dict(raw)))
     except Exception as error:  # the library's own checks raise many kinds
         first = str(error).strip().splitlines()
         raise ModelError(
