@@ -26,7 +26,7 @@ help:
 
 # The packages and the native library do not need each other, so both are made at once.
 setup: $(BIN)/python
-	@$(MAKE) --no-print-directory -j2 $(STAMPS)/packages $(STAMPS)/quire
+	@$(MAKE) -s --no-print-directory -j2 $(STAMPS)/packages $(STAMPS)/quire
 
 $(BIN)/python:
 	@echo "Making $(VENV)"
