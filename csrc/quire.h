@@ -22,6 +22,20 @@ QUIRE_API void quire_unpack_linear(int32_t dtype, const void* packed, int64_t n,
 QUIRE_API void quire_linear(int32_t dtype, const void* x, int64_t x_stride, const void* packed, const void* bias,
                             void* out, int64_t m, int64_t n, int64_t k);
 
+// ---- quantized.cpp. Weights of 8 bits with a scale per output, or of 4 bits with a bf16 scale, and where zero_points is
+// not 0 also a zero point, per output and group of k. values int8 [n][k], scales [n][groups], zeros [n][groups] or null.
+typedef struct {
+    int32_t bits, zero_points;
+    int64_t group, n, k;  // group: a multiple of 32; not used with 8 bits
+} QuireQuantized;
+QUIRE_API int64_t quire_quantized_size(const QuireQuantized* weight);
+QUIRE_API void quire_pack_quantized(const QuireQuantized* weight, const int8_t* values, const float* scales,
+                                    const uint8_t* zeros, void* packed);
+QUIRE_API void quire_unpack_quantized(const QuireQuantized* weight, void* packed, int8_t* values, float* scales,
+                                      uint8_t* zeros);
+QUIRE_API void quire_quantized_linear(const QuireQuantized* weight, int32_t dtype, const void* x, int64_t x_stride,
+                                      const void* packed, const void* bias, void* out, int64_t m);
+
 // ---- cache.cpp, attention.cpp. A cache of one layer; pages.h draws a page.
 typedef struct {
     void* data;

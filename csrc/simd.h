@@ -1,9 +1,9 @@
-// The one file with instructions of a machine in it. Everything else is written with the few names below and is
+// The file with the instructions of a machine in it (integers.h has those for integers). Everything else is written with the few names below and is
 // compiled once per instruction-set level; the level is chosen by the build with one of
 //     QUIRE_AVX512BF16 (AVX-512 with BF16 and VNNI)   QUIRE_AVX512   QUIRE_AVX2 (with FMA)   none (plain C++)
 //
 //   F                     W floats                 load, store, set1, add, sub, mul, div, fma, max, min, select_lt ...
-//   I                     W 32-bit integers        only inside this file
+//   I                     W 32-bit integers        only here and in integers.h
 //   bf16                  the upper half of a float; load(const bf16*) widens, store(bf16*, F) rounds to nearest even
 //   even(p), odd(p)       2W bf16 in memory as W floats each: element 2i, element 2i + 1
 //
@@ -240,10 +240,10 @@ QUIRE_INLINE F keep_range(F x, int first, int low, int high, F fill) {
 QUIRE_INLINE F zero() { return set1(0.0f); }
 
 // The pointer p, which the compiler believes to depend on x: what is read through it is not read before x is there, and
-// does not wait in a register that something else needs.
+// does not wait in a register that something else needs. Only where there are but 16 registers.
 template <class P>
 QUIRE_INLINE P* after(F x, P* p) {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(QUIRE_AVX512) && !defined(QUIRE_AVX512BF16)
     __asm__("" : "+r"(p) : "x"(x));
 #else
     (void)x;

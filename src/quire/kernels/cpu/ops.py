@@ -26,6 +26,15 @@ ACTIVATIONS["quick_gelu"] = 6
 
 
 @dataclass(slots=True)
+class NativeLinear(PackedLinear):
+    """A PackedLinear in the panels that csrc/linear.cpp draws, with the addresses that every call needs."""
+
+    code: int
+    weights: int
+    added: int | None
+
+
+@dataclass(slots=True)
 class NativeCache(KVCache):
     """A KVCache laid out as csrc/pages.h draws it, and the C struct that describes it."""
 
@@ -92,38 +101,38 @@ class CpuOps:
         rows = _rows(weight)
         data = torch.empty(self._lib.quire_packed_size(code, n, k), dtype=weight.dtype)
         self._lib.quire_pack_linear(code, rows.data_ptr(), rows.stride(0), n, k, data.data_ptr())
-        return PackedLinear(n, k, weight.dtype, data, None if bias is None else bias.detach().contiguous())
+        bias = None if bias is None else bias.detach().contiguous()
+        return NativeLinear(n, k, weight.dtype, data, bias, code, data.data_ptr(), _pointer(bias))
 
     def unpack_linear(self, packed: PackedLinear) -> torch.Tensor:
-        code = CODES.get(packed.dtype)
-        if code is None or packed.data.dim() == 2:
+        if not isinstance(packed, NativeLinear):
             return reference.unpack_linear(packed)
-        weight = torch.empty(packed.out_features, packed.in_features, dtype=packed.dtype)
-        self._lib.quire_unpack_linear(
-            code, packed.data.data_ptr(), packed.out_features, packed.in_features, weight.data_ptr()
-        )
+        n, k = packed.out_features, packed.in_features
+        weight = torch.empty(n, k, dtype=packed.dtype)
+        self._lib.quire_unpack_linear(packed.code, packed.weights, n, k, weight.data_ptr())
         return weight
 
     def linear(self, x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
-        if packed.data.dim() == 2:
+        if not isinstance(packed, NativeLinear):
             return reference.linear(x, packed)
-        rows = _rows(x) if x.dtype == packed.dtype else _rows(x.to(packed.dtype))
-        n, k = packed.out_features, packed.in_features
+        if x.dtype != packed.dtype:
+            return self.linear(x.to(packed.dtype), packed).to(x.dtype)
+        n, k, rows = packed.out_features, packed.in_features, _rows(x)
         if rows.shape[1] != k:
             raise ValueError(f"linear takes {k} features, the input has {rows.shape[1]} (shape {tuple(x.shape)}).")
         out = torch.empty(*x.shape[:-1], n, dtype=packed.dtype)
         self._lib.quire_linear(
-            CODES[packed.dtype],
+            packed.code,
             rows.data_ptr(),
             rows.stride(0),
-            packed.data.data_ptr(),
-            _pointer(packed.bias),
+            packed.weights,
+            packed.added,
             out.data_ptr(),
             rows.shape[0],
             n,
             k,
         )
-        return out if x.dtype == packed.dtype else out.to(x.dtype)
+        return out
 
     # ------------------------------------------------------------ paged keys and values
 
