@@ -37,8 +37,8 @@ greedy. *Equal* means the same tokens as the library's own `generate`.
 | none | does not run, or its tokens differ | {none} |
 
 {equal} of {tried} are equal. The tier of a model is found on your machine, on a tiny twin of its own config; this table
-is what the default configs gave with torch {torch}. *Replaced* counts kinds of modules whose replacement was proved equal: merged
-linears (m), linears (l), norms (n), gated blocks (g), rotary functions (r), expert blocks (e).
+is what the default configs gave with torch {torch}. *Replaced* counts the kinds of modules whose replacement was proved
+equal: merged linears (m), linears (l), norms (n), gated blocks (g), rotary functions (r), expert blocks (e).
 
 | model type | class | tier | equal | largest difference | replaced | remarks |
 |---|---|---|---|---|---|---|

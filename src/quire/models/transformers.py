@@ -67,8 +67,10 @@ class TransformersModel:
             self._fixed["use_cache"] = True
         self._attach_calls(report, ops)
         self._attach_mixers(report)
-        self._private = PrivateCaches(model.config) if report.sequential else None
-        self._attach_sequential(report)
+        self._private: PrivateCaches | None = None
+        if report.sequential:
+            self._private = PrivateCaches(model.config)
+            self._attach_sequential(report, self._private)
         for name in report.ropes:
             rope = model.get_submodule(name)
             rope.__dict__["forward"] = LengthRope(rope)
@@ -121,10 +123,10 @@ class TransformersModel:
             module = self.model.get_submodule(plan.module)
             module.__dict__["forward"] = Mixer(module, plan, self.layout.layers[plan.index], split)
 
-    def _attach_sequential(self, report: ProbeReport) -> None:
+    def _attach_sequential(self, report: ProbeReport, private: PrivateCaches) -> None:
         for plan in report.sequential:
             module = self.model.get_submodule(plan.module)
-            module.__dict__["forward"] = SequentialModule(module, plan, self._private)
+            module.__dict__["forward"] = SequentialModule(module, plan, private)
 
 
 def set_attention(model: nn.Module, name: str) -> None:
