@@ -37,7 +37,8 @@ $(BIN)/python:
 $(STAMPS)/packages: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing packages"
 	@mkdir -p $(STAMPS)
-	@$(PIP) install --no-compile -c constraints.txt $$($(BIN)/python tools/requirements.py)
+	@$(BIN)/python tools/requirements.py > $@.txt
+	@$(PIP) install --no-compile -c constraints.txt -r $@.txt
 	@touch $@
 
 $(STAMPS)/quire: $(NATIVE) | $(BIN)/python
@@ -48,7 +49,8 @@ $(STAMPS)/quire: $(NATIVE) | $(BIN)/python
 
 $(STAMPS)/dev: $(STAMPS)/packages
 	@echo "Installing what the tests need"
-	@$(PIP) install --no-compile -c constraints.txt $$($(BIN)/python tools/requirements.py dev)
+	@$(BIN)/python tools/requirements.py dev > $@.txt
+	@$(PIP) install --no-compile -c constraints.txt -r $@.txt
 	@touch $@
 
 serve: setup
