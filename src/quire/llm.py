@@ -128,7 +128,10 @@ class LLM:
         """Check and tokenize everything before anything starts."""
         if params is None:
             params = self._engine.settings.default_params
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if isinstance(params, SamplingParams):
+            each = [_whole(params)] * len(prompts)
+        else:
+            each = [_whole(wish) for wish in params]
         ranks = [0] * len(prompts) if priority is None else list(priority)
         for name, values in (("sampling_params", each), ("priority", ranks)):
             if len(values) != len(prompts):
@@ -136,7 +139,7 @@ class LLM:
                     f"The lengths of prompts ({len(prompts)}) and {name} ({len(values)}) must be the same", name
                 )
         return [
-            self._engine.prepare(str(next(self._ids)), prompt, _whole(wish), rank, special)
+            self._engine.prepare(str(next(self._ids)), prompt, wish, rank, special)
             for prompt, wish, rank in zip(prompts, each, ranks, strict=True)
         ]
 

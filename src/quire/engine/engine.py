@@ -10,6 +10,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import count
 
 from quire.config import EngineOptions
@@ -83,6 +84,8 @@ class Engine:
         self._ready: list[RequestOutput] = []  # outputs that came about outside of a step
         self._aborted: list[FinishedRequest] = []  # since the last step, for the observer
         self._numbers = count()
+        # Many requests bring the same wishes; making them costs as much as a token of a small model.
+        self._resolve = lru_cache(256)(self._resolved)
 
     @classmethod
     def from_options(
@@ -117,9 +120,11 @@ class Engine:
         elif not isinstance(params, SamplingParams):
             raise ValidationError(f"params must be SamplingParams, found {type(params).__name__}", "params")
         read = read_prompt(prompt, self.tokenizer, self._limits, add_special_tokens)
-        return Prepared(request_id, read, self._resolve(params, len(read.token_ids)), priority, today, now)
+        room = self.settings.max_model_len - len(read.token_ids)
+        limit = room if params.max_tokens is None else min(params.max_tokens, room)
+        return Prepared(request_id, read, self._resolve(params, limit), priority, today, now)
 
-    def _resolve(self, params: SamplingParams, prompt_len: int) -> SamplingParams:
+    def _resolved(self, params: SamplingParams, limit: int) -> SamplingParams:
         """Fill in what only the engine knows: ids of stops and bad words, the longest output."""
         params.check(self.settings.vocab_size, self.settings.max_logprobs)
         if self.tokenizer is None:
@@ -128,9 +133,8 @@ class Engine:
                 raise ValidationError(f"{name} needs a tokenizer, and this engine runs without one", name)
             if params.detokenize:
                 params = replace(params, detokenize=False)
-        room = self.settings.max_model_len - prompt_len
         return params.resolved(
-            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+            max_tokens=limit,
             eos_token_ids=self.settings.eos_token_ids,
             bad_words_token_ids=self._bad_word_ids(params.bad_words),
         )
