@@ -8,6 +8,7 @@ TYPE_CHECKING = False  # type checkers take it for true; importing typing would 
 if TYPE_CHECKING:
     from quire.config import EngineOptions
     from quire.core.params import PoolingParams, RequestOutputKind, SamplingParams
+    from quire.core.structured import StructuredOutputsParams
     from quire.engine.async_engine import AsyncEngine
     from quire.engine.engine import Engine
     from quire.engine.outputs import CompletionOutput, Logprob, RequestOutput
@@ -23,6 +24,7 @@ _HOMES = {
     "SamplingParams": "quire.core.params",
     "PoolingParams": "quire.core.params",
     "RequestOutputKind": "quire.core.params",
+    "StructuredOutputsParams": "quire.core.structured",
     "EngineOptions": "quire.config",
     "Engine": "quire.engine.engine",
     "AsyncEngine": "quire.engine.async_engine",
@@ -46,6 +48,7 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutputsParams",
     "TextPrompt",
     "TokensPrompt",
     "__version__",

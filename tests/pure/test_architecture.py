@@ -35,7 +35,7 @@ LAYERS: dict[str, set[str]] = {
     "bundled": set(),  # data
     "config": {"errors", "env", "core.params"},
     "text": {"errors", "env", "core"},
-    "grammar": {"errors", "env"},
+    "grammar": {"errors", "env", "core.structured"},
     "quant": {"errors", "env", "kernels"},
     "layers": {"errors", "env", "kernels", "quant", "parallel"},
     "models": {"errors", "env", "kernels", "layers", "quant", "parallel", "config"},

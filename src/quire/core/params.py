@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+from quire.core.structured import StructuredOutputsParams
 from quire.errors import ValidationError
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,9 @@ def _suggesting(cls: type[_Params]) -> type[_Params]:
 
     cls.__init__ = checked  # type: ignore[assignment]
     return cls
+
+
+_suggesting(StructuredOutputsParams)
 
 
 @_suggesting
@@ -106,6 +110,7 @@ class SamplingParams:
     bad_words: tuple[str, ...] = ()
     skip_reading_prefix_cache: bool | None = None
     repetition_detection: RepetitionDetection | None = None
+    structured_outputs: StructuredOutputsParams | None = None
     extra_args: dict[str, Any] | None = field(default=None, hash=False)
     eos_token_ids: tuple[int, ...] = ()  # the tokenizer's own first, then those of the generation config
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
@@ -210,6 +215,11 @@ class SamplingParams:
             )
         self._set("bad_words_token_ids", sequences)
         _extra_args(self.extra_args)
+        form = self.structured_outputs
+        if isinstance(form, Mapping):
+            self._set("structured_outputs", StructuredOutputsParams(**form))
+        elif form is not None and not isinstance(form, StructuredOutputsParams):
+            raise ValidationError("structured_outputs must be StructuredOutputsParams", "structured_outputs", form)
 
     @property
     def greedy(self) -> bool:

@@ -53,7 +53,8 @@ def stop_rules(params: SamplingParams | PoolingParams, prompt_len: int, max_mode
     return StopRules(
         prompt_len,
         limit,
-        min_tokens=params.min_tokens,
+        # With a grammar the sampler alone keeps to min_tokens: a complete output ends, however short it is.
+        min_tokens=params.min_tokens if params.structured_outputs is None else 0,
         eos=eos[0] if eos else None,
         ids=frozenset(params.stop_token_ids).union(eos[1:]),
         repetition=params.repetition_detection,

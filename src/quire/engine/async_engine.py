@@ -121,7 +121,8 @@ class AsyncEngine:
     ) -> AsyncGenerator[RequestOutput, None]:
         """Outputs of one request as they come; the last one has `finished` set. Leaving the iterator aborts it."""
         arguments = (request_id, prompt, params, priority, add_special_tokens)
-        if isinstance(prompt, str) and len(prompt) > LONG_TEXT:
+        compiles = params is not None and params.structured_outputs is not None
+        if compiles or (isinstance(prompt, str) and len(prompt) > LONG_TEXT):
             prepared = await asyncio.to_thread(self._engine.prepare, *arguments)
         else:
             prepared = self._engine.prepare(*arguments)

@@ -24,6 +24,7 @@ from quire.engine.observe import FinishedRequest, Observer, StepFigures
 from quire.engine.outputs import RequestOutput
 from quire.engine.prompts import Prompt, PromptLimits, ReadPrompt, check_length, read_prompt
 from quire.errors import OverloadedError, ValidationError
+from quire.grammar import Grammars
 from quire.text.tokenizer import Tokenizer
 
 
@@ -72,12 +73,14 @@ class Engine:
         settings: EngineSettings,
         observer: Observer | None = None,
         clock: Callable[[], float] = time.monotonic,
+        grammars: Grammars | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.settings = settings
         self.observer = observer
         self._core = core
         self._clock = clock
+        self._grammars = grammars
         self._limits = PromptLimits(settings.max_model_len, settings.vocab_size)
         self._generations: dict[str, Generation] = {}
         self._completions: dict[str, Completion] = {}  # live ones, by their id in the core
@@ -119,6 +122,10 @@ class Engine:
             params = self.settings.default_params
         elif not isinstance(params, SamplingParams):
             raise ValidationError(f"params must be SamplingParams, found {type(params).__name__}", "params")
+        if params.structured_outputs is not None:
+            if self._grammars is None:
+                raise ValidationError("structured_outputs needs a tokenizer with an end token", "structured_outputs")
+            self._grammars.check(params.structured_outputs)
         read = read_prompt(prompt, self.tokenizer, self._limits, add_special_tokens)
         room = self.settings.max_model_len - len(read.token_ids)
         limit = room if params.max_tokens is None else min(params.max_tokens, room)
@@ -321,6 +328,8 @@ class Engine:
 
     def close(self) -> None:
         """Stop the workers and free what they hold. Requests still running get no further output."""
+        if self._grammars is not None:
+            self._grammars.close()
         self._core.close()
 
 

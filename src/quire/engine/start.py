@@ -22,6 +22,7 @@ from quire.engine.engine import Engine, EngineSettings
 from quire.engine.executor import LocalExecutor, load_worker
 from quire.engine.observe import Observer
 from quire.errors import ConfigError, ValidationError
+from quire.grammar import Grammars, Vocabulary
 from quire.kernels.table import load_ops
 from quire.layers.spec import ModelLayout
 from quire.resolve import EngineConfig, resolve
@@ -45,9 +46,10 @@ def start_engine(options: EngineOptions, observer: Observer | None = None, on_ph
         layout: ModelLayout = executor.call("load")
     with phase("taking memory for pages", on_phase):
         groups = page_groups(config, layout)
-        executor.call("configure", groups)
+        grammars = open_grammars(config, layout, tokenizer)
+        executor.call("configure", groups, grammars)
     core = EngineCore(Scheduler(scheduler_options(config, layout, groups)), executor, config.max_in_flight)
-    return Engine(core, tokenizer, engine_settings(config, layout, tokenizer), observer)
+    return Engine(core, tokenizer, engine_settings(config, layout, tokenizer), observer, grammars=grammars)
 
 
 @contextmanager
@@ -73,6 +75,21 @@ def open_tokenizer(config: EngineConfig) -> Tokenizer | None:
         options.hf_token,
         read_template(options.chat_template),
     )
+
+
+def open_grammars(config: EngineConfig, layout: ModelLayout, tokenizer: Tokenizer | None) -> Grammars | None:
+    """What compiles structured outputs, or None without a tokenizer or without a token that ends an output."""
+    ends = end_tokens(config, tokenizer)
+    if tokenizer is None or not ends:
+        return None
+    vocabulary = Vocabulary(tokenizer, layout.vocab_size, ends)
+    return Grammars(lambda: vocabulary)
+
+
+def end_tokens(config: EngineConfig, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """The tokens that end an output: the tokenizer's own first, then those of the generation config."""
+    own = None if tokenizer is None else tokenizer.eos_token_id
+    return tuple(dict.fromkeys([*([] if own is None else [own]), *config.files.stop_token_ids]))
 
 
 def page_groups(config: EngineConfig, layout: ModelLayout) -> tuple[GroupSpec, ...]:
@@ -105,11 +122,10 @@ def scheduler_options(config: EngineConfig, layout: ModelLayout, groups: tuple[G
 def engine_settings(config: EngineConfig, layout: ModelLayout, tokenizer: Tokenizer | None) -> EngineSettings:
     """What the Engine must know."""
     options = config.options
-    own_eos = None if tokenizer is None else tokenizer.eos_token_id
     return EngineSettings(
         max_model_len=config.max_model_len,
         vocab_size=layout.vocab_size,
-        eos_token_ids=tuple(dict.fromkeys([*([] if own_eos is None else [own_eos]), *config.files.stop_token_ids])),
+        eos_token_ids=end_tokens(config, tokenizer),
         max_logprobs=options.model.max_logprobs,
         seed=options.model.seed,
         default_params=default_params(config.files.sampling_defaults),

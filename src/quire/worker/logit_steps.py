@@ -89,6 +89,7 @@ class MinTokens:
         self._device = device
         self._ids: dict[int, torch.Tensor] = {}
         self._until: dict[int, int] = {}  # first position that may hold an end
+        self._may_be_complete: dict[int, bool] = {}  # rows with a grammar, which may leave nothing but an end
 
     def admit(self, new: Admission, params: SamplingParams) -> bool:
         """Keep the row's ends, whatever ignore_eos says of them."""
@@ -97,6 +98,7 @@ class MinTokens:
             return False
         self._ids[new.slot] = _ids(tuple(sorted(ends)), self._device)
         self._until[new.slot] = new.prompt_len + params.min_tokens
+        self._may_be_complete[new.slot] = params.structured_outputs is not None
         return True
 
     def apply(self, logits: torch.Tensor, using: list[int], rows: Rows) -> None:
@@ -104,7 +106,10 @@ class MinTokens:
         for row in using:
             slot = int(rows.slots_host[row])
             if rows.positions_host[row] < self._until[slot]:
+                before = logits[row].clone() if self._may_be_complete[slot] else None
                 logits[row].index_fill_(0, self._ids[slot], NEVER)
+                if before is not None and not torch.isfinite(logits[row].amax()):
+                    logits[row] = before
 
 
 class LogitBias:

@@ -143,7 +143,8 @@ class Runner:
                 continue
             token = choices.tokens_host[row]
             if token < 0:
-                results.append(SpanResult(span.slot, error=str(self._sampler.explain(chosen_logits[row]))))
+                reason = self._slots.errors.get(span.slot) or str(self._sampler.explain(chosen_logits[row]))
+                results.append(SpanResult(span.slot, error=reason))
             else:
                 entry = choices.logprobs.get(row)
                 results.append(SpanResult(span.slot, (token,), () if entry is None else (entry,), prompt))

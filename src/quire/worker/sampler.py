@@ -14,12 +14,14 @@ import torch
 from quire.core.params import SamplingParams
 from quire.core.plan import Admission, TokenLogprobs
 from quire.errors import RequestFailedError
+from quire.grammar.compiler import Grammars
 from quire.kernels.table import Ops
 from quire.worker.batch import PromptRows, Rows
 from quire.worker.device import Device
-from quire.worker.logit_steps import LOGIT_STEPS
+from quire.worker.logit_steps import LOGIT_STEPS, LogitStep
 from quire.worker.logprobs import LogprobsMode, filtered, token_logprobs
 from quire.worker.slots import Slots
+from quire.worker.structured import StructuredOutputs
 
 
 @dataclass(slots=True)
@@ -34,13 +36,18 @@ class Choices:
 class Sampler:
     """Knows the parameters of every row of the Slots."""
 
-    def __init__(self, slots: Slots, ops: Ops, device: Device, logprobs_mode: LogprobsMode) -> None:
+    def __init__(
+        self, slots: Slots, ops: Ops, device: Device, logprobs_mode: LogprobsMode, grammars: Grammars | None = None
+    ) -> None:
         count, where = slots.num_slots, device.torch_device
         self._slots = slots
         self._ops = ops
         self._device = device
         self._mode: LogprobsMode = logprobs_mode
-        self._steps = [make(slots, device) for make in LOGIT_STEPS]
+        self._steps: list[LogitStep] = [
+            StructuredOutputs(slots, device, grammars),
+            *(make(slots, device) for make in LOGIT_STEPS),
+        ]
         self._uses = np.zeros((len(self._steps), count), dtype=bool)
         self._random = np.zeros(count, dtype=bool)  # rows that are not greedy
         self._logprobs = np.full(count, -2, dtype=np.int64)  # how many are wanted; -1 all, -2 not asked for
@@ -136,7 +143,7 @@ class Sampler:
         """Why a row with these raw logits [V] could not choose a token."""
         if torch.isfinite(logits.amax()):
             return RequestFailedError(
-                "no token is left to choose: allowed_token_ids, bad_words, min_tokens and logit_bias together forbid "
-                "the whole vocabulary"
+                "no token is left to choose: structured_outputs, allowed_token_ids, bad_words, min_tokens and logit_bias "
+                "together forbid the whole vocabulary"
             )
         return RequestFailedError("the model computed no usable scores (NaN or infinity) for this request")

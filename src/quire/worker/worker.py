@@ -15,6 +15,7 @@ import torch
 from quire.config import ModelOptions
 from quire.core.plan import GroupSpec, StepPlan, StepResult
 from quire.errors import EngineError
+from quire.grammar.compiler import Grammars
 from quire.kernels.table import Ops, load_ops
 from quire.layers.spec import ModelLayout
 from quire.models.build import build_model
@@ -68,15 +69,18 @@ class Worker:
         """The device's memory as it is now."""
         return self._device.memory()
 
-    def configure(self, groups: Sequence[GroupSpec]) -> None:
-        """Take memory for the pages and get ready to run. Raises CapacityError."""
+    def configure(self, groups: Sequence[GroupSpec], grammars: Grammars | None = None) -> None:
+        """Take memory for the pages and get ready to run. Raises CapacityError.
+
+        `grammars` compile structured outputs; a worker in the engine's process shares the engine's own.
+        """
         if self._model is None:
             raise EngineError("configure() comes after load()")
         setup = self._setup
         with self._device.stream():
             store = KVStore(self._model.layout, groups, setup.cache_dtype, self._ops, self._device)
         slots = Slots(setup.max_num_seqs, setup.max_model_len, groups, self._device)
-        sampler = Sampler(slots, self._ops, self._device, setup.options.logprobs_mode)
+        sampler = Sampler(slots, self._ops, self._device, setup.options.logprobs_mode, grammars)
         self._runner = Runner(self._model, slots, store, sampler, self._device, setup.max_num_batched_tokens)
 
     def run(self, plan: StepPlan) -> StepResult:

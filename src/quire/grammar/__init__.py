@@ -1,0 +1,9 @@
+"""Grammars: which tokens may come next, so that an output has the form that was asked for.
+
+A Grammars compiles a StructuredOutputsParams within limits and remembers it; a Constraint follows one output.
+"""
+
+from quire.grammar.compiler import Grammars, Vocabulary
+from quire.grammar.constraint import Constraint
+
+__all__ = ["Constraint", "Grammars", "Vocabulary"]

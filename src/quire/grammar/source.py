@@ -1,0 +1,149 @@
+"""From a wished form to the text that llguidance compiles, within limits on its size and depth.
+
+Pure functions of the wish. A form that cannot be had raises ValidationError that names what is wrong with it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from llguidance import LLMatcher, regex_to_lark
+from llguidance.gbnf_to_lark import any_to_lark
+
+from quire.core.structured import FIELD, StructuredOutputsParams
+from quire.errors import ValidationError
+
+MOST_DEPTH = 64  # levels of a schema; llguidance has its own limit for expressions and grammars
+LONGEST_SCHEMA = 256 * 1024  # characters
+LONGEST_REGEX = 16 * 1024
+LONGEST_GRAMMAR = 64 * 1024
+MOST_CHOICES = 4096
+# Between two parts of a JSON text. Bounded, since a model may like spaces so much that it never writes anything else.
+ANY_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
+
+_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
+_SINGLES = ("items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames")
+
+
+def source_of(wish: StructuredOutputsParams) -> str:
+    """The grammar of a wish, in llguidance's own notation."""
+    form = wish.form
+    if form == "json_object":
+        return _schema_source({"type": "object"}, wish)
+    if form == "json":
+        return _schema_source(_read_schema(str(wish.json)), wish)
+    if form == "choice":
+        return _choice_source(wish.choice or ())
+    if form == "regex":
+        return _regex_source(wish.regex or "")
+    return _grammar_source(wish.grammar or "")
+
+
+def _schema_source(schema: Any, wish: StructuredOutputsParams) -> str:
+    if wish.disable_additional_properties:
+        schema = closed(schema)
+    options: dict[str, Any] = {"whitespace_flexible": not wish.disable_any_whitespace}
+    if wish.whitespace_pattern is not None:
+        _check_length(wish.whitespace_pattern, "whitespace_pattern", LONGEST_REGEX)
+        options["whitespace_pattern"] = wish.whitespace_pattern
+    elif not wish.disable_any_whitespace:
+        options["whitespace_pattern"] = ANY_WHITESPACE
+    if isinstance(schema, dict):
+        # Clients do not configure the compiler from within a schema.
+        schema = {key: value for key, value in schema.items() if key != "x-guidance"}
+    try:
+        return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ValidationError(f"{FIELD}.json cannot be used: {str(error)[:300]}", FIELD) from error
+
+
+def _read_schema(text: str) -> Any:
+    """A schema from its text, if it is small enough."""
+    if len(text) > LONGEST_SCHEMA:
+        raise ValidationError(
+            f"{FIELD}.json has {len(text)} characters, at most {LONGEST_SCHEMA} are taken. Split the schema.", FIELD
+        )
+    try:
+        schema = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValidationError(f"{FIELD}.json is not valid JSON: {str(error)[:200]}", FIELD) from error
+    if not isinstance(schema, (dict, bool)):
+        raise ValidationError(f"{FIELD}.json must be a JSON schema, an object", FIELD)
+    level: list[Any] = [schema]
+    for _ in range(MOST_DEPTH):
+        level = [item for value in level for item in _inside(value)]
+        if not level:
+            return schema
+    raise ValidationError(f"{FIELD}.json is nested more than {MOST_DEPTH} levels deep. Use a flatter schema.", FIELD)
+
+
+def _inside(value: Any) -> Iterator[Any]:
+    """The objects and lists directly inside one."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return (item for item in items if isinstance(item, (dict, list)))
+
+
+def closed(schema: Any) -> Any:
+    """The schema with additionalProperties false wherever it lists properties and does not say otherwise."""
+    if not isinstance(schema, dict):
+        return schema
+    found = dict(schema)
+    for name in _MAPS:
+        if isinstance(found.get(name), dict):
+            found[name] = {key: closed(value) for key, value in found[name].items()}
+    for name in _LISTS:
+        if isinstance(found.get(name), list):
+            found[name] = [closed(value) for value in found[name]]
+    for name in _SINGLES:
+        if isinstance(found.get(name), dict):
+            found[name] = closed(found[name])
+    if isinstance(found.get("properties"), dict):
+        found.setdefault("additionalProperties", False)
+    return found
+
+
+def _choice_source(choices: tuple[str, ...]) -> str:
+    """One expression for all choices: as rules of their own they would cost a hundred times as much."""
+    if len(choices) > MOST_CHOICES or sum(map(len, choices)) > LONGEST_SCHEMA:
+        raise ValidationError(
+            f"{FIELD}.choice may hold {MOST_CHOICES} texts of {LONGEST_SCHEMA} characters in all.", FIELD
+        )
+    return LLMatcher.grammar_from_regex("|".join(f"(?:{_literal(choice)})" for choice in choices))
+
+
+def _literal(text: str) -> str:
+    """A regular expression that matches this text alone."""
+    return "".join(
+        character
+        if character.isascii() and (character.isalnum() or character in " _")
+        else f"\\x{{{ord(character):X}}}"
+        for character in text
+    )
+
+
+def _regex_source(regex: str) -> str:
+    """The whole output must match anyway, so anchors at the two ends say nothing, and llguidance knows none."""
+    _check_length(regex, "regex", LONGEST_REGEX)
+    body = regex.removeprefix("^")
+    if body.endswith("$"):
+        backslashes = len(body) - 1 - len(body[:-1].rstrip("\\"))
+        if backslashes % 2 == 0:
+            body = body[:-1]
+    # \d means the ten digits, which is what everybody has in mind, and not those of all scripts.
+    return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(body, 'd')}/")
+
+
+def _grammar_source(text: str) -> str:
+    _check_length(text, "grammar", LONGEST_GRAMMAR)
+    try:
+        return LLMatcher.grammar_from_lark(any_to_lark(text))
+    except Exception as error:  # the converter raises bare exceptions for what it cannot read
+        raise ValidationError(f"{FIELD}.grammar cannot be read: {str(error)[:300]}", FIELD) from error
+
+
+def _check_length(text: str, name: str, longest: int) -> None:
+    if len(text) > longest:
+        raise ValidationError(f"{FIELD}.{name} has {len(text)} characters, at most {longest} are taken.", FIELD)

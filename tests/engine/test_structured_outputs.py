@@ -1,0 +1,176 @@
+"""Structured outputs on the bundled model: hundreds of invented schemas, and every other wish beside them."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from quire import LLM, SamplingParams
+from quire.errors import RequestFailedError, ValidationError
+from quire.grammar import Constraint
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "pure"))
+
+from schemas import fits, invent
+
+BASE = {"max_num_seqs": 32, "max_model_len": 512, "device": "cpu", "threads": 1, "kv_cache_memory_bytes": 1 << 26}
+COUNT = 300
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with LLM(**BASE) as made:
+        yield made
+
+
+def ask(llm: LLM, params: list[SamplingParams] | SamplingParams, prompt: str = "Once upon a time"):
+    count = len(params) if isinstance(params, list) else 1
+    return [output.outputs for output in llm.generate([prompt] * count, params, use_tqdm=False)]
+
+
+def one(llm: LLM, **wish):
+    return ask(llm, SamplingParams(**({"max_tokens": 64} | wish)))[0][0]
+
+
+def test_invented_schemas_are_kept(llm: LLM) -> None:
+    """Whatever ends by itself fits its schema; a number with endless digits may be cut off by max_tokens."""
+    chance = random.Random(11)
+    schemas = [invent(chance) for _ in range(COUNT)]
+    params = [
+        SamplingParams(
+            max_tokens=160,
+            temperature=0.0 if index % 3 == 0 else 1.0,
+            seed=index,
+            structured_outputs={"json": schema, "disable_any_whitespace": index % 2 == 0},
+        )
+        for index, schema in enumerate(schemas)
+    ]
+    ended = 0
+    for schema, outputs in zip(schemas, ask(llm, params), strict=True):
+        assert outputs[0].finish_reason in ("stop", "length"), outputs[0].error
+        if outputs[0].finish_reason == "stop":
+            ended += 1
+            assert fits(json.loads(outputs[0].text), schema), (schema, outputs[0].text)
+    assert ended > 0.85 * COUNT, ended
+
+
+def test_regexes_and_choices(llm: LLM) -> None:
+    regexes = ["[a-z]{3,8} [0-9]{2,4}", "(ab|cd){1,5}", "[A-Z][a-z]{1,9}, [0-9]{5}", "#[0-9a-f]{6}"]
+    params = [
+        SamplingParams(max_tokens=64, seed=number, structured_outputs={"regex": regexes[number % 4]})
+        for number in range(40)
+    ]
+    for number, outputs in enumerate(ask(llm, params)):
+        assert re.fullmatch(regexes[number % 4], outputs[0].text), outputs[0].text
+    for seed in range(5):
+        assert one(llm, seed=seed, structured_outputs={"choice": ["red", "dark red", "réd"]}).text in (
+            "red",
+            "dark red",
+            "réd",
+        )
+
+
+def test_unconstrained_neighbours_do_not_notice(llm: LLM) -> None:
+    free = [SamplingParams(max_tokens=20, seed=number, temperature=1.0) for number in range(6)]
+    alone = [outputs[0].token_ids for outputs in ask(llm, free)]
+    bound = [SamplingParams(max_tokens=20, structured_outputs={"regex": "[0-9]{30}"}) for _ in free]
+    mixed = ask(llm, [item for pair in zip(free, bound, strict=True) for item in pair])
+    assert [outputs[0].token_ids for outputs in mixed[::2]] == alone
+    assert all(re.fullmatch("[0-9]{1,30}", outputs[0].text) for outputs in mixed[1::2])
+
+
+def mixed_wishes() -> list[SamplingParams]:
+    chance = random.Random(2)
+    return [
+        SamplingParams(
+            max_tokens=40,
+            seed=number,
+            temperature=float(number % 2),
+            structured_outputs=None if number % 4 == 3 else {"json": invent(chance)},
+        )
+        for number in range(16)
+    ]
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        {"num_gpu_blocks_override": 14, "block_size": 16, "enable_prefix_caching": False},
+        {"num_gpu_blocks_override": 14, "block_size": 16, "async_scheduling": True},
+        {"max_num_batched_tokens": 9, "max_num_seqs": 5},
+    ],
+    ids=["preempted", "preempted, with hits, planned ahead", "chunked"],
+)
+def test_the_same_output_under_every_schedule(llm: LLM, way: dict) -> None:
+    wanted = [outputs[0].token_ids for outputs in ask(llm, mixed_wishes())]
+    with LLM(**{**BASE, "max_model_len": 128} | way, disable_log_stats=False) as other:
+        found = other.generate(["Once upon a time"] * 16, mixed_wishes(), use_tqdm=False)
+    assert [output.outputs[0].token_ids for output in found] == wanted
+    if "num_gpu_blocks_override" in way:
+        assert sum(output.metrics.num_preemptions for output in found) > 0
+
+
+def test_many_completions_of_one_prompt(llm: LLM) -> None:
+    outputs = ask(
+        llm, SamplingParams(n=5, temperature=1.5, seed=3, max_tokens=30, structured_outputs={"regex": "[a-z]{4,9}"})
+    )[0]
+    assert len({output.text for output in outputs}) > 1
+    assert all(re.fullmatch("[a-z]{4,9}", output.text) for output in outputs)
+
+
+def test_min_tokens_gives_way_to_a_complete_output(llm: LLM) -> None:
+    output = one(llm, min_tokens=30, structured_outputs={"choice": ["yes"]})
+    assert (output.text, output.finish_reason) == ("yes", "stop")
+    output = one(llm, min_tokens=20, temperature=0.0, structured_outputs={"regex": "[a-z ]*"})
+    assert len(output.token_ids) >= 20  # an output that may go on does
+
+
+def test_stop_strings_and_ids_end_an_output_early(llm: LLM) -> None:
+    output = one(llm, stop=["3"], structured_outputs={"choice": ["12345"]})
+    assert (output.text, output.stop_reason) == ("12", "3")
+
+
+def test_ignore_eos_says_nothing_more(llm: LLM) -> None:
+    output = one(llm, ignore_eos=True, max_tokens=12, structured_outputs={"choice": ["yes"]})
+    assert (output.text, output.finish_reason, len(output.token_ids)) == ("yes", "length", 12)
+
+
+def test_other_wishes_about_tokens_hold_too(llm: LLM) -> None:
+    output = one(llm, bad_words=["yes"], structured_outputs={"choice": ["yes", "no"]})
+    assert output.text == "no"
+    output = one(llm, allowed_token_ids=[5], structured_outputs={"choice": ["yes"]})
+    assert output.finish_reason == "error" and "no token is left" in output.error
+
+
+def test_a_failing_grammar_fails_its_own_request(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill = Constraint.fill_mask
+    fills: dict[int, int] = {}
+    failing: list[Constraint] = []
+
+    def fails(self: Constraint, row) -> None:
+        if not failing:
+            failing.append(self)
+        fills[id(self)] = fills.get(id(self), 0) + 1
+        if self is failing[0] and fills[id(self)] == 3:
+            raise RequestFailedError("the grammar cannot go on: too complex")
+        fill(self, row)
+
+    monkeypatch.setattr(Constraint, "fill_mask", fails)
+    params = SamplingParams(max_tokens=30, seed=1, structured_outputs={"regex": "[a-z]{20}"})
+    outputs = [outputs[0] for outputs in ask(llm, [params] * 4)]
+    assert [output.finish_reason for output in outputs] == ["error", "stop", "stop", "stop"]
+    assert "too complex" in outputs[0].error
+    assert len({output.text for output in outputs[1:]}) == 1
+    assert ask(llm, params)[0][0].text == outputs[1].text  # the row is usable again
+
+
+def test_a_schema_that_cannot_be_had_is_refused_at_once(llm: LLM) -> None:
+    with pytest.raises(ValidationError, match="uniqueItems"):
+        one(llm, structured_outputs={"json": {"type": "array", "uniqueItems": True}})
+    assert one(llm, structured_outputs={"choice": ["fine"]}).text == "fine"
