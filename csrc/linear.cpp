@@ -75,14 +75,18 @@ void unpack(const T* packed, long n, long k, T* weight) {
 
 template <class T>
 struct Call {
-    const typename Dot<T>::A* a;  // packed rows of the block
+    const typename Dot<T>::A* a;  // packed rows: [block of k][tile][k of the block][rows of the tile]
     const T* packed;
     const T* bias;
     T* out;
     long m, n, k;
     bool widen;
     long tiles;  // the m rows are cut evenly into this many tiles
+    long block;  // steps of a block of k
     long first_row(long tile) const { return m * tile / tiles; }
+    long steps() const { return ceil_div(k, Dot<T>::DEPTH); }
+    long steps_of_block(long step) const { return std::min(block, steps() - step); }
+    long tile_at(long row, long step) const { return (m * step + row * steps_of_block(step)) * Dot<T>::STEP_A; }
 };
 
 template <class T>
@@ -142,7 +146,7 @@ void multiply_panels(const Call<T>& call, long tile0, long tile1, const Block<T>
 #endif
     for (long t = tile0; t < tile1; t++) {
         const long row = call.first_row(t), rows = call.first_row(t + 1) - row;
-        const auto* a = call.a + row * packed_row<T>(call.k) + block.step * Dot<T>::STEP_A * rows;
+        const auto* a = call.a + call.tile_at(row, block.step);
         float* corner = c + (row - row0) * BLOCK_COLUMNS;
         const T* from = lone ? block.weights + FETCH_BYTES / long(sizeof(T)) : t + 1 == tile1 ? block.next : block.weights;
         Ahead ahead{from, PANEL * Dot<T>::DEPTH * long(sizeof(T)), panel * long(sizeof(T))};
@@ -161,16 +165,15 @@ void multiply_panels(const Call<T>& call, long tile0, long tile1, const Block<T>
 template <class T>
 void multiply_item(const Call<T>& call, long tile0, long tile1, long panel0, long panel1) {
     float* c = static_cast<float*>(scratch<Call<T>>(ITEM_ROWS * BLOCK_COLUMNS * long(sizeof(float))));
-    const long steps = ceil_div(call.k, Dot<T>::DEPTH), panel = panel_elements<T>(call.k);
-    const long length = tile1 - tile0 == 1 && !call.widen ? steps : STEP_VALUES / Dot<T>::DEPTH;
-    for (long s = 0; s < steps; s += length)
+    const long panel = panel_elements<T>(call.k);
+    for (long s = 0; s < call.steps(); s += call.block)
         for (long p = panel0, width; p < panel1; p += width) {
             width = call.widen ? 1 : panels_for(int(ceil_div(call.m, call.tiles)));
             while (width > panel1 - p) width /= 2;
             const T* weights = call.packed + p * panel + s * Dot<T>::STEP_B;
             const T* next = p + width < panel1 ? weights + width * panel
-                                               : call.packed + panel0 * panel + (s + length) * Dot<T>::STEP_B;
-            multiply_panels(call, tile0, tile1, Block<T>{weights, next, width, s, std::min(length, steps - s)},
+                                               : call.packed + panel0 * panel + (s + call.block) * Dot<T>::STEP_B;
+            multiply_panels(call, tile0, tile1, Block<T>{weights, next, width, s, call.steps_of_block(s)},
                             c + (p - panel0) * PANEL);
         }
     write_out(call, c, call.first_row(tile0), call.first_row(tile1), panel0 * PANEL, std::min(call.n, panel1 * PANEL));
@@ -184,10 +187,13 @@ void linear_block(const T* x, long x_stride, Call<T> call) {
     call.widen = Dot<T>::DEPTH == 2 && call.m >= WIDEN_ROWS;
     const long most_rows = call.widen ? MAX_ROWS<float> : MAX_ROWS<T>;
     call.tiles = ceil_div(call.m, most_rows);
+    call.block = call.tiles == 1 && !call.widen ? call.steps() : STEP_VALUES / Dot<T>::DEPTH;
     for_each_item(call.tiles, call.m * call.k > 1 << 15, [&](long t) {
         const long row = call.first_row(t), rows = call.first_row(t + 1) - row;
-        pack_rows<T>([&](int i) { return x + (row + i) * x_stride; }, int(rows), call.k,
-                     a + row * packed_row<T>(call.k));
+        for (long s = 0; s < call.steps(); s += call.block) {
+            const long first = s * Dot<T>::DEPTH, values = std::min(call.block * Dot<T>::DEPTH, call.k - first);
+            pack_rows<T>([&](int i) { return x + (row + i) * x_stride + first; }, int(rows), values, a + call.tile_at(row, s));
+        }
     });
     const long panels = ceil_div(call.n, PANEL), groups = ceil_div(panels, GROUP);
     const long blocks = ceil_div(call.tiles, ITEM_ROWS / most_rows);
@@ -202,7 +208,7 @@ template <class T>
 void linear(const T* x, long x_stride, const T* packed, const T* bias, T* out, long m, long n, long k) {
     for (long row = 0; row < m; row += BLOCK_ROWS) {
         const long rows = std::min(BLOCK_ROWS, m - row);
-        linear_block(x + row * x_stride, x_stride, Call<T>{nullptr, packed, bias, out + row * n, rows, n, k, false, 0});
+        linear_block(x + row * x_stride, x_stride, Call<T>{nullptr, packed, bias, out + row * n, rows, n, k, false, 0, 0});
     }
 }
 

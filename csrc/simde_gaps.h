@@ -47,6 +47,8 @@ inline __m512i emulated_cvtepu8_epi32(__m128i x) {
 
 }  // namespace quire
 
+#undef _mm512_madd_epi16  // SIMDe's own alias takes the arguments of the masked one
+#define _mm512_madd_epi16 simde_mm512_madd_epi16
 #define _mm512_cvtepi32_ps quire::emulated_cvtepi32_ps
 #define _mm512_cvtepu8_epi32 quire::emulated_cvtepu8_epi32
 #define _mm512_cvtps_epi32 quire::emulated_cvtps_epi32

@@ -38,6 +38,36 @@ class PackedLinear:
 
 
 @dataclass(slots=True)
+class QuantizedWeights:
+    """A weight [N, K] as small integers: value times scale is the weight, after the zero point is taken away.
+
+    8 bits: values -127..127, one scale per output. 4 bits: values 0..15, a scale that bfloat16 can hold for each output
+    and each `group` values of k (a multiple of 32; the last group may be shorter), and a zero point 0..255 for each, or
+    none, which means 8.
+    """
+
+    bits: Literal[8, 4]
+    group: int  # 0 for 8 bits
+    values: torch.Tensor  # int8 [N, K]
+    scales: torch.Tensor  # float32 [N, groups]
+    zeros: torch.Tensor | None = None  # uint8 [N, groups]
+
+
+@dataclass(slots=True)
+class QuantizedLinear:
+    """Quantized weights in the layout of the backend that packed them; only that backend reads `data`.
+
+    `dtype` is that of the weight that was quantized, of the bias and of the results.
+    """
+
+    out_features: int
+    in_features: int
+    dtype: torch.dtype
+    data: QuantizedWeights | torch.Tensor
+    bias: torch.Tensor | None
+
+
+@dataclass(slots=True)
 class KVCache:
     """The pages of one layer, [num_pages, elements of a page]; how a page is laid out is its backend's own affair."""
 
@@ -73,6 +103,51 @@ def linear(x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
     if packed.bias is not None:
         out += packed.bias.float()
     return out.to(x.dtype).view(*x.shape[:-1], packed.out_features)
+
+
+# ---------------------------------------------------------------- linear with weights of 8 or 4 bits
+
+SMALLEST = 1e-30  # values whose largest is below this are rounded to 0: 127 / largest would not be safe
+
+
+def pack_quantized(weights: QuantizedWeights, bias: torch.Tensor | None, dtype: torch.dtype) -> QuantizedLinear:
+    """bias [N] or None in `dtype`. May keep or copy them; the caller drops the originals."""
+    return QuantizedLinear(weights.values.shape[0], weights.values.shape[1], dtype, weights, bias)
+
+
+def unpack_quantized(packed: QuantizedLinear) -> QuantizedWeights:
+    """The quantized weights as they were packed, bit for bit."""
+    assert isinstance(packed.data, QuantizedWeights)
+    return packed.data
+
+
+def quantized_linear(x: torch.Tensor, packed: QuantizedLinear) -> torch.Tensor:
+    """x [..., K] -> [..., N] in x's dtype, each group of a row rounded to int8 first (8 bits: the whole row).
+
+    With a = the largest |x| of a group, q = round(x * (127 / a)) to even, and s = a / 127: groups are summed in order as
+    (sum of q * (value - zero), an exact integer) * s * scale in float32, then the bias is added. Nothing here depends on
+    the order of other sums, so every backend gives the same bits. A row with inf or NaN in it becomes NaN.
+    """
+    weights = unpack_quantized(packed)
+    n, k = packed.out_features, packed.in_features
+    group = weights.group or k
+    rows = x.to(packed.dtype).reshape(-1, k).float()
+    total = torch.zeros(rows.shape[0], n, device=x.device)
+    for g, start in enumerate(range(0, k, group)):
+        part = rows[:, start : start + group]
+        largest = part.abs().amax(-1, keepdim=True)
+        usable = largest.isfinite() & (largest >= SMALLEST)
+        factor = torch.where(usable, torch.full_like(largest, 127.0) / largest, 0.0)  # a division: ties are many
+        q = torch.where(usable, (part * factor).round(), 0.0)
+        scale = torch.where(usable, largest / 127.0, torch.where(largest.isfinite(), 0.0, torch.nan))
+        values = weights.values[:, start : start + group].double()
+        if weights.bits == 4:
+            values = values - (8 if weights.zeros is None else weights.zeros[:, g : g + 1].double())
+        sums = q.double() @ values.T  # integers below 2^53: exact in any order
+        total += sums.float() * scale * weights.scales[:, g]
+    if packed.bias is not None:
+        total += packed.bias.float()
+    return total.to(packed.dtype).to(x.dtype).view(*x.shape[:-1], n)
 
 
 # ---------------------------------------------------------------- paged keys and values

@@ -31,6 +31,9 @@ LONG_FUNCTIONS = {
     "quire_pack_linear": (_I, _P, _L, _L, _L, _P),
     "quire_unpack_linear": (_I, _P, _L, _L, _P),
     "quire_linear": (_I, _P, _L, _P, _P, _P, _L, _L, _L),
+    "quire_pack_quantized": (_P, _P, _P, _P, _P),
+    "quire_unpack_quantized": (_P, _P, _P, _P, _P),
+    "quire_quantized_linear": (_P, _I, _P, _L, _P, _P, _P, _L),
     "quire_attention": (_P,),
     "quire_sample": (_I, _P, _L, _P, _P, _P, _P, _P, _P, _L, _L),
     "quire_read_memory": (_P, _L),
@@ -40,6 +43,7 @@ SHORT_FUNCTIONS = {
     "quire_set_threads": (_I, _P),
     "quire_fork_join": (),
     "quire_packed_size": (_I, _L, _L),
+    "quire_quantized_size": (_P,),
     "quire_page_size": (_I, _L, _L, _L, _L),
     "quire_write_cache": (_P, _P, _L, _P, _L, _P, _L),
     "quire_rotary": (_P,),
@@ -52,6 +56,7 @@ SHORT_FUNCTIONS = {
 }
 RETURNS = {
     "quire_packed_size": c_int64,
+    "quire_quantized_size": c_int64,
     "quire_page_size": c_int64,
     "quire_best_level": c_int32,
     "quire_read_memory": c_float,
@@ -70,6 +75,12 @@ class CacheStruct(ctypes.Structure):
         ("value_dim", _L),
         ("dtype", _I),
     ]
+
+
+class QuantizedStruct(ctypes.Structure):
+    """QuireQuantized of csrc/quire.h."""
+
+    _fields_ = [("bits", _I), ("zero_points", _I), ("group", _L), ("n", _L), ("k", _L)]
 
 
 class RotaryStruct(ctypes.Structure):
@@ -99,6 +110,9 @@ class Library:
     quire_pack_linear: Callable[..., None]
     quire_unpack_linear: Callable[..., None]
     quire_linear: Callable[..., None]
+    quire_pack_quantized: Callable[..., None]
+    quire_unpack_quantized: Callable[..., None]
+    quire_quantized_linear: Callable[..., None]
     quire_attention: Callable[..., None]
     quire_sample: Callable[..., None]
     quire_read_memory: Callable[..., float]
@@ -106,6 +120,7 @@ class Library:
     quire_set_threads: Callable[..., None]
     quire_fork_join: Callable[..., None]
     quire_packed_size: Callable[..., int]
+    quire_quantized_size: Callable[..., int]
     quire_page_size: Callable[..., int]
     quire_write_cache: Callable[..., None]
     quire_rotary: Callable[..., None]

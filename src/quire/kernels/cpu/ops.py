@@ -13,7 +13,14 @@ import torch
 
 from quire.kernels import reference
 from quire.kernels.cpu import native
-from quire.kernels.reference import KVCache, NormStyle, PackedLinear, RotaryStyle
+from quire.kernels.reference import (
+    KVCache,
+    NormStyle,
+    PackedLinear,
+    QuantizedLinear,
+    QuantizedWeights,
+    RotaryStyle,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +37,17 @@ class NativeLinear(PackedLinear):
     """A PackedLinear in the panels that csrc/linear.cpp draws, with the addresses that every call needs."""
 
     code: int
+    weights: int
+    added: int | None
+
+
+@dataclass(slots=True)
+class NativeQuantized(QuantizedLinear):
+    """A QuantizedLinear in the panels that csrc/quantized.cpp draws, with the addresses that every call needs."""
+
+    code: int
+    struct: native.QuantizedStruct
+    layout: int  # address of struct
     weights: int
     added: int | None
 
@@ -131,6 +149,54 @@ class CpuOps:
             rows.shape[0],
             n,
             k,
+        )
+        return out
+
+    def pack_quantized(
+        self, weights: QuantizedWeights, bias: torch.Tensor | None, dtype: torch.dtype
+    ) -> QuantizedLinear:
+        if dtype not in CODES:
+            return reference.pack_quantized(weights, bias, dtype)
+        n, k = weights.values.shape
+        struct = native.QuantizedStruct(weights.bits, weights.zeros is not None, weights.group, n, k)
+        layout = addressof(struct)
+        data = torch.empty(self._lib.quire_quantized_size(layout), dtype=torch.uint8)
+        values, scales = weights.values.contiguous(), weights.scales.contiguous()
+        zeros = None if weights.zeros is None else weights.zeros.contiguous()
+        self._lib.quire_pack_quantized(layout, values.data_ptr(), scales.data_ptr(), _pointer(zeros), data.data_ptr())
+        bias = None if bias is None else bias.detach().to(dtype).contiguous()
+        return NativeQuantized(n, k, dtype, data, bias, CODES[dtype], struct, layout, data.data_ptr(), _pointer(bias))
+
+    def unpack_quantized(self, packed: QuantizedLinear) -> QuantizedWeights:
+        if not isinstance(packed, NativeQuantized):
+            return reference.unpack_quantized(packed)
+        n, k, struct = packed.out_features, packed.in_features, packed.struct
+        groups = -(-k // struct.group) if struct.bits == 4 else 1
+        values, scales = torch.empty(n, k, dtype=torch.int8), torch.empty(n, groups)
+        zeros = torch.empty(n, groups, dtype=torch.uint8) if struct.zero_points else None
+        self._lib.quire_unpack_quantized(
+            packed.layout, packed.weights, values.data_ptr(), scales.data_ptr(), _pointer(zeros)
+        )
+        return QuantizedWeights(struct.bits, struct.group, values, scales, zeros)
+
+    def quantized_linear(self, x: torch.Tensor, packed: QuantizedLinear) -> torch.Tensor:
+        if not isinstance(packed, NativeQuantized):
+            return reference.quantized_linear(x, packed)
+        if x.dtype != packed.dtype:
+            return self.quantized_linear(x.to(packed.dtype), packed).to(x.dtype)
+        n, k, rows = packed.out_features, packed.in_features, _rows(x)
+        if rows.shape[1] != k:
+            raise ValueError(f"linear takes {k} features, the input has {rows.shape[1]} (shape {tuple(x.shape)}).")
+        out = torch.empty(*x.shape[:-1], n, dtype=packed.dtype)
+        self._lib.quire_quantized_linear(
+            packed.layout,
+            packed.code,
+            rows.data_ptr(),
+            rows.stride(0),
+            packed.weights,
+            packed.added,
+            out.data_ptr(),
+            rows.shape[0],
         )
         return out
 
