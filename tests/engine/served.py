@@ -32,6 +32,7 @@ from quire.engine.core import EngineCore
 from quire.engine.engine import Engine, EngineSettings
 from quire.engine.executor import FakeExecutor
 from quire.engine.metrics import Metrics
+from quire.grammar import Grammars, Vocabulary
 from quire.serve.app import create_app
 from quire.serve.service import ModelCard, Service
 from quire.text import Tokenizer
@@ -138,7 +139,8 @@ def engine_of(setup: Setup, executor: FakeExecutor, metrics: Metrics) -> Engine:
         default_params=setup.defaults,
         **setup.settings,
     )
-    return Engine(EngineCore(scheduler, executor), TOKENIZER, settings, metrics)
+    grammars = Grammars(lambda: Vocabulary(TOKENIZER, TOKENIZER.vocab_size, settings.eos_token_ids))
+    return Engine(EngineCore(scheduler, executor), TOKENIZER, settings, metrics, grammars=grammars)
 
 
 async def _until_stopped(server: uvicorn.Server, service: Service) -> None:

@@ -152,9 +152,6 @@ def test_wrong_fields_of_a_chat(server: Running, fields: dict[str, Any], param: 
 @pytest.mark.parametrize(
     "fields",
     [
-        {"response_format": {"type": "json_object"}},
-        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}},
-        {"structured_outputs": {"regex": "a"}},
         {"guided_json": {}},
         {"guided_regex": "a+"},
         {"suffix": "x"},

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from quire.core.params import RequestOutputKind, SamplingParams
 from quire.errors import ValidationError
+from quire.serve.forms import wished_form
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +45,6 @@ _REFUSED: dict[str, tuple[object, ...]] = {
     "best_of": (None, 1),
     "use_beam_search": (None, False),
     "length_penalty": (None, 1, 1.0),
-    "response_format": (None, {"type": "text"}),
-    "structured_outputs": (None,),
     "structural_tag": (None,),
     "guided_json": (None,),
     "guided_regex": (None,),
@@ -146,6 +145,8 @@ class GenerationRequest(ApiRequest):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     echo: bool | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
 
     def check(self) -> None:
         """What one field cannot tell alone. Raises ValidationError."""
@@ -214,6 +215,7 @@ class GenerationRequest(ApiRequest):
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             logit_bias=_biases(self.logit_bias or {}),
+            structured_outputs=wished_form(self.response_format, self.structured_outputs),
             output_kind=RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY,
         )
 
