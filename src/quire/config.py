@@ -138,6 +138,13 @@ class ServeOptions:
     return_tokens_as_token_ids: bool = option(False, help="show tokens as token_id:N in log-probabilities")
     enable_force_include_usage: bool = option(False, help="send usage in every stream")
     enable_prompt_tokens_details: bool = option(False, help="report cached prompt tokens in usage")
+    stream_interval: int = option(1, help="tokens that are sent together in a stream; the first one goes at once")
+    sse_keep_alive_interval: float = option(
+        0.0, help="seconds of silence after which a stream sends a comment; 0: never"
+    )
+    max_log_len: int = option(0, help="characters of each prompt that --enable-log-requests logs")
+    max_stored_responses: int = option(1000, help="answers of /v1/responses that are kept in memory; 0 for none")
+    stall_timeout: float = option(120.0, help="seconds without a step, with work to do, from which on health is denied")
     uvicorn_log_level: Literal["critical", "error", "warning", "info", "debug", "trace"] = option(
         "warning", help="how much the web server logs"
     )

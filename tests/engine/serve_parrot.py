@@ -17,6 +17,7 @@ from quire.config import ServeOptions
 from quire.engine.async_engine import AsyncEngine
 from quire.engine.executor import FakeExecutor
 from quire.engine.metrics import Metrics
+from quire.serve.progress import Progress
 from quire.serve.run import StartReport, _serve, bind
 from quire.serve.service import ModelCard, Service
 
@@ -25,7 +26,8 @@ def main() -> int:
     options = ServeOptions(port=0, shutdown_timeout=float(sys.argv[1]))
     env.set_up_logging()
     metrics = Metrics("parrot", MAX_MODEL_LEN)
-    engine = engine_of(Setup(), FakeExecutor(parrot, delay=float(sys.argv[2])), metrics)
+    progress = Progress(metrics)
+    engine = engine_of(Setup(), FakeExecutor(parrot, delay=float(sys.argv[2])), progress)
     plain_step = engine.step
 
     def step() -> Any:
@@ -37,7 +39,7 @@ def main() -> int:
     engine.step = step  # type: ignore[method-assign]
     running = AsyncEngine(engine)
     running.start()
-    service = Service(running, ModelCard(("parrot",), MAX_MODEL_LEN), options, metrics.registry)
+    service = Service(running, ModelCard(("parrot",), MAX_MODEL_LEN), options, metrics.registry, progress=progress)
     report = StartReport(time.perf_counter())
     report.add("nothing", 0.0)
     return asyncio.run(_serve(service, (), bind(options), report, metrics))

@@ -32,8 +32,10 @@ from quire.engine.core import EngineCore
 from quire.engine.engine import Engine, EngineSettings
 from quire.engine.executor import FakeExecutor
 from quire.engine.metrics import Metrics
+from quire.engine.observe import Observer
 from quire.grammar import Grammars, Vocabulary
 from quire.serve.app import create_app
+from quire.serve.progress import Progress
 from quire.serve.service import ModelCard, Service
 from quire.text import Tokenizer
 
@@ -94,7 +96,7 @@ class Running:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             stats = self.metrics.stats
-            if not stats.running and not stats.waiting and not self.service.live and not self.service.requests:
+            if not stats.running and not stats.waiting and not self.service.live:
                 return
             time.sleep(0.01)
         raise AssertionError(f"still at work: {self.metrics.stats}, {self.service.live}")
@@ -122,7 +124,7 @@ class Setup:
     most_tokens: int | None = None
 
 
-def engine_of(setup: Setup, executor: FakeExecutor, metrics: Metrics) -> Engine:
+def engine_of(setup: Setup, executor: FakeExecutor, metrics: Observer) -> Engine:
     """A real engine over the fake executor."""
     scheduler = Scheduler(
         SchedulerOptions(
@@ -156,7 +158,8 @@ def served(setup: Setup | None = None) -> Iterator[Running]:
     setup = setup or Setup()
     executor = FakeExecutor(parrot, delay=setup.delay)
     metrics = Metrics("parrot", MAX_MODEL_LEN)
-    engine = AsyncEngine(engine_of(setup, executor, metrics))
+    progress = Progress(metrics)
+    engine = AsyncEngine(engine_of(setup, executor, progress))
     engine.start()
     card = ModelCard(
         ("parrot", "bird"),
@@ -165,7 +168,7 @@ def served(setup: Setup | None = None) -> Iterator[Running]:
         fingerprint="quire-test",
         most_tokens=setup.most_tokens,
     )
-    service = Service(engine, card, setup.options, metrics.registry)
+    service = Service(engine, card, setup.options, metrics.registry, progress=progress)
     config = uvicorn.Config(
         create_app(service, setup.keys),
         port=0,

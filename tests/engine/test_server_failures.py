@@ -48,7 +48,9 @@ def test_bodies_that_are_too_large() -> None:
             sent.append(message)
 
         try:
-            asyncio.run(BodyLimit(app, 10)({"type": "http", "headers": headers}, receive, send))
+            asyncio.run(
+                BodyLimit(app, 10)({"type": "http", "path": "/v1/completions", "headers": headers}, receive, send)
+            )
         except Exception as error:
             return getattr(error, "status_code", 0)
         return sent[0]["status"]

@@ -61,7 +61,8 @@ def test_every_route_but_the_public_ones_needs_a_key(server: Running) -> None:
     with httpx.Client(base_url=server.url) as bare:
         for path in paths - PUBLIC:
             for method in ("GET", "POST", "PUT", "DELETE", "PATCH"):
-                refused(bare.request(method, path.replace("{name:path}", "parrot").replace("{id}", "x")), 401)
+                response = bare.request(method, path.replace("{name:path}", "parrot"))
+                assert response.status_code == 401 and "API key" in response.text, path
 
 
 def test_cve_2025_59425_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,6 +69,10 @@ def test_cve_2026_115918_and_cve_2025_61620_clients_bring_no_templates() -> None
         body = {"messages": CHAT, "chat_template": "{{ messages }}"}
         for path in ("/v1/chat/completions", "/tokenize"):
             assert refused(server.http.post(path, json=body))["param"] == "chat_template"
+        response = server.http.post("/v1/responses", json={"input": "x", "chat_template": "{{ messages }}"})
+        assert refused(response)["param"] == "chat_template"
+        response = server.http.post("/v1/messages", json=body | {"max_tokens": 5})
+        assert response.status_code == 400 and "chat_template" in response.text
         for kwargs in (
             {"chat_template": "x"},
             {"tokenize": True},

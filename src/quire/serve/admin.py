@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 import quire
 from quire.errors import NotFoundError, ValidationError
-from quire.serve.errors import failure_of
+from quire.serve.errors import Failure
 from quire.serve.layers import JsonRoute
 from quire.serve.protocol import DetokenizeRequest, TokenizeRequest
 from quire.serve.service import LONG_TEXT, ModelCard, Service
@@ -23,13 +23,28 @@ router = APIRouter(route_class=JsonRoute)
 @router.get("/health")
 @router.head("/health", include_in_schema=False)
 async def health(request: Request) -> Response:
-    """200 while requests can be served, 503 when the engine has stopped or the server drains."""
+    """200 while requests can be served; 503 when the engine has stopped or stands still, or the server drains."""
     service: Service = request.app.state.service
-    try:
-        await service.check_ready()
-    except Exception as error:
-        return failure_of(error).response()
-    return Response()
+    state = await service.state()
+    if state == "ready":
+        return Response()
+    return Failure(503, "ServiceUnavailableError", f"The server is {state}.").response()
+
+
+@router.get("/livez")
+async def livez(request: Request) -> Response:
+    """200 unless the process should be started anew: the engine has stopped, or does nothing although it has work."""
+    service: Service = request.app.state.service
+    state = await service.state()
+    return JSONResponse({"status": state} | service.progress.report(), 503 if state in ("stopped", "stalled") else 200)
+
+
+@router.get("/readyz")
+async def readyz(request: Request) -> Response:
+    """200 while new requests should be sent here."""
+    service: Service = request.app.state.service
+    state = await service.state()
+    return JSONResponse({"status": state} | service.progress.report(), 200 if state == "ready" else 503)
 
 
 @router.get("/ping")
@@ -49,7 +64,7 @@ async def version() -> dict[str, str]:
 async def load(request: Request) -> dict[str, int]:
     """Requests that are being answered."""
     service: Service = request.app.state.service
-    return {"server_load": service.requests}
+    return {"server_load": len(service.live)}
 
 
 @router.get("/metrics")

@@ -22,7 +22,7 @@ from quire.errors import ConfigError
 from quire.serve.errors import Failure
 
 # Asked by load balancers and by monitoring, which seldom carry keys; they tell nothing of any request's content.
-PUBLIC = frozenset(("/health", "/ping", "/version", "/metrics"))
+PUBLIC = frozenset(("/health", "/livez", "/readyz", "/ping", "/version", "/metrics"))
 
 
 TENANT = "quire.tenant"  # where the scope of a request says whose it is
@@ -89,7 +89,7 @@ class KeyCheck:
                 "A valid API key is needed: send the header 'Authorization: Bearer KEY'.",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-            await failure.response()(scope, receive, send)
+            await failure.response(scope["path"])(scope, receive, send)
         else:
             await send({"type": "websocket.close", "code": 1008})
 

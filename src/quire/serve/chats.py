@@ -16,7 +16,7 @@ from quire.serve.layers import JsonRoute
 from quire.serve.logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from quire.serve.protocol import ChatRequest
 from quire.serve.service import Service, new_id
-from quire.serve.sse import EventStream, event, json_response, until_left
+from quire.serve.sse import event, json_response, stream, until_left
 from quire.serve.talk import Talk
 from quire.serve.usage import Usage
 
@@ -42,8 +42,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     )
     if not body.stream:
         return json_response(await until_left(request, answer.whole()))
-    events = answer.events()
-    return EventStream(await until_left(request, anext(events)), events)
+    return await stream(request, answer.events(), patience=service.options.sse_keep_alive_interval)
 
 
 @dataclass(slots=True)

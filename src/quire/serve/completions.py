@@ -17,7 +17,7 @@ from quire.serve.layers import JsonRoute
 from quire.serve.logprobs import TokenNames, completion_logprobs, prompt_logprobs
 from quire.serve.protocol import CompletionRequest
 from quire.serve.service import LONG_TEXT, Job, Service, new_id
-from quire.serve.sse import EventStream, event, json_response, until_left
+from quire.serve.sse import event, json_response, stream, until_left
 from quire.serve.usage import Usage
 
 router = APIRouter(route_class=JsonRoute)
@@ -40,8 +40,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     )
     if not body.stream:
         return json_response(await until_left(request, answer.whole()))
-    events = answer.events()
-    return EventStream(await until_left(request, anext(events)), events)
+    return await stream(request, answer.events(), patience=service.options.sse_keep_alive_interval)
 
 
 @dataclass(slots=True)

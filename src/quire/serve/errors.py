@@ -42,11 +42,26 @@ class Failure:
         """The JSON body, also used inside a stream."""
         return {"error": {"message": clean(self.message), "type": self.type, "param": self.param, "code": self.status}}
 
-    def response(self) -> JSONResponse:
-        """The HTTP response."""
-        return JSONResponse(self.body(), self.status, self.headers)
+    def anthropic_body(self) -> dict[str, object]:
+        """The same in the shape of Anthropic's API."""
+        kind = _ANTHROPIC.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
+        place = f"{self.param}: " if self.param and not self.message.startswith(self.param) else ""
+        return {"type": "error", "error": {"type": kind, "message": place + clean(self.message)}}
+
+    def response(self, path: str = "") -> JSONResponse:
+        """The HTTP response, in the shape that clients of this path expect."""
+        is_anthropic = path.partition("/v1/")[2].startswith("messages")
+        return JSONResponse(self.anthropic_body() if is_anthropic else self.body(), self.status, self.headers)
 
 
+_ANTHROPIC = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 _NAMES = {
     400: "BadRequestError",
     401: "AuthenticationError",
@@ -87,14 +102,16 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RequestFailedError, _any_error)
 
 
-async def _any_error(_: Request, error: Exception) -> JSONResponse:
-    return failure_of(error).response()
+async def _any_error(request: Request, error: Exception) -> JSONResponse:
+    return failure_of(error).response(request.scope["path"])
 
 
-async def _http_error(_: Request, error: Exception) -> JSONResponse:
+async def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     kind = _NAMES.get(error.status_code, "BadRequestError" if error.status_code < 500 else "InternalServerError")
-    return Failure(error.status_code, kind, str(error.detail), headers=dict(error.headers or {})).response()
+    return Failure(error.status_code, kind, str(error.detail), headers=dict(error.headers or {})).response(
+        request.scope["path"]
+    )
 
 
 async def _invalid_body(request: Request, error: Exception) -> JSONResponse:
@@ -102,11 +119,13 @@ async def _invalid_body(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
-        return Failure(400, "Bad Request", "The Content-Type must be application/json.").response()
+        return Failure(400, "Bad Request", "The Content-Type must be application/json.").response(request.scope["path"])
     first = error.errors()[0]
     if first["type"] == "json_invalid":
-        return Failure(400, "Bad Request", "The body is not valid JSON.").response()
+        return Failure(400, "Bad Request", "The body is not valid JSON.").response(request.scope["path"])
     place = ".".join(str(part) for part in first["loc"] if part != "body")
     more = len(error.errors()) - 1
     others = f" ({more} more such errors)" if more else ""
-    return Failure(400, "Bad Request", f"{place or 'body'}: {first['msg']}{others}", place or None).response()
+    return Failure(400, "Bad Request", f"{place or 'body'}: {first['msg']}{others}", place or None).response(
+        request.scope["path"]
+    )

@@ -13,11 +13,13 @@ from typing import Any
 from fastapi import Request
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire.errors import ValidationError
 from quire.serve.errors import Failure, failure_of
+from quire.serve.sse import ClientLeft
 
 DEEPEST_JSON = 64  # objects and lists within each other
 MOST_JSON_PARTS = 250_000  # objects and lists in one body
@@ -58,7 +60,7 @@ class HeaderLimit:
         """Pass on while the headers are within the limit, else answer 431."""
         if scope["type"] == "http" and len(scope["headers"]) > self._most:
             message = f"The request has more than {self._most} headers."
-            await Failure(431, "RequestTooLargeError", message).response()(scope, receive, send)
+            await Failure(431, "RequestTooLargeError", message).response(scope["path"])(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
@@ -78,7 +80,7 @@ class BodyLimit:
             return
         declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         if declared.isdigit() and int(declared) > self._most:
-            await Failure(413, "RequestTooLargeError", self._message).response()(scope, receive, send)
+            await Failure(413, "RequestTooLargeError", self._message).response(scope["path"])(scope, receive, send)
             return
         seen = 0
 
@@ -113,7 +115,7 @@ class ErrorShield:
         except Exception as error:
             failure = failure_of(error)  # logs it
             if not begun and scope["type"] == "http":
-                await failure.response()(scope, receive, send)
+                await failure.response(scope["path"])(scope, receive, send)
 
 
 class JsonRoute(APIRoute):
@@ -125,7 +127,11 @@ class JsonRoute(APIRoute):
 
         async def checked(request: Request) -> Response:
             if request.method == "POST":
-                check_json_shape(await request.body())
+                try:
+                    body = await request.body()
+                except ClientDisconnect as error:
+                    raise ClientLeft from error
+                check_json_shape(body)
             return await handler(request)
 
         return checked

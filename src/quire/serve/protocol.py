@@ -58,7 +58,6 @@ _REFUSED: dict[str, tuple[object, ...]] = {
     "ec_transfer_params": (None,),
     "vllm_xargs": (None, {}),
     "logits_processors": (None, []),
-    "stream_interval": (None, 1),
     "watermarking": (None, False),
     "mm_processor_kwargs": (None, {}),
     "media_io_kwargs": (None, {}),
@@ -147,6 +146,7 @@ class GenerationRequest(ApiRequest):
     echo: bool | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
+    stream_interval: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
 
     def check(self) -> None:
         """What one field cannot tell alone. Raises ValidationError."""

@@ -19,13 +19,12 @@ import uvicorn
 
 import quire
 from quire.config import EngineOptions, ServeOptions
-from quire.core.stats import Stats
 from quire.engine.async_engine import AsyncEngine
 from quire.engine.metrics import Metrics
-from quire.engine.observe import StepFigures
 from quire.errors import ConfigError
 from quire.serve.app import create_app
 from quire.serve.auth import check_bind, read_keys
+from quire.serve.progress import Progress
 from quire.serve.service import ModelCard, Service, fingerprint
 
 logger = logging.getLogger(__name__)
@@ -77,13 +76,13 @@ def run_server(engine_options: EngineOptions, options: ServeOptions, began: floa
     listener = bind(options)
     try:
         _import_engine(report)
-        observer = None if engine_options.observe.disable_log_stats else _LateMetrics()
-        engine = AsyncEngine.from_options(engine_options, observer, report.add)
+        progress = Progress()
+        engine = AsyncEngine.from_options(engine_options, progress, report.add)
         settings = engine.engine.settings
         names = settings.model_names or (engine_options.model.model or "bundled",)
         metrics = None
-        if observer is not None:
-            metrics = observer.metrics = Metrics(names[0], settings.max_model_len)
+        if not engine_options.observe.disable_log_stats:
+            metrics = progress.then = Metrics(names[0], settings.max_model_len)
             metrics.set_config({**asdict(engine_options.cache), "num_gpu_blocks": engine.engine.stats().pages})
         card = ModelCard(
             names=names,
@@ -101,6 +100,7 @@ def run_server(engine_options: EngineOptions, options: ServeOptions, began: floa
             card,
             options,
             registry,
+            progress=progress,
             log_arrivals=engine_options.observe.enable_log_requests,
             takes_priority=engine_options.schedule.scheduling_policy == "priority",
         )
@@ -184,18 +184,6 @@ def _root(options: EngineOptions) -> str:
     return Path(model).name if Path(model).exists() else model
 
 
-@dataclass(slots=True)
-class _LateMetrics:
-    """The observer of an engine whose model's name is known only when it has started."""
-
-    metrics: Metrics | None = None
-
-    def observe(self, stats: Stats, figures: StepFigures) -> None:
-        """Pass on."""
-        if self.metrics is not None:
-            self.metrics.observe(stats, figures)
-
-
 class _Server(uvicorn.Server):
     """uvicorn, greeting when it listens and letting requests finish when it shall stop."""
 
@@ -215,7 +203,7 @@ class _Server(uvicorn.Server):
 
         The signal is dealt with here and not raised again afterwards: an orderly end is not a death by signal.
         """
-        logger.info("signal %d: no new requests; %d may finish", sig, self._service.requests)
+        logger.info("signal %d: no new requests; %d may finish", sig, len(self._service.live))
         self._service.draining = True
         self.force_exit = self.should_exit
         self.should_exit = True
@@ -232,7 +220,7 @@ class _Server(uvicorn.Server):
         await asyncio.sleep(self._service.options.shutdown_timeout)
         if self._service.live:
             logger.warning("%d requests did not finish in time and are ended", len(self._service.live))
-            await self._service.engine.abort(tuple(self._service.live))
+            await self._service.engine.abort(self._service.live.engine_ids())
 
 
 async def _serve(

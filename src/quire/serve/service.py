@@ -23,9 +23,13 @@ from quire.core.params import SamplingParams
 from quire.engine.async_engine import AsyncEngine
 from quire.engine.outputs import RequestOutput
 from quire.engine.prompts import TextPrompt, TokensPrompt
-from quire.errors import NotFoundError, OverloadedError, RequestFailedError, ValidationError
+from quire.errors import EngineDeadError, NotFoundError, OverloadedError, RequestFailedError, ValidationError
+from quire.serve.live import Live, LiveRequest
+from quire.serve.merge import every
+from quire.serve.progress import Progress
 from quire.serve.protocol import GenerationRequest
 from quire.serve.renderer import RenderPool
+from quire.serve.store import Store
 from quire.text import ChatOptions, Tokenizer, prompt_text
 from quire.text.chat import render_job
 
@@ -65,28 +69,31 @@ class Job:
 
 @dataclass(slots=True)
 class Service:
-    """The engine, the model's card and the options; `live` holds the engine's ids of all running requests."""
+    """The engine, the model's card and the options; `live` holds the requests that are being answered."""
 
     engine: AsyncEngine
     card: ModelCard
     options: ServeOptions
     registry: CollectorRegistry | None = None
     chat_template_kwargs: dict[str, object] = field(default_factory=dict)
-    live: set[str] = field(default_factory=set)
-    requests: int = 0  # being answered now, for /load
+    progress: Progress = field(default_factory=Progress)
+    live: Live = field(default_factory=Live)
     draining: bool = False
     log_arrivals: bool = False
     takes_priority: bool = True  # whether the scheduler heeds it
+    store: Store = field(init=False)
     server_templates: RenderPool = field(init=False)
     client_templates: RenderPool = field(init=False)  # their own, so that they cannot hold up the server's
 
     def __post_init__(self) -> None:
-        """Make the pools; their processes start when first needed."""
+        """Make the store and the pools, whose processes start when first needed."""
+        self.store = Store(self.options.max_stored_responses)
         self.server_templates = RenderPool(RENDERERS, self.options.template_timeout)
         self.client_templates = RenderPool(RENDERERS, self.options.template_timeout)
 
     async def close(self) -> None:
-        """End the engine and the processes that render templates."""
+        """End what runs in the background, the engine, and the processes that render templates."""
+        await self.store.close()
         await self.server_templates.close()
         await self.client_templates.close()
         await self.engine.close()
@@ -118,6 +125,16 @@ class Service:
         if self.draining:
             raise OverloadedError("The server is shutting down.", retry_after=5)
         await self.engine.check_health()
+
+    async def state(self) -> str:
+        """ready, draining, stalled or stopped. Stalled: there is work and the engine does nothing for too long."""
+        try:
+            await self.engine.check_health()
+        except EngineDeadError:
+            return "stopped"
+        if self.progress.silent_for(self.live.busy_since) > self.options.stall_timeout:
+            return "stalled"
+        return "draining" if self.draining else "ready"
 
     async def render(self, messages: Sequence[Any], options: ChatOptions) -> str:
         """The prompt text of a conversation. The one place that decides about templates of clients."""
@@ -193,47 +210,56 @@ class Service:
         self.check_priority(body.priority)
         await self.check_ready()
         began, tally = time.monotonic(), _Tally()
+        known = sum(job.tokens or 0 for job in jobs)
+        live = LiveRequest(request_id, tenant, len(jobs), known)
         if self.log_arrivals:
-            known = sum(job.tokens or 0 for job in jobs)
-            logger.info("%s arrived: %d prompts, %d tokens in, %s", request_id, len(jobs), known, params)
-        self.requests += 1
+            self._log_arrival(request_id, jobs, known, params)
+        self.live.add(live)
         try:
             salt = cache_salt("" if self.options.share_prefix_cache else tenant, body.cache_salt)
             sources = [
-                self._one(
-                    f"{request_id}-{index}-{uuid.uuid4().hex[:8]}",
-                    _salted(job, salt),
-                    params,
-                    body.priority or 0,
-                    special,
-                )
-                for index, job in enumerate(jobs)
+                self._one(live, index, _salted(job, salt), params, body, special) for index, job in enumerate(jobs)
             ]
             async with aclosing(merged(sources)) as found:
                 async for index, output in found:
                     tally.note(output)
+                    live.note(output)
                     _raise_failed(output)
                     yield index, output
         except BaseException as error:
             tally.note_end(error)
             raise
         finally:
-            self.requests -= 1
+            self.live.remove(live)
             logger.info(
                 "%s %s: %d tokens out, %.2f s", request_id, tally.ending, tally.tokens, time.monotonic() - began
             )
 
-    async def _one(
-        self, engine_id: str, job: Job, params: SamplingParams, priority: int, special: bool
+    def _log_arrival(self, request_id: str, jobs: Sequence[Job], known: int, params: SamplingParams) -> None:
+        most = self.options.max_log_len
+        shown = "".join(f", prompt {str(job.prompt.get('prompt'))[:most]!r}" for job in jobs[:8]) if most > 0 else ""
+        logger.info("%s arrived: %d prompts, %d tokens in, %s%s", request_id, len(jobs), known, params, shown)
+
+    def _one(
+        self, live: LiveRequest, index: int, job: Job, params: SamplingParams, body: GenerationRequest, special: bool
     ) -> AsyncGenerator[RequestOutput]:
-        self.live.add(engine_id)
+        """The outputs of one prompt, several tokens at a time where that is wanted."""
+        engine_id = f"{live.id}-{index}-{uuid.uuid4().hex[:8]}"
+        source = self._tracked(live, engine_id, job, params, body.priority or 0, special)
+        interval = self.options.stream_interval if body.stream_interval is None else body.stream_interval
+        return every(interval, source) if body.stream and interval > 1 else source
+
+    async def _tracked(
+        self, live: LiveRequest, engine_id: str, job: Job, params: SamplingParams, priority: int, special: bool
+    ) -> AsyncGenerator[RequestOutput]:
+        live.engine_ids.add(engine_id)
         try:
             generation = self.engine.generate(job.prompt, params, engine_id, priority, special)
             async with aclosing(generation) as outputs:
                 async for output in outputs:
                     yield output
         finally:
-            self.live.discard(engine_id)
+            live.engine_ids.discard(engine_id)
 
 
 @dataclass(slots=True)

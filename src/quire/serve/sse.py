@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -12,9 +12,10 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from quire.serve.errors import failure_of
+from quire.serve.errors import Failure, failure_of
 
 DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": still here\n\n"
 _Answer = TypeVar("_Answer")
 _encode = msgspec.json.Encoder().encode
 
@@ -26,6 +27,11 @@ class ClientLeft(Exception):
 def event(content: object) -> bytes:
     """One server-sent event with JSON in it."""
     return b"data: " + _encode(content) + b"\n\n"
+
+
+def named_event(content: dict[str, Any]) -> bytes:
+    """One server-sent event that says its type twice, in the JSON and as the event's name."""
+    return b"event: " + content["type"].encode() + b"\n" + event(content)
 
 
 def json_response(content: object) -> Response:
@@ -57,14 +63,61 @@ async def _cancel(*tasks: asyncio.Future[Any]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-class EventStream(StreamingResponse):
-    """Events as they come, ended by [DONE]. An error becomes an event; a client that leaves ends the iterator."""
+def _error_event(failure: Failure) -> bytes:
+    return event(failure.body())
 
-    def __init__(self, first: bytes, rest: AsyncGenerator[bytes]) -> None:
+
+class EventStyle:
+    """How a protocol ends its streams: what comes last, and how an error in the middle looks."""
+
+    def __init__(self, last: bytes = DONE, failed: Callable[[Failure], bytes] = _error_event) -> None:
+        self.last = last
+        self.failed = failed
+
+
+OPENAI = EventStyle()
+
+
+async def stream(
+    request: Request, events: AsyncGenerator[bytes], style: EventStyle = OPENAI, patience: float = 0.0
+) -> Response:
+    """Events as an answer. What goes wrong before the first one raises, so that it gets its proper status.
+
+    `patience`: seconds after which a silent stream says that it is still there, from the beginning on; 0 for never.
+    A stream that says so before its first event has begun, and reports what goes wrong from then on as an event.
+    """
+    events = events if patience <= 0 else _kept_alive(events, patience)
+    return EventStream(await until_left(request, anext(events)), events, style)
+
+
+async def _kept_alive(events: AsyncGenerator[bytes], patience: float) -> AsyncGenerator[bytes]:
+    """The events, and comments while there are none."""
+    async with aclosing(events):
+        task: asyncio.Future[bytes] | None = None
+        try:
+            while True:
+                task = asyncio.ensure_future(anext(events))
+                while not (await asyncio.wait((task,), timeout=patience))[0]:
+                    yield KEEP_ALIVE
+                try:
+                    chunk = task.result()
+                except StopAsyncIteration:
+                    return
+                yield chunk
+        finally:
+            if task is not None and not task.done():
+                await _cancel(task)
+
+
+class EventStream(StreamingResponse):
+    """Events as they come. An error becomes an event; a client that leaves ends the iterator."""
+
+    def __init__(self, first: bytes, rest: AsyncGenerator[bytes], style: EventStyle = OPENAI) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(rest, headers=headers, media_type="text/event-stream")
         self._first = first
         self._rest = rest
+        self._style = style
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send everything, unless the client leaves."""
@@ -85,8 +138,9 @@ class EventStream(StreamingResponse):
                 async for chunk in rest:
                     await _body(send, chunk)
         except Exception as error:
-            await _body(send, event(failure_of(error).body()))
-        await _body(send, DONE)
+            await _body(send, self._style.failed(failure_of(error)))
+        if self._style.last:
+            await _body(send, self._style.last)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

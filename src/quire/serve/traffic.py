@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from quire.engine.metrics import Histogram
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
-LEFT_OUT = frozenset(("/metrics", "/health", "/load", "/ping", "/version"))
+LEFT_OUT = frozenset(("/metrics", "/health", "/livez", "/readyz", "/load", "/ping", "/version"))
 
 
 class Traffic(Collector):

@@ -1,0 +1,105 @@
+"""Live: the requests that are being answered, by the ids that clients know, and why each of them waits.
+
+Plain data, changed in the event loop. Knows no engine and no route.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from quire.core.stats import Stats
+from quire.engine.outputs import RequestOutput
+
+FULL = 0.95  # share of the pages from which on they are what is missing
+
+
+@dataclass(slots=True, eq=False)
+class LiveRequest:
+    """One request on its way."""
+
+    id: str
+    tenant: str
+    prompts: int
+    prompt_tokens: int
+    created: int = field(default_factory=lambda: int(time.time()))
+    began: float = field(default_factory=time.monotonic)
+    first_output: float | None = None
+    output_tokens: int = 0
+    engine_ids: set[str] = field(default_factory=set)
+
+    def note(self, output: RequestOutput) -> None:
+        """Something came."""
+        if self.first_output is None:
+            self.first_output = time.monotonic()
+        self.output_tokens += sum(len(completion.token_ids) for completion in output.outputs)
+
+
+@dataclass(slots=True)
+class Live:
+    """All of them, in the order of their arrival."""
+
+    requests: dict[str, LiveRequest] = field(default_factory=dict)
+    busy_since: float | None = None
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    def add(self, request: LiveRequest) -> None:
+        """A request begins. Of two with one id, only the later one can be asked about."""
+        if not self.requests:
+            self.busy_since = request.began
+        self.requests[request.id] = request
+
+    def remove(self, request: LiveRequest) -> None:
+        """It is over."""
+        if self.requests.get(request.id) is request:
+            del self.requests[request.id]
+        if not self.requests:
+            self.busy_since = None
+
+    def find(self, name: str, tenant: str) -> LiveRequest | None:
+        """The tenant's request with this id; the part behind the prefix, as in X-Request-Id, is enough."""
+        for request in self.requests.values():
+            if request.tenant == tenant and name in (request.id, request.id.partition("-")[2]):
+                return request
+        return None
+
+    def engine_ids(self) -> list[str]:
+        """The engine's ids of everything that runs."""
+        return [engine_id for request in self.requests.values() for engine_id in request.engine_ids]
+
+    def describe(self, request: LiveRequest, stats: Stats) -> dict[str, object]:
+        """What it is doing. The place in the queue is counted in the order of arrival."""
+        place = None if request.first_output is not None else self._place(request, stats.waiting)
+        now = time.monotonic()
+        return {
+            "id": request.id,
+            "object": "request",
+            "created": request.created,
+            "state": "waiting" if place else "prefill" if request.first_output is None else "decode",
+            "queue_position": place,
+            "why": _why(place, request, stats),
+            "prompt_tokens": request.prompt_tokens,
+            "output_tokens": request.output_tokens,
+            "seconds": round(now - request.began, 3),
+            "seconds_to_first_token": None
+            if request.first_output is None
+            else round(request.first_output - request.began, 3),
+        }
+
+    def _place(self, request: LiveRequest, waiting: int) -> int | None:
+        """1 for the next to run; None when it is not in the queue any more."""
+        silent = [other for other in self.requests.values() if other.first_output is None]
+        place = silent.index(request) - max(0, len(silent) - waiting) + 1
+        return place if place > 0 else None
+
+
+def _why(place: int | None, request: LiveRequest, stats: Stats) -> str:
+    if request.first_output is not None:
+        return f"It is being answered, beside {max(0, stats.running - 1)} others."
+    if place is None:
+        return f"Its prompt is being computed, beside {max(0, stats.running - 1)} other requests."
+    if stats.page_usage >= FULL:
+        return f"It waits for room in the cache: {stats.running} running requests hold {stats.page_usage:.0%} of it."
+    return f"It waits for one of {stats.running} running requests to end; {place - 1} are before it."

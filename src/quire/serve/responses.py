@@ -1,0 +1,271 @@
+"""/v1/responses: OpenAI's newer protocol over the same conversations as chat, with its events, its store, background.
+
+Text in and out. What the body means is in responses_body.py, what is kept in store.py; only answers are made here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from quire.engine.outputs import CompletionOutput, RequestOutput
+from quire.errors import ValidationError
+from quire.serve.auth import tenant_of
+from quire.serve.errors import Failure, failure_of
+from quire.serve.layers import JsonRoute
+from quire.serve.logprobs import TokenNames, chat_logprobs
+from quire.serve.responses_body import ResponsesRequest
+from quire.serve.service import Service, new_id
+from quire.serve.sse import EventStyle, event, json_response, named_event, stream, until_left
+from quire.serve.store import Stored
+from quire.serve.talk import Talk
+
+logger = logging.getLogger(__name__)
+router = APIRouter(route_class=JsonRoute)
+
+
+def _failed(failure: Failure) -> bytes:
+    """An error before there was a response; later ones are events of the response."""
+    return b"event: error\n" + event(
+        {"type": "error", "code": str(failure.status), "message": failure.message, "param": failure.param}
+    )
+
+
+STYLE = EventStyle(last=b"", failed=_failed)
+
+
+@router.post("/v1/responses")
+async def create_response(body: ResponsesRequest, request: Request) -> Response:
+    """Answer a conversation; keep the answer for later, unless store is false."""
+    service: Service = request.app.state.service
+    service.check_model(body.model)
+    tenant = tenant_of(request.scope)
+    earlier = _earlier(service, body.previous_response_id, tenant)
+    chat = body.chat(earlier)
+    params = chat.params(service.card.defaults, service.card.limit)
+    own_id = new_id("resp", request.headers.get("x-request-id"), None).replace("-", "_", 1)
+    answer = _Answer(service, body, Talk(service, chat, own_id, params, tenant), body.kept_messages(earlier))
+    if body.background:
+        if service.options.max_stored_responses < 1:
+            raise ValidationError("This server keeps no responses, so none can run in the background.", "background")
+        await service.check_ready()
+        return json_response(answer.in_background())
+    if not body.stream:
+        return json_response(await until_left(request, answer.whole()))
+    return await stream(request, answer.events(), STYLE, service.options.sse_keep_alive_interval)
+
+
+@router.get("/v1/responses/{response_id}")
+async def retrieve_response(response_id: str, request: Request) -> Response:
+    """A kept response as it is now."""
+    service: Service = request.app.state.service
+    return json_response(service.store.get(response_id, tenant_of(request.scope)).body)
+
+
+@router.delete("/v1/responses/{response_id}")
+async def delete_response(response_id: str, request: Request) -> dict[str, Any]:
+    """Forget a kept response."""
+    service: Service = request.app.state.service
+    service.store.remove(response_id, tenant_of(request.scope))
+    return {"id": response_id, "object": "response", "deleted": True}
+
+
+@router.post("/v1/responses/{response_id}/cancel")
+async def cancel_response(response_id: str, request: Request) -> Response:
+    """End a response that runs in the background; one that has ended stays as it is."""
+    service: Service = request.app.state.service
+    stored = service.store.get(response_id, tenant_of(request.scope))
+    if stored.body["background"] is not True:
+        raise ValidationError("Only a response that was created with background can be cancelled.", "response_id")
+    if stored.task is not None and not stored.task.done():
+        stored.task.cancel()
+        await asyncio.gather(stored.task, return_exceptions=True)
+        if stored.body["status"] == "queued":  # it had not begun, so it could not say so itself
+            stored.body = stored.body | {"status": "cancelled"}
+    return json_response(service.store.get(response_id, tenant_of(request.scope)).body)
+
+
+def _earlier(service: Service, previous: str | None, tenant: str) -> list[dict[str, Any]]:
+    """The conversation up to and with a previous response."""
+    if previous is None:
+        return []
+    stored = service.store.get(previous, tenant)
+    if stored.body["status"] not in ("completed", "incomplete"):
+        raise ValidationError(
+            f"The previous response is {stored.body['status']}; a conversation goes on from a finished one.",
+            "previous_response_id",
+        )
+    return stored.messages
+
+
+@dataclass(slots=True)
+class _Answer:
+    """One response in the making. `kept`: the conversation without its answer."""
+
+    service: Service
+    body: ResponsesRequest
+    talk: Talk
+    kept: list[dict[str, Any]]
+    item_id: str = field(default_factory=lambda: f"msg_{uuid.uuid4().hex}")
+    created: int = field(default_factory=lambda: int(time.time()))
+    number: int = -1  # of the latest event
+
+    # ---------------------------------------------------------------- the three ways
+
+    async def whole(self) -> dict[str, Any]:
+        """The response as one object."""
+        output: RequestOutput | None = None
+        async for found in self.talk.outputs():
+            output = found
+        assert output is not None, "the engine ends every request with an output"
+        completion = output.outputs[0]
+        entries = self._logprobs(completion)
+        return self._ended(completion, completion.text, self._usage(output, len(completion.token_ids)), entries)
+
+    def in_background(self) -> dict[str, Any]:
+        """Start it, and say that it is queued."""
+        stored = Stored(self.talk.tenant, self._frame("queued"))
+        stored.task = asyncio.ensure_future(self._run(stored))
+        self.service.store.put(stored)
+        return stored.body
+
+    async def _run(self, stored: Stored) -> None:
+        stored.body = self._frame("in_progress")
+        try:
+            await self.whole()
+        except asyncio.CancelledError:
+            stored.body = self._frame("cancelled")
+            raise
+        except Exception as error:
+            stored.body = self._frame("failed") | {"error": _error_of(error)}
+
+    async def events(self) -> AsyncGenerator[bytes]:
+        """The response as events."""
+        text, tokens, entries = "", 0, []
+        last: RequestOutput | None = None
+        try:
+            async for output in self.talk.outputs():
+                if last is None:
+                    for content in self._opening():
+                        yield content
+                last = output
+                for new in output.outputs:
+                    text, tokens = text + new.text, tokens + len(new.token_ids)
+                    found = self._logprobs(new)
+                    entries += found
+                    if new.text:
+                        delta = {"delta": new.text, "logprobs": found}
+                        yield self._event("response.output_text.delta", self._place() | delta)
+        except Exception as error:
+            if last is None:
+                raise
+            response = self._frame("failed") | {"error": _error_of(error)}
+            yield self._event("response.failed", {"response": response})
+            return
+        assert last is not None, "the engine ends every request with an output"
+        for content in self._closing(last.outputs[0], text, self._usage(last, tokens), entries):
+            yield content
+
+    # ---------------------------------------------------------------- events
+
+    def _event(self, kind: str, content: dict[str, Any]) -> bytes:
+        self.number += 1
+        return named_event({"type": kind, "sequence_number": self.number, **content})
+
+    def _place(self) -> dict[str, Any]:
+        return {"item_id": self.item_id, "output_index": 0, "content_index": 0}
+
+    def _opening(self) -> list[bytes]:
+        item = self._item("in_progress") | {"content": []}
+        return [
+            self._event("response.created", {"response": self._frame("in_progress")}),
+            self._event("response.in_progress", {"response": self._frame("in_progress")}),
+            self._event("response.output_item.added", {"output_index": 0, "item": item}),
+            self._event("response.content_part.added", self._place() | {"part": _part("", [])}),
+        ]
+
+    def _closing(
+        self, completion: CompletionOutput, text: str, usage: dict[str, Any], entries: list[dict[str, Any]]
+    ) -> list[bytes]:
+        response = self._ended(completion, text, usage, entries)
+        return [
+            self._event("response.output_text.done", self._place() | {"text": text, "logprobs": entries}),
+            self._event("response.content_part.done", self._place() | {"part": _part(text, entries)}),
+            self._event("response.output_item.done", {"output_index": 0, "item": response["output"][0]}),
+            self._event(f"response.{_KINDS.get(response['status'], 'failed')}", {"response": response}),
+        ]
+
+    # ---------------------------------------------------------------- objects
+
+    def _ended(
+        self, completion: CompletionOutput, text: str, usage: dict[str, Any], entries: list[dict[str, Any]]
+    ) -> dict[str, Any]:
+        """The finished response, which is kept where the client wants it."""
+        status = {"length": "incomplete", "abort": "cancelled"}.get(completion.finish_reason or "", "completed")
+        item = self._item("completed" if status == "completed" else "incomplete") | {"content": [_part(text, entries)]}
+        reason = {"reason": "max_output_tokens"} if status == "incomplete" else None
+        response = self._frame(status) | {"output": [item], "usage": usage, "incomplete_details": reason}
+        if status == "completed":
+            response["completed_at"] = int(time.time())
+        if self.body.stores and self.service.options.max_stored_responses > 0:
+            messages = [*self.kept, {"role": "assistant", "content": text}]
+            self.service.store.put(Stored(self.talk.tenant, response, messages))
+        return response
+
+    def _frame(self, status: str) -> dict[str, Any]:
+        return {
+            "id": self.talk.id,
+            "object": "response",
+            "created_at": self.created,
+            "completed_at": None,
+            "status": status,
+            "error": None,
+            "incomplete_details": None,
+            "model": self.service.card.names[0],
+            "output": [],
+            "usage": None,
+            "temperature": self.talk.params.temperature,
+            "top_p": self.talk.params.top_p,
+            "service_tier": "default",
+            **self.body.echoed(),
+        }
+
+    def _item(self, status: str) -> dict[str, Any]:
+        return {"id": self.item_id, "type": "message", "status": status, "role": "assistant"}
+
+    def _usage(self, output: RequestOutput, tokens: int) -> dict[str, Any]:
+        prompt = len(output.prompt_token_ids)
+        cached = output.num_cached_tokens if self.service.options.enable_prompt_tokens_details else 0
+        return {
+            "input_tokens": prompt,
+            "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+            "output_tokens": tokens,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": prompt + tokens,
+        }
+
+    def _logprobs(self, completion: CompletionOutput) -> list[dict[str, Any]]:
+        if self.talk.body.top is None or completion.logprobs is None:
+            return []
+        names = TokenNames(self.service.engine.tokenizer)
+        return chat_logprobs(completion.token_ids, completion.logprobs, self.talk.body.top, names)["content"]
+
+
+_KINDS = {"completed": "completed", "incomplete": "incomplete"}
+
+
+def _part(text: str, entries: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": entries}
+
+
+def _error_of(error: Exception) -> dict[str, str]:
+    failure = failure_of(error)
+    return {"code": "invalid_prompt" if failure.status < 500 else "server_error", "message": failure.message}

@@ -1,0 +1,144 @@
+"""The body of POST /v1/responses, and the ChatRequest it becomes. Text in and out. Knows no engine and no HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from quire.errors import ValidationError
+from quire.serve.parts import refuse, text_of
+from quire.serve.protocol import ApiRequest, ChatRequest, Int32
+
+_KINDS = ("input_text", "output_text", "text", "refusal")
+_ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
+_LOGPROBS = "message.output_text.logprobs"
+# Known, and impossible here so far, with the values that ask for nothing.
+_REFUSED: dict[str, tuple[Any, ...]] = {
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "prompt": (None,),
+    "conversation": (None,),
+    "truncation": (None, "disabled"),
+    "context_management": (None, []),
+    "structured_outputs": (None,),
+    "max_tool_calls": (None,),
+    "moderation": (None,),
+}
+
+
+class ResponsesRequest(ApiRequest):
+    """POST /v1/responses."""
+
+    input: Any
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    max_output_tokens: Int32 | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: Int32 | None = None
+    seed: Int32 | None = None
+    top_logprobs: Int32 | None = None
+    include: list[str] | None = None
+    text: dict[str, Any] | None = None
+    reasoning: dict[str, Any] | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    background: bool | None = None
+    stream: bool | None = None
+    stream_options: dict[str, Any] | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    cache_salt: str | None = None
+    priority: Int32 | None = None
+    user: str | None = None
+
+    def check(self) -> None:
+        """What one field cannot tell alone. Raises ValidationError."""
+        for name, value in (self.model_extra or {}).items():
+            if name in _REFUSED and value not in _REFUSED[name]:
+                raise refuse(name)
+        layout = (self.text or {}).get("format")
+        if layout is not None and layout != {"type": "text"}:
+            raise refuse("text.format", " It writes plain text.")
+        for wish in self.include or ():
+            if wish not in (_LOGPROBS, "reasoning.encrypted_content"):
+                raise refuse("include", f" It can include {_LOGPROBS}.")
+        if self.background and self.store is False:
+            raise ValidationError("background needs store: nobody could ask for the answer.", "background")
+        if self.background and self.stream:
+            raise refuse("background", " A response in the background is not streamed; ask for it by its id.")
+
+    @property
+    def stores(self) -> bool:
+        """Whether the client wants the answer kept."""
+        return self.store is not False
+
+    def chat(self, earlier: Sequence[dict[str, Any]]) -> ChatRequest:
+        """The same request for chat completions; `earlier` are the messages of the previous response."""
+        self.check()
+        messages = [*earlier, *self._input_messages()]
+        if self.instructions:  # those of earlier responses do not carry over
+            messages = [{"role": "system", "content": self.instructions}, *messages]
+        given = {
+            name: getattr(self, name)
+            for name in ("temperature", "top_p", "top_k", "seed", "chat_template", "chat_template_kwargs")
+            + ("cache_salt", "priority", "stream")
+        }
+        if self.reasoning and self.reasoning.get("effort") is not None:
+            given["reasoning_effort"] = str(self.reasoning["effort"])[:32]
+        if _LOGPROBS in (self.include or ()):
+            given |= {"logprobs": True, "top_logprobs": self.top_logprobs or 0}
+        body = ChatRequest(
+            model=self.model,
+            messages=messages,
+            max_completion_tokens=self.max_output_tokens,
+            **{name: value for name, value in given.items() if value is not None},
+        )
+        body.check()
+        return body
+
+    def kept_messages(self, earlier: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What a later response goes on from, less this one's answer."""
+        return [*earlier, *self._input_messages()]
+
+    def _input_messages(self) -> list[dict[str, Any]]:
+        if isinstance(self.input, str):
+            return [{"role": "user", "content": self.input}]
+        if not isinstance(self.input, list) or not self.input:
+            raise ValidationError("input must be a string, or a list with at least one item.", "input")
+        return [_message(item, f"input[{index}]") for index, item in enumerate(self.input)]
+
+    def echoed(self) -> dict[str, Any]:
+        """The fields of the response that repeat the request."""
+        return {
+            "background": bool(self.background),
+            "instructions": self.instructions,
+            "max_output_tokens": self.max_output_tokens,
+            "metadata": self.metadata or {},
+            "parallel_tool_calls": True,
+            "previous_response_id": self.previous_response_id,
+            "reasoning": {"effort": (self.reasoning or {}).get("effort"), "summary": None},
+            "store": self.stores,
+            "text": {"format": {"type": "text"}},
+            "tool_choice": "auto",
+            "tools": [],
+            "top_logprobs": self.top_logprobs or 0,
+            "truncation": "disabled",
+            "user": self.user,
+        }
+
+
+def _message(item: object, place: str) -> dict[str, Any]:
+    """One item of the input as a chat message."""
+    if not isinstance(item, dict):
+        raise ValidationError(f"{place} must be an object.", place)
+    kind = item.get("type", "message")
+    if kind != "message":
+        raise ValidationError(
+            f"{place} has the type {str(kind)[:40]!r}, which is not supported yet by this server. It takes message.",
+            f"{place}.type",
+        )
+    role = item.get("role")
+    if role not in _ROLES:
+        raise ValidationError(f"{place}.role must be one of {', '.join(_ROLES)}.", f"{place}.role")
+    return {"role": _ROLES[role], "content": text_of(item.get("content"), f"{place}.content", _KINDS)}

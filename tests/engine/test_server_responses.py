@@ -1,0 +1,224 @@
+"""/v1/responses as the openai library uses it: answers, events, the store, conversations that go on, background."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from served import Running, Setup, refused, served, until
+
+from quire.config import ServeOptions
+from quire.errors import NotFoundError
+from quire.serve.store import Store, Stored
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    options = ServeOptions(enable_prompt_tokens_details=True)
+    with served(Setup(options=options, keys=("first", "second"), delay=0.002)) as running:
+        yield running
+
+
+def create(server: Running, **fields: Any) -> Any:
+    return server.client.responses.create(**({"model": "parrot", "input": "say:hello;"} | fields))
+
+
+def test_an_answer(server: Running) -> None:
+    response = create(server, instructions="be kind", metadata={"a": "b"}, temperature=0.5)
+    assert response.output_text == "hello" and response.status == "completed"
+    assert response.id.startswith("resp_") and response.model == "parrot" and response.object == "response"
+    message = response.output[0]
+    assert (message.type, message.role, message.status) == ("message", "assistant", "completed")
+    usage = response.usage
+    assert usage.output_tokens == 6 and usage.total_tokens == usage.input_tokens + 6
+    assert response.instructions == "be kind" and response.metadata == {"a": "b"} and response.temperature == 0.5
+    assert response.error is None and response.incomplete_details is None
+
+
+def test_too_little_room_is_an_incomplete_answer(server: Running) -> None:
+    response = create(server, input="no end", max_output_tokens=4)
+    assert response.status == "incomplete" and response.incomplete_details.reason == "max_output_tokens"
+    assert response.output_text == "abcd" and response.output[0].status == "incomplete"
+
+
+def test_items_as_input(server: Running) -> None:
+    talk = [
+        {"role": "developer", "content": "system text"},
+        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "x"}]},
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "say:no;"}]},
+        {"role": "user", "content": [{"type": "input_text", "text": "say:yes;"}]},
+    ]
+    assert create(server, input=talk).output_text == "yes"
+
+
+def test_events(server: Running) -> None:
+    events = list(create(server, stream=True))
+    kinds = [event.type.removeprefix("response.") for event in events]
+    assert kinds[:4] == ["created", "in_progress", "output_item.added", "content_part.added"]
+    assert kinds[-4:] == ["output_text.done", "content_part.done", "output_item.done", "completed"]
+    assert set(kinds[4:-4]) == {"output_text.delta"}
+    assert "".join(event.delta for event in events[4:-4]) == "hello" == events[-4].text
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert events[-1].response.output_text == "hello" and events[-1].response.usage.output_tokens == 6
+    assert {event.item_id for event in events[3:-2]} == {events[-1].response.output[0].id}
+
+
+def test_the_libraries_own_reader_of_streams(server: Running) -> None:
+    with server.client.responses.stream(model="parrot", input="say:hello;") as stream:
+        assert stream.get_final_response().output_text == "hello"
+
+
+def test_events_on_the_wire(server: Running) -> None:
+    body = {"input": "x", "max_output_tokens": 2, "stream": True}
+    lines = server.http.post("/v1/responses", json=body).text.split("\n\n")
+    assert lines[-1] == "" and not any("[DONE]" in line for line in lines)
+    for line in lines[:-1]:
+        name, data = line.split("\n")
+        assert name == "event: " + json.loads(data.removeprefix("data: "))["type"]
+    assert "event: response.incomplete" in lines[-2]
+
+
+def test_log_probabilities(server: Running) -> None:
+    include = ["message.output_text.logprobs"]
+    whole = create(server, include=include, top_logprobs=2).output[0].content[0].logprobs
+    assert "".join(entry.token for entry in whole[:5]) == "hello"
+    assert whole[0].top_logprobs[0].token == "h"
+    events = list(create(server, include=include, top_logprobs=2, stream=True))
+    done = next(event for event in events if event.type == "response.output_text.done")
+    assert [entry.token for entry in done.logprobs] == [entry.token for entry in whole]
+
+
+def test_a_conversation_goes_on(server: Running) -> None:
+    first = create(server, input="say:one;", instructions="only here")
+    second = create(server, input="and then?", previous_response_id=first.id)
+    assert second.output_text == "one", "the earlier messages are before the model"
+    assert second.previous_response_id == first.id and second.instructions is None
+    stored = server.service.store.get(second.id, next(iter(server.service.store._found.values())).tenant)
+    assert [message["content"] for message in stored.messages] == ["say:one;", "one", "and then?", "one"]
+    assert server.client.responses.retrieve(second.id).output_text == "one"
+    server.client.responses.delete(second.id)
+    with pytest.raises(openai.NotFoundError):
+        server.client.responses.retrieve(second.id)
+
+
+def test_what_is_not_stored_is_not_found(server: Running) -> None:
+    response = create(server, store=False)
+    with pytest.raises(openai.NotFoundError):
+        server.client.responses.retrieve(response.id)
+    with pytest.raises(openai.NotFoundError):
+        create(server, previous_response_id=response.id)
+
+
+def test_another_tenant_finds_nothing(server: Running) -> None:
+    response = create(server)
+    other = {"Authorization": "Bearer second"}
+    for method, path in (("GET", ""), ("DELETE", ""), ("POST", "/cancel")):
+        refused(server.http.request(method, f"/v1/responses/{response.id}{path}", headers=other), 404)
+    refused(
+        server.http.post("/v1/responses", json={"input": "x", "previous_response_id": response.id}, headers=other), 404
+    )
+    assert server.client.responses.retrieve(response.id).output_text == "hello"
+
+
+def test_in_the_background(server: Running) -> None:
+    response = create(server, background=True)
+    assert response.status in ("queued", "in_progress") and response.background is True
+    until(lambda: server.client.responses.retrieve(response.id).status == "completed")
+    assert server.client.responses.retrieve(response.id).output_text == "hello"
+    assert server.client.responses.cancel(response.id).status == "completed"
+
+
+def test_a_cancelled_one(server: Running) -> None:
+    for wait in (False, True):
+        response = create(server, input="no end", background=True)
+        if wait:
+            until(lambda key=response.id: server.client.responses.retrieve(key).status == "in_progress")
+        assert server.client.responses.cancel(response.id).status == "cancelled"
+        assert server.client.responses.retrieve(response.id).status == "cancelled"
+    server.wait_idle()
+    refused(server.http.post(f"/v1/responses/{create(server).id}/cancel"))
+
+
+def test_what_fails_in_the_background_says_so(server: Running) -> None:
+    response = create(server, input="crash;", background=True)
+    until(lambda: server.client.responses.retrieve(response.id).status == "failed")
+    error = server.client.responses.retrieve(response.id).error
+    assert error.code == "server_error" and "secret" not in error.message
+    refused(server.http.post("/v1/responses", json={"input": "x", "previous_response_id": response.id}))
+
+
+def test_what_fails_in_a_stream_says_so(server: Running) -> None:
+    events = list(create(server, input="crash after 3;", stream=True))
+    assert events[-1].type == "response.failed" and events[-1].response.status == "failed"
+    with pytest.raises(openai.InternalServerError):
+        create(server, input="crash;", stream=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"input": ""}, None),
+        ({"input": []}, "input"),
+        ({"input": 5}, "input"),
+        ({"input": [7]}, "input[0]"),
+        ({"input": [{"role": "robot", "content": "x"}]}, "input[0].role"),
+        ({"input": [{"role": "user", "content": 5}]}, "input[0].content"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0].type"),
+        ({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].type"),
+        ({"tools": [{"type": "web_search"}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"text": {"format": {"type": "json_object"}}}, "text.format"),
+        ({"truncation": "auto"}, "truncation"),
+        ({"prompt": {"id": "x"}}, "prompt"),
+        ({"conversation": "x"}, "conversation"),
+        ({"include": ["file_search_call.results"]}, "include"),
+        ({"background": True, "store": False}, "background"),
+        ({"background": True, "stream": True}, "background"),
+        ({"previous_response_id": "resp_none"}, "response_id"),
+        ({"temperature": 5}, "temperature"),
+        ({"max_output_tokens": 0}, "max_tokens"),
+        ({"chat_template": "{{ messages }}"}, "chat_template"),  # CVE-2026-115918: this very route forgot to ask
+        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
+    ],
+)
+def test_what_is_refused(server: Running, fields: dict[str, Any], param: str | None) -> None:
+    response = server.http.post("/v1/responses", json={"input": "say:hello;"} | fields)
+    if param is None:
+        assert response.status_code in (200, 400)
+    else:
+        assert refused(response, 404 if fields.get("previous_response_id") else 400)["param"] == param
+
+
+def test_the_store_is_bounded() -> None:
+    store = Store(3)
+    for number in range(5):
+        store.put(Stored("t", {"id": f"r{number}"}, [{"role": "user", "content": "x"}]))
+    assert list(store._found) == ["r2", "r3", "r4"] and store._chars == 3
+    store.put(Stored("t", {"id": "r2"}, []))
+    store.put(Stored("t", {"id": "r5"}, []))
+    assert list(store._found) == ["r4", "r2", "r5"] and store._chars == 1
+    with pytest.raises(NotFoundError):
+        store.get("r2", "u")
+    store.remove("r2", "t")
+    assert len(store) == 2
+
+
+def test_a_server_that_keeps_nothing() -> None:
+    with served(Setup(options=ServeOptions(max_stored_responses=0))) as server:
+        response = create(server)
+        assert response.output_text == "hello"
+        refused(server.http.get(f"/v1/responses/{response.id}"), 404)
+        refused(server.http.post("/v1/responses", json={"input": "x", "background": True}))
+
+
+def test_the_client_that_leaves_ends_it(server: Running) -> None:
+    body = {"input": "no end", "stream": True}
+    with httpx.stream("POST", server.url + "/v1/responses", json=body, headers=server.http.headers) as response:
+        next(response.iter_lines())
+        time.sleep(0.05)
+    server.wait_idle()
