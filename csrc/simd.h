@@ -73,6 +73,7 @@ QUIRE_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
 QUIRE_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 QUIRE_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
 QUIRE_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
+QUIRE_INLINE F zero_unless(bool keep, F x) { return _mm512_maskz_mov_ps(__mmask16(keep ? 0xffff : 0), x); }
 QUIRE_INLINE F select_lt(F a, F b, F yes, F no) {
     return _mm512_mask_mov_ps(no, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), yes);
 }
@@ -133,6 +134,9 @@ QUIRE_INLINE F div(F a, F b) { return _mm256_div_ps(a, b); }
 QUIRE_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 QUIRE_INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }
 QUIRE_INLINE F min(F a, F b) { return _mm256_min_ps(a, b); }
+QUIRE_INLINE F zero_unless(bool keep, F x) {
+    return _mm256_and_ps(x, _mm256_castsi256_ps(_mm256_set1_epi32(keep ? -1 : 0)));
+}
 QUIRE_INLINE F select_lt(F a, F b, F yes, F no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
 QUIRE_INLINE unsigned mask_ge(F a, F b) { return unsigned(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ))); }
 QUIRE_INLINE F round_whole(F x) {
@@ -198,6 +202,7 @@ QUIRE_INLINE F fma(F a, F b, F c) { return a * b + c; }
 QUIRE_INLINE F choose(I mask, F yes, F no) { return (F)((mask & (I)yes) | (~mask & (I)no)); }
 QUIRE_INLINE F max(F a, F b) { return choose(a > b, a, b); }
 QUIRE_INLINE F min(F a, F b) { return choose(a < b, a, b); }
+QUIRE_INLINE F zero_unless(bool keep, F x) { return (F)((I)x & (keep ? -1 : 0)); }
 QUIRE_INLINE F select_lt(F a, F b, F yes, F no) { return choose(a < b, yes, no); }
 QUIRE_INLINE unsigned mask_ge(F a, F b) {
     I m = a >= b;

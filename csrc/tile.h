@@ -118,13 +118,10 @@ struct Tile {
     static constexpr int VECTORS = PANELS * PANEL_VECTORS;
     F c[ROWS][VECTORS];
 
-    QUIRE_INLINE void clear() {
+    // What is at p, or zeros; without a branch, for which the compiler would put the tile into memory.
+    QUIRE_INLINE void read(const float* p, long stride, bool keep = true) {
         for (int i = 0; i < ROWS; i++)
-            for (int v = 0; v < VECTORS; v++) c[i][v] = zero();
-    }
-    QUIRE_INLINE void read(const float* p, long stride) {
-        for (int i = 0; i < ROWS; i++)
-            for (int v = 0; v < VECTORS; v++) c[i][v] = load(p + i * stride + v * W);
+            for (int v = 0; v < VECTORS; v++) c[i][v] = zero_unless(keep, load(p + i * stride + v * W));
     }
     QUIRE_INLINE void write(float* p, long stride) const {
         for (int i = 0; i < ROWS; i++)
@@ -174,17 +171,15 @@ template <class T, int ROWS, int PANELS>
 struct Multiply {
     static void run(const typename Dot<T>::A* a, const T* const* b, long steps, float* c, bool first, const Ahead& ahead) {
         Tile<T, ROWS, PANELS> tile;
-        if (first)
-            tile.clear();
-        else
-            tile.read(c, BLOCK_COLUMNS);
+        tile.read(c, BLOCK_COLUMNS, !first);
         const T* panels[PANELS];
         for (int p = 0; p < PANELS; p++) panels[p] = b[p];
         const Ahead fetch = ahead;
-        for (long s = 0; s < steps; s++) {
+        long s = 0;
+        do {  // there is at least one step
             for (int p = 0; p < PANELS; p++) fetch.fetch(s, p);
             tile.template add_step<1, ROWS>(a, panels, s);
-        }
+        } while (++s < steps);
         tile.write(c, BLOCK_COLUMNS);
     }
 };
