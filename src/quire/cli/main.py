@@ -14,6 +14,7 @@ from quire.errors import ConfigError, QuireError
 
 COMMANDS = {
     "serve": ("quire.cli.serve", "serve a model over HTTP, as the OpenAI API does"),
+    "run-batch": ("quire.cli.run_batch", "answer a file of OpenAI batch requests, without a server"),
     "run": ("quire.cli.run", "complete one prompt and stream the text"),
     "chat": ("quire.cli.chat", "talk to a model, in this process or on a server"),
     "complete": ("quire.cli.complete", "complete prompts line by line, in this process or on a server"),

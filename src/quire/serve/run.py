@@ -75,38 +75,44 @@ def run_server(engine_options: EngineOptions, options: ServeOptions, began: floa
         check_bind(options.host, keys, options.allow_insecure)
     listener = bind(options)
     try:
-        _import_engine(report)
-        progress = Progress()
-        engine = AsyncEngine.from_options(engine_options, progress, report.add)
-        settings = engine.engine.settings
-        names = settings.model_names or (engine_options.model.model or "bundled",)
-        metrics = None
-        if not engine_options.observe.disable_log_stats:
-            metrics = progress.then = Metrics(names[0], settings.max_model_len)
-            metrics.set_config({**asdict(engine_options.cache), "num_gpu_blocks": engine.engine.stats().pages})
-        card = ModelCard(
-            names=names,
-            max_model_len=settings.max_model_len,
-            root=_root(engine_options),
-            defaults=settings.default_params,
-            fingerprint=fingerprint(quire.__version__, engine_options),
-            most_tokens=engine_options.model.override_generation_config.get("max_new_tokens"),
-        )
-        if engine.tokenizer is not None:
-            engine.tokenizer.longest_token  # noqa: B018  # reads the vocabulary once, not in the first request
-        registry = None if metrics is None else metrics.registry
-        service = Service(
-            engine,
-            card,
-            options,
-            registry,
-            progress=progress,
-            log_arrivals=engine_options.observe.enable_log_requests,
-            takes_priority=engine_options.schedule.scheduling_policy == "priority",
-        )
+        service = start_service(engine_options, options, report)
+        metrics = service.progress.then
+        assert metrics is None or isinstance(metrics, Metrics), "nobody else is told of the steps"
         return asyncio.run(_serve(service, keys, listener, report, metrics))
     finally:
         listener.close()
+
+
+def start_service(engine_options: EngineOptions, options: ServeOptions, report: StartReport) -> Service:
+    """Load the model and start its engine. Raises ConfigError, ModelError and CapacityError."""
+    _import_engine(report)
+    progress = Progress()
+    engine = AsyncEngine.from_options(engine_options, progress, report.add)
+    settings = engine.engine.settings
+    names = settings.model_names or (engine_options.model.model or "bundled",)
+    metrics = None
+    if not engine_options.observe.disable_log_stats:
+        metrics = progress.then = Metrics(names[0], settings.max_model_len)
+        metrics.set_config({**asdict(engine_options.cache), "num_gpu_blocks": engine.engine.stats().pages})
+    card = ModelCard(
+        names=names,
+        max_model_len=settings.max_model_len,
+        root=_root(engine_options),
+        defaults=settings.default_params,
+        fingerprint=fingerprint(quire.__version__, engine_options),
+        most_tokens=engine_options.model.override_generation_config.get("max_new_tokens"),
+    )
+    if engine.tokenizer is not None:
+        engine.tokenizer.longest_token  # noqa: B018  # reads the vocabulary once, not in the first request
+    return Service(
+        engine,
+        card,
+        options,
+        None if metrics is None else metrics.registry,
+        progress=progress,
+        log_arrivals=engine_options.observe.enable_log_requests,
+        takes_priority=engine_options.schedule.scheduling_policy == "priority",
+    )
 
 
 def check_tls(options: ServeOptions) -> None:
