@@ -96,6 +96,7 @@ class AsyncEngine:
         with self._wake:
             self._closing = True
             self._wake.notify()
+        self._engine.interrupt()
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
         await asyncio.to_thread(self._engine.close)
@@ -184,6 +185,7 @@ class AsyncEngine:
             self._check_alive()
             self._commands.append(_Command(run, fail))
             self._wake.notify()
+        self._engine.interrupt()
 
     # ---------------------------------------------------------------- the engine's thread
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from typing import Any
+from typing import Any, Protocol
 
 from quire.core.plan import Event, SpanResult, StepPlan, StepResult
 from quire.core.request import CoreRequest
@@ -20,6 +20,42 @@ from quire.errors import EngineError
 logger = logging.getLogger(__name__)
 
 
+class Core(Protocol):
+    """What an Engine drives: the EngineCore of this file, or one in another process (supervisor.py)."""
+
+    def add(self, request: CoreRequest) -> Event | None:
+        """Take in a request; its last event if it has ended already."""
+        ...
+
+    def abort(self, request_id: str) -> Event | None:
+        """End a request now."""
+        ...
+
+    def has_work(self) -> bool:
+        """Whether step() should be called."""
+        ...
+
+    def step(self) -> list[Event]:
+        """What changed since the last call, waiting for it where that makes sense."""
+        ...
+
+    def interrupt(self) -> None:
+        """Let a step that waits in another thread return."""
+        ...
+
+    def stats(self) -> Stats:
+        """Counters and gauges."""
+        ...
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached pages."""
+        ...
+
+    def close(self) -> None:
+        """Stop."""
+        ...
+
+
 class EngineCore:
     """The loop over one scheduler and one executor. Not thread-safe: one thread calls it."""
 
@@ -29,9 +65,12 @@ class EngineCore:
         self._max_in_flight = max_in_flight
         self._in_flight: deque[tuple[StepPlan, Handle]] = deque()
 
-    def add(self, request: CoreRequest) -> None:
-        """Queue a request. Raises ValidationError or CapacityError when it could never run."""
-        self._scheduler.add(request)
+    def add(self, request: CoreRequest) -> Event | None:
+        """Queue a request. Returns its last event if what it has `generated` ends it already.
+
+        Raises ValidationError or CapacityError when it could never run.
+        """
+        return self._scheduler.add(request)
 
     def abort(self, request_id: str) -> Event | None:
         """End a request now, at any moment of its life. Returns its last event, None if it is not known."""
@@ -52,6 +91,9 @@ class EngineCore:
             return []
         plan, handle = self._in_flight.popleft()
         return self._scheduler.apply(plan, self._collect(plan, handle))
+
+    def interrupt(self) -> None:
+        """A step in this process ends by itself; there is nothing to wake."""
 
     def _submit(self, plan: StepPlan) -> Handle:
         try:

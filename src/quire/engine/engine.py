@@ -18,7 +18,7 @@ from quire.core.params import SamplingParams
 from quire.core.plan import Event
 from quire.core.request import CoreRequest
 from quire.core.stats import Stats
-from quire.engine.core import EngineCore
+from quire.engine.core import Core
 from quire.engine.generation import Completion, Generation
 from quire.engine.observe import FinishedRequest, Observer, StepFigures
 from quire.engine.outputs import RequestOutput
@@ -68,7 +68,7 @@ class Engine:
 
     def __init__(
         self,
-        core: EngineCore,
+        core: Core,
         tokenizer: Tokenizer | None,
         settings: EngineSettings,
         observer: Observer | None = None,
@@ -86,6 +86,7 @@ class Engine:
         self._completions: dict[str, Completion] = {}  # live ones, by their id in the core
         self._ready: list[RequestOutput] = []  # outputs that came about outside of a step
         self._aborted: list[FinishedRequest] = []  # since the last step, for the observer
+        self._told: Stats | None = None  # what the observer heard last
         self._numbers = count()
         # Many requests bring the same wishes; making them costs as much as a token of a small model.
         self._resolve = lru_cache(256)(self._resolved)
@@ -243,6 +244,10 @@ class Engine:
         """Whether step() would bring anything."""
         return bool(self._ready) or self._core.has_work()
 
+    def interrupt(self) -> None:
+        """Let a step() that waits in another thread return. Safe in any thread."""
+        self._core.interrupt()
+
     def step(self) -> list[RequestOutput]:
         """Run one step of the engine and return what changed. A failed request ends with finish_reason "error"."""
         events = self._core.step()
@@ -262,7 +267,10 @@ class Engine:
         outputs, self._ready = self._ready, []
         outputs.extend(self._outputs(changed))
         if self.observer is not None:
-            self.observer.observe(self._core.stats(), notes.figures())
+            stats = self._core.stats()
+            if notes.finished or stats != self._told:  # a core in another process may have nothing new to say
+                self._told = stats
+                self.observer.observe(stats, notes.figures())
         return outputs
 
     def _take(self, completion: Completion, event: Event, now: float, notes: _StepNotes) -> None:

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from quire import sizing
@@ -19,7 +20,7 @@ from quire.core.plan import GroupSpec
 from quire.core.scheduler import Scheduler
 from quire.engine.core import EngineCore
 from quire.engine.engine import Engine, EngineSettings
-from quire.engine.executor import LocalExecutor, load_worker
+from quire.engine.executor import Executor, LocalExecutor, load_worker
 from quire.engine.observe import Observer
 from quire.errors import ConfigError, ValidationError
 from quire.grammar import Grammars, Vocabulary
@@ -35,10 +36,37 @@ logger = logging.getLogger(__name__)
 OnPhase = Callable[[str, float], None]  # told each phase's name and its seconds
 
 
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model ready to be stepped, and what an Engine must know of it."""
+
+    executor: Executor
+    scheduler: SchedulerOptions
+    settings: EngineSettings
+    tokenizer: Tokenizer | None = None
+    grammars: Grammars | None = None
+
+    def core(self) -> EngineCore:
+        """The loop over the executor."""
+        return EngineCore(Scheduler(self.scheduler), self.executor, self.scheduler.max_in_flight)
+
+
 def start_engine(options: EngineOptions, observer: Observer | None = None, on_phase: OnPhase | None = None) -> Engine:
     """An Engine over one worker in this process. Raises ConfigError, ModelError or CapacityError."""
+    loaded = load(options, on_phase)
+    return Engine(loaded.core(), loaded.tokenizer, loaded.settings, observer, grammars=loaded.grammars)
+
+
+def load(
+    options: EngineOptions,
+    on_phase: OnPhase | None = None,
+    on_config: Callable[[EngineConfig], None] | None = None,
+) -> Loaded:
+    """Resolve and load. `on_config` is told what was resolved before anything is loaded. Raises as start_engine."""
     with phase("resolving options", on_phase):
         config = resolve(options)
+    if on_config is not None:
+        on_config(config)
     with phase("loading the tokenizer", on_phase):
         tokenizer = open_tokenizer(config)
     with phase("loading the model", on_phase):
@@ -48,8 +76,8 @@ def start_engine(options: EngineOptions, observer: Observer | None = None, on_ph
         groups = page_groups(config, layout)
         grammars = open_grammars(config, layout, tokenizer)
         executor.call("configure", groups, grammars)
-    core = EngineCore(Scheduler(scheduler_options(config, layout, groups)), executor, config.max_in_flight)
-    return Engine(core, tokenizer, engine_settings(config, layout, tokenizer), observer, grammars=grammars)
+    settings = engine_settings(config, layout, tokenizer)
+    return Loaded(executor, scheduler_options(config, layout, groups), settings, tokenizer, grammars)
 
 
 @contextmanager

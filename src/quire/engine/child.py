@@ -1,0 +1,74 @@
+"""ChildProcess: one engine process as its parent sees it: started with inherited descriptors, listened to, ended.
+
+Knows the messages' socket and the black box; decides nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from quire.config import EngineOptions
+from quire.engine import wire
+from quire.engine.blackbox import BlackBox, new_file
+from quire.errors import EngineError
+
+COMMAND = (sys.executable, "-m", "quire.engine.processes")
+LAST_SECONDS = 5.0  # that a process gets to end before it is killed
+
+
+class ChildProcess:
+    """A started process. `options` are its first message."""
+
+    def __init__(self, options: EngineOptions, command: Sequence[str] = COMMAND) -> None:
+        ours, theirs = socket.socketpair()
+        memory = new_file()
+        try:
+            self.box = BlackBox(memory)
+            descriptors = (theirs.fileno(), memory)
+            self._process = subprocess.Popen(
+                [*command, *map(str, descriptors)], stdin=subprocess.DEVNULL, pass_fds=descriptors
+            )
+        except OSError as error:
+            ours.close()
+            raise EngineError(f"the engine process cannot be started: {error}") from error
+        finally:
+            theirs.close()
+            os.close(memory)
+        self.connection: wire.Connection[wire.FromEngine] = wire.Connection(ours, wire.FromEngine)
+        self.connection.send(wire.Start(options))
+
+    @property
+    def pid(self) -> int:
+        """The process's number."""
+        return self._process.pid
+
+    def kill(self) -> None:
+        """End it now. What it sent before can still be received."""
+        self._process.kill()
+        self._process.wait()
+
+    def close(self) -> str:
+        """Make sure that it is gone and give back what it held. Returns how it ended, in words."""
+        self.connection.close()
+        try:
+            status = self._process.wait(LAST_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            status = self._process.returncode
+        self.box.close()
+        return ending(status)
+
+
+def ending(status: int) -> str:
+    """A return code in words."""
+    if status >= 0:
+        return f"ended with status {status}"
+    with contextlib.suppress(ValueError):
+        return f"was ended by {signal.Signals(-status).name}"
+    return f"was ended by signal {-status}"

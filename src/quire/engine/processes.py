@@ -1,0 +1,214 @@
+"""The engine process: `python -m quire.engine.processes SOCKET MEMORY`, two inherited file descriptors.
+
+It loads the model that the first message names, takes messages between steps and sends what each step brought in one
+message. It ends with its API process, at once. Signals that end a server are left to that process, which drains.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quire import env
+from quire.config import EngineOptions
+from quire.core.options import SchedulerOptions
+from quire.core.plan import Event, StepPlan, StepResult
+from quire.core.scheduler import Scheduler
+from quire.engine import wire
+from quire.engine.blackbox import REGIONS, BlackBox
+from quire.engine.core import EngineCore
+from quire.engine.engine import EngineSettings
+from quire.engine.executor import Executor, Handle
+
+logger = logging.getLogger(__name__)
+
+BEAT_SECONDS = 1.0  # an idle engine says so often that it lives
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What a loader brings: an executor with its model loaded, and how to drive it."""
+
+    executor: Executor
+    scheduler: SchedulerOptions
+    settings: EngineSettings
+
+
+Tell = Callable[[wire.FromEngine], None]
+Load = Callable[[EngineOptions, Tell], Served]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the engine process over real models."""
+    env.set_up_logging()
+    return run(load_model, arguments)
+
+
+def load_model(options: EngineOptions, tell: Tell) -> Served:
+    """Load what the options name; tells each phase, and where the tokenizer is as soon as that is known."""
+    # Imported here: torch comes with it, and the tests' engines need none.
+    from quire.engine.start import load
+    from quire.resolve import EngineConfig
+
+    def on_config(config: EngineConfig) -> None:
+        files = config.files
+        if not options.model.skip_tokenizer_init:
+            tell(wire.Tokenizing(str(files.tokenizer), files.trust_remote_code, files.tokenizer_revision))
+
+    loaded = load(options, lambda name, seconds: tell(wire.Phase(name, seconds)), on_config)
+    return Served(loaded.executor, loaded.scheduler, loaded.settings)
+
+
+def run(load: Load, arguments: Sequence[str]) -> int:
+    """The life of the process: load, then serve until the other end of the socket is closed. Returns 0 then, else 1."""
+    for ending in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ending, signal.SIG_IGN)
+    end, memory = socket.socket(fileno=int(arguments[0])), int(arguments[1])
+    connection: wire.Connection[wire.ToEngine] = wire.Connection(end, wire.ToEngine)
+    threading.Thread(target=_end_with, args=(end.fileno(),), daemon=True).start()
+    box = BlackBox(memory)
+    os.close(memory)
+
+    def tell(message: wire.FromEngine) -> None:
+        connection.send(message)
+        connection.flush()
+
+    messages = _wait(connection, None)
+    if not messages:
+        return 0
+    first = messages[0]
+    assert isinstance(first, wire.Start), "the API process sends the options first"
+    try:
+        served = load(first.options, tell)
+    except Exception as error:
+        logger.debug("the start failed", exc_info=error)
+        tell(wire.Failed(type(error).__name__, str(error)))
+        return 1
+    executor = NotedExecutor(served.executor, box)
+    core = EngineCore(Scheduler(served.scheduler), executor, served.scheduler.max_in_flight)
+    tell(wire.Ready(served.scheduler, served.settings, core.stats()))
+    EngineLoop(core, executor, connection).serve(messages[1:])
+    return 0
+
+
+def _end_with(other_end: int) -> None:
+    """End this process when the API process is gone, in the middle of a step if need be."""
+    poll = select.poll()
+    poll.register(other_end, 0)  # a hang-up is always told
+    poll.poll()
+    os._exit(0)
+
+
+def _wait(connection: wire.Connection[wire.ToEngine], seconds: float | None) -> list[wire.ToEngine]:
+    """Messages as soon as there are any; none after `seconds` or when the other end is closed."""
+    messages = connection.receive()
+    while not messages and not connection.ended:
+        if not select.select([connection], [], [], seconds)[0]:
+            return []
+        messages = connection.receive()
+    return messages
+
+
+class EngineLoop:
+    """Messages in, steps, events out."""
+
+    def __init__(self, core: EngineCore, executor: NotedExecutor, connection: wire.Connection[wire.ToEngine]) -> None:
+        self._core = core
+        self._executor = executor
+        self._connection = connection
+        self._taken = 0
+
+    def serve(self, messages: Sequence[wire.ToEngine] = ()) -> None:
+        """Until the other end is closed."""
+        while not self._connection.ended:
+            events: list[Event] = []
+            for message in messages:
+                self._take(message, events)
+            if self._core.has_work():
+                events += self._core.step()
+                self._executor.settle()
+            self._connection.send(wire.step_message(self._taken, events, self._core.stats()))
+            self._connection.flush()
+            messages = self._connection.receive() if self._core.has_work() else _wait(self._connection, BEAT_SECONDS)
+
+    def _take(self, message: wire.ToEngine, events: list[Event]) -> None:
+        if isinstance(message, wire.Add):
+            self._taken += 1
+            self._add(message, events)
+        elif isinstance(message, wire.Abort):
+            self._core.abort(wire.core_id(message.ticket, message.request_id))
+        elif isinstance(message, wire.Call):
+            self._connection.send(wire.Answer(message.number, self._core.reset_prefix_cache()))
+
+    def _add(self, message: wire.Add, events: list[Event]) -> None:
+        """A request that cannot be taken in fails alone. One that has ended already says so at once."""
+        try:
+            last = self._core.add(wire.core_request(message))
+        except Exception as error:
+            last = Event(
+                wire.core_id(message.ticket, message.request_id),
+                finish_reason="error",
+                error=f"{type(error).__name__}: {error}",
+            )
+        if last is not None:
+            events.append(last)
+
+
+class NotedExecutor:
+    """An executor that notes in the black box what each plan computes, before it is begun."""
+
+    def __init__(self, inner: Executor, box: BlackBox) -> None:
+        self._inner = inner
+        self._box = box
+        self._rows: dict[int, int] = {}  # slot -> ticket
+        self._done: list[int] = []
+
+    def submit(self, plan: StepPlan) -> Handle:
+        """Note, then pass on."""
+        rows = self._rows
+        for new in plan.admitted:
+            rows[new.slot] = wire.ticket_of(new.request_id)
+        self._box.note(plan.step, [rows[span.slot] for span in plan.spans])
+        return _NotedHandle(self._inner.submit(plan), plan.step, self._done)
+
+    def settle(self) -> None:
+        """The plans that were collected are applied, too: nobody is to blame for them any more."""
+        for step in self._done:
+            self._box.clear(step)
+        self._done.clear()
+
+    def call(self, method: str, *args: Any) -> Any:
+        """As the inner executor does."""
+        return self._inner.call(method, *args)
+
+    def close(self) -> None:
+        """As the inner executor does."""
+        self._inner.close()
+
+
+@dataclass(slots=True)
+class _NotedHandle:
+    inner: Handle
+    step: int
+    done: list[int]
+
+    def result(self) -> StepResult:
+        """The result; from now on the plan is only to be applied."""
+        try:
+            return self.inner.result()
+        finally:
+            self.done.append(self.step)
+
+
+assert REGIONS > 2, "two plans may be in flight"
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

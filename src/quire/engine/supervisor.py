@@ -1,0 +1,419 @@
+"""Supervisor: an EngineCore that lives in another process, which may die: it is started again and goes on.
+
+It has the methods of EngineCore. Every request is in the journal until it ends; a new process is given them all, each
+with the tokens that it has emitted, and continues with the same ones. Knows token ids only, no text and no torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from quire import errors
+from quire.config import EngineOptions
+from quire.core.options import SchedulerOptions
+from quire.core.plan import Event
+from quire.core.request import CoreRequest
+from quire.core.stats import Stats
+from quire.core.stop import stop_rules
+from quire.core.tables import PageTables
+from quire.engine import wire
+from quire.engine.child import COMMAND, ChildProcess
+from quire.engine.journal import Entry, Journal
+from quire.engine.suspects import Suspects
+from quire.engine.totals import Totals
+from quire.errors import EngineDeadError, EngineError, QuireError, ValidationError
+
+logger = logging.getLogger(__name__)
+
+TICK = 0.5  # seconds after which a step without news ends, so that silence is noticed
+POISON = "this request ended the engine {deaths} times, the last time while it ran alone; it will not be tried again"
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long to wait and how often to try. Times in seconds."""
+
+    silence: float = 60.0  # without a word from a started engine, until it counts as hung; 0: for ever
+    failed_starts: int = 3  # in a row, until the engine counts as beyond repair
+    vain_deaths: int = 24  # in a row without any token, the same
+    first_pause: float = 0.1  # before the second restart in a row; doubled each time
+    longest_pause: float = 10.0
+
+
+class Supervisor:
+    """One engine process at a time. Not thread-safe, except for interrupt() and the figures: one thread calls it."""
+
+    def __init__(
+        self,
+        options: EngineOptions,
+        command: Sequence[str] = COMMAND,
+        patience: Patience | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.phase = "starting"  # what the engine is doing, for people: the phase of its start, "ready", "stopped"
+        self.restarts = 0
+        self._options = options
+        self._command = command
+        self._patience = patience or Patience()
+        self._clock = clock
+        self._journal = Journal()
+        self._suspects = Suspects(self._journal)
+        self._child: ChildProcess | None = None
+        self._ready: wire.Ready | None = None  # of the first start
+        self._is_up = False  # the present child takes requests
+        self._running: set[int] = set()  # tickets that the present child was given
+        self._unread: deque[int] = deque()  # prompt lengths of those that it has not yet taken in
+        self._taken = 0
+        self._early: list[Event] = []  # events that came about outside of a step
+        self._totals = Totals()
+        self._silent = 0.0
+        self._looked = clock()
+        self._failed_starts = 0
+        self._vain_deaths = 0
+        self._start_at = 0.0  # when to start the next child
+        self._failure: wire.Failed | None = None
+        self._answers: dict[int, bool] = {}
+        self._calls = 0
+        self._bell, self._rope = os.pipe()
+        os.set_blocking(self._bell, False)
+        os.set_blocking(self._rope, False)
+
+    # ---------------------------------------------------------------- the first start
+
+    def start(
+        self,
+        on_phase: Callable[[str, float], None] | None = None,
+        on_tokenizer: Callable[[wire.Tokenizing], None] | None = None,
+    ) -> wire.Ready:
+        """Start the engine and wait for it. Raises what the engine could not be started for."""
+        self._child = child = ChildProcess(self._options, self._command)
+        while True:
+            select.select([child.connection], [], [])
+            for message in child.connection.receive():
+                if isinstance(message, wire.Tokenizing) and on_tokenizer is not None:
+                    on_tokenizer(message)
+                elif isinstance(message, wire.Phase) and on_phase is not None:
+                    on_phase(message.name, message.seconds)
+                elif isinstance(message, wire.Failed):
+                    child.close()
+                    raise start_error(message)
+                elif isinstance(message, wire.Ready):
+                    self._ready = message
+                    self._tables = _tables(message.scheduler)
+                    self._come_up(message)
+                    return message
+            if child.connection.ended:
+                raise EngineError(f"the engine process {child.close()} while it was starting")
+
+    # ---------------------------------------------------------------- as EngineCore
+
+    def add(self, request: CoreRequest) -> Event | None:
+        """Take in a request. Raises ValidationError or CapacityError when it could never run."""
+        if request.request_id in self._journal:
+            raise ValidationError(
+                "A request with this id is running; choose another, or wait for its end",
+                "request_id",
+                request.request_id,
+            )
+        self._refuse(request)
+        entry = self._journal.open(request)
+        try:
+            if self._is_up and self._suspects.may_run(entry):
+                self._give(entry)
+            elif self._child is not None:
+                self._child.connection.encode(wire.add_message(entry.ticket, request))  # it must be possible later
+        except (ValueError, TypeError, OverflowError, EngineError) as error:
+            self._journal.close(entry)
+            raise ValidationError(f"The request cannot be passed to the engine: {error}") from error
+        return None
+
+    def _refuse(self, request: CoreRequest) -> None:
+        """What the scheduler would refuse, refused here, before the request is on its way."""
+        assert self._ready is not None, "requests come after the start"
+        options = self._ready.scheduler
+        options.refuse_length(request)
+        rules = stop_rules(request.params, len(request.prompt_token_ids), options.max_model_len)
+        least = self._tables.least(rules.limit - 1, request.encoder_tokens, options.chunked_prefill)
+        options.refuse_pages(request, rules.limit, least)
+
+    def abort(self, request_id: str) -> Event | None:
+        """End a request now. Returns its last event, None if it is not known."""
+        entry = self._journal.find(request_id)
+        if entry is None:
+            return None
+        self._take_back(entry)
+        self._end(entry)
+        self.interrupt()  # the caller may have something to tell, too
+        return Event(request_id, finish_reason="abort")
+
+    def has_work(self) -> bool:
+        """True: even without requests there is a process to look after."""
+        return True
+
+    def interrupt(self) -> None:
+        """Let a step() that waits return. May be called from any thread."""
+        try:
+            os.write(self._rope, b"!")
+        except (BlockingIOError, OSError):  # rung already, or closed
+            return
+
+    def step(self) -> list[Event]:
+        """Wait for the engine's next step, an interruption or half a second; return what changed.
+
+        Raises EngineDeadError when the engine cannot be brought back.
+        """
+        if not self._early:
+            self._wait()
+        self._listen()
+        self._look_after()
+        events, self._early = self._early, []
+        return events
+
+    def stats(self) -> Stats:
+        """Counters over all engine processes; gauges as of the latest step, with the requests on their way."""
+        stats = self._totals.stats
+        held = len(self._journal) - len(self._running)
+        tokens = sum(self._unread)
+        if held:
+            tokens += sum(
+                len(entry.request.prompt_token_ids) for entry in self._journal if entry.ticket not in self._running
+            )
+        if held or self._unread:
+            stats.waiting = self._totals.waiting + held + len(self._unread)
+            stats.waiting_tokens = self._totals.waiting_tokens + tokens
+        return stats
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached pages. False when requests still hold some."""
+        self._calls += 1
+        number = self._calls
+        asked: ChildProcess | None = None
+        while number not in self._answers:
+            if self._is_up and self._child is not None and self._child is not asked:
+                asked = self._child  # another one after a death
+                asked.connection.send(wire.Call(number, "reset_prefix_cache"))
+            self._wait()
+            self._listen()
+            self._look_after()
+        return self._answers.pop(number)
+
+    def close(self) -> None:
+        """End the engine process."""
+        self.phase = "stopped"
+        self._is_up = False
+        if self._child is not None:
+            self._child.close()
+            self._child = None
+        os.close(self._bell)
+        rope, self._rope = self._rope, -1  # whoever rings later must not write to another file
+        os.close(rope)
+
+    # ---------------------------------------------------------------- listening
+
+    def _wait(self) -> None:
+        """Until there is something to read, or to do."""
+        readers: list[int | wire.Connection[wire.FromEngine]] = [self._bell]
+        writers: list[wire.Connection[wire.FromEngine]] = []
+        if self._child is not None:
+            readers.append(self._child.connection)
+            if self._child.connection.has_unsent:
+                writers.append(self._child.connection)
+        pause = TICK if self._child is not None else max(0.0, min(TICK, self._start_at - self._clock()))
+        ready = select.select(readers, writers, [], pause)[0]
+        if self._bell in ready:
+            os.read(self._bell, 4096)
+
+    def _listen(self) -> None:
+        """Take in everything that the engine has sent."""
+        child = self._child
+        if child is None:
+            return
+        child.connection.push()
+        messages = child.connection.receive()
+        now = self._clock()
+        # Time in which this process itself did not run does not count as the engine's silence.
+        self._silent = 0.0 if messages else self._silent + min(now - self._looked, 2 * TICK)
+        self._looked = now
+        for message in messages:
+            if isinstance(message, wire.Stepped):
+                self._stepped(message)
+            elif isinstance(message, wire.Ready):
+                self._come_up(message)
+            elif isinstance(message, wire.Answer):
+                self._answers[message.number] = message.value
+            elif isinstance(message, wire.Phase):
+                self.phase = message.name
+            elif isinstance(message, wire.Failed):
+                self._failure = message
+
+    def _stepped(self, message: wire.Stepped) -> None:
+        while self._taken < message.taken:
+            self._unread.popleft()
+            self._taken += 1
+        self._totals.take(message.stats)
+        for ticket, token in message.singles:
+            entry = self._journal.get(ticket)
+            if entry is not None and ticket in self._running:
+                self._early.append(entry.take(Event(entry.request.request_id, (token,))))
+                self._after(entry, True)
+        for found in message.events:
+            entry = self._journal.get(found.ticket)
+            if entry is not None and found.ticket in self._running:
+                event = wire.event_of(entry.request.request_id, found)
+                self._early.append(entry.take(event))
+                if event.finish_reason is not None:
+                    self._running.discard(entry.ticket)
+                    self._end(entry)
+                else:
+                    self._after(entry, bool(event.tokens))
+        if message.singles or any(found.tokens for found in message.events):
+            self._vain_deaths = 0
+
+    def _after(self, entry: Entry, has_token: bool) -> None:
+        """A request that got a token is not to blame for anything."""
+        if has_token and self._suspects.acquit(entry.ticket):
+            self._next_trial()
+
+    def _end(self, entry: Entry) -> None:
+        self._journal.close(entry)
+        if self._suspects.acquit(entry.ticket):
+            self._next_trial()
+
+    # ---------------------------------------------------------------- requests and the present process
+
+    def _give(self, entry: Entry) -> None:
+        """Send a request to the engine."""
+        assert self._child is not None, "there is a child when it is up"
+        self._child.connection.send(wire.add_message(entry.ticket, entry.request, entry.emitted))
+        self._running.add(entry.ticket)
+        self._unread.append(len(entry.request.prompt_token_ids))
+
+    def _take_back(self, entry: Entry) -> None:
+        """The engine shall not go on with a request."""
+        if entry.ticket in self._running:
+            self._running.discard(entry.ticket)
+            if self._is_up and self._child is not None:
+                self._child.connection.send(wire.Abort(entry.ticket, entry.request.request_id))
+
+    def _come_up(self, ready: wire.Ready) -> None:
+        """The engine takes requests: give it all that may run."""
+        self.phase = "ready"
+        self._is_up = True
+        self._failed_starts = 0
+        self._silent, self._looked = 0.0, self._clock()
+        self._totals.take(ready.stats)
+        self._give_all()
+
+    def _give_all(self) -> None:
+        for entry in self._journal:
+            if entry.ticket not in self._running and self._suspects.may_run(entry):
+                self._give(entry)
+
+    def _next_trial(self) -> None:
+        """Those tried before wait while the next group runs; with nobody left to try, everybody runs."""
+        for entry in self._journal:
+            if not self._suspects.may_run(entry) and entry.ticket in self._running:
+                self._take_back(entry)
+                entry.restart()
+        if self._is_up:
+            self._give_all()
+
+    # ---------------------------------------------------------------- life and death
+
+    def _look_after(self) -> None:
+        """Notice a death or a standstill; start the next process when it is time."""
+        child = self._child
+        if child is None:
+            if self._clock() >= self._start_at:
+                self._start_again()
+        elif child.connection.ended:
+            self._bury(child, "")
+        elif self._is_up and 0 < self._patience.silence <= self._silent:
+            logger.error("the engine process %d has said nothing for %.1f s; it is ended", child.pid, self._silent)
+            child.kill()
+            self._bury(child, "said nothing and ")
+
+    def _start_again(self) -> None:
+        self.restarts += 1
+        self.phase = "starting"
+        self._failure = None
+        try:
+            self._child = ChildProcess(self._options, self._command)
+        except EngineError as error:
+            self._count_failed_start(str(error))
+
+    def _bury(self, child: ChildProcess, how: str) -> None:
+        """The engine process is gone: everything that it sent is taken in, everything else will be done again."""
+        while not child.connection.ended:
+            self._listen()
+        was_up, self._is_up = self._is_up, False
+        in_flight = child.box.in_flight()
+        self._child = None
+        how += child.close()
+        self.phase = "restarting"
+        self._totals.bury()
+        self._unread.clear()
+        self._taken = 0
+        self._running.clear()
+        if not was_up:
+            self._count_failed_start(how if self._failure is None else self._failure.message)
+            return
+        for entry in self._journal:
+            entry.restart()
+        culprit = self._suspects.died(in_flight)
+        if culprit is not None:
+            self._quarantine(culprit)
+        self._vain_deaths += 1
+        if self._vain_deaths > self._patience.vain_deaths:
+            self._give_up(f"it died {self._vain_deaths} times without any token in between, the last time it {how}")
+        pause = self._pause(self._vain_deaths)
+        self._start_at = self._clock() + pause
+        logger.error(
+            "the engine process %d %s; %d requests go on in a new one%s",
+            child.pid,
+            how,
+            len(self._journal),
+            f", in {pause:.1f} s" if pause else "",
+        )
+
+    def _quarantine(self, entry: Entry) -> None:
+        message = POISON.format(deaths=entry.deaths)
+        logger.error("request %s: %s", entry.request.request_id, message)
+        self._early.append(Event(entry.request.request_id, finish_reason="error", error=message))
+        self._end(entry)
+
+    def _count_failed_start(self, how: str) -> None:
+        self._failed_starts += 1
+        if self._failed_starts >= self._patience.failed_starts:
+            self._give_up(f"it could not be started {self._failed_starts} times in a row; the last time: {how}")
+        pause = self._pause(self._failed_starts + 1)
+        logger.error("the engine process could not be started (%s); the next try comes in %.1f s", how, pause)
+        self._start_at = self._clock() + pause
+
+    def _pause(self, times: int) -> float:
+        if times <= 1:
+            return 0.0
+        return min(self._patience.longest_pause, self._patience.first_pause * 2 ** (times - 2))
+
+    def _give_up(self, why: str) -> None:
+        self.phase = "stopped"
+        raise EngineDeadError(f"The engine is beyond repair: {why}.")
+
+
+def start_error(message: wire.Failed) -> Exception:
+    """What the engine could not be started for, as the exception that it was, where it is one of quire's."""
+    kind = getattr(errors, message.kind, None)
+    if isinstance(kind, type) and issubclass(kind, QuireError):
+        return kind(message.message)
+    return EngineError(f"The engine could not be started: {message.kind}: {message.message}")
+
+
+def _tables(options: SchedulerOptions) -> PageTables:
+    """Page tables that nobody uses, to know how many pages a request needs."""
+    return PageTables(options.groups, options.max_num_batched_tokens, caching=False)

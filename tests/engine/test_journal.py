@@ -1,0 +1,116 @@
+"""The journal hands out everything once, over any number of restarts; the search for the guilty ends and spares others."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from quire.core.params import SamplingParams
+from quire.core.plan import Event, TokenLogprobs
+from quire.core.request import CoreRequest
+from quire.core.stats import Stats
+from quire.engine.blackbox import MOST_TICKETS, BlackBox, new_file
+from quire.engine.journal import Journal
+from quire.engine.suspects import Suspects
+from quire.engine.totals import Totals
+
+
+def request(name: str) -> CoreRequest:
+    return CoreRequest(name, (1, 2, 3), SamplingParams(), 0)
+
+
+def logprobs(*tokens: int) -> tuple[TokenLogprobs, ...]:
+    return tuple(TokenLogprobs((token,), (-1.0,), (1,)) for token in tokens)
+
+
+def test_entries_live_as_long_as_their_requests() -> None:
+    journal = Journal()
+    first, second = journal.open(request("a")), journal.open(request("b"))
+    assert len(journal) == 2 and "a" in journal and [entry.ticket for entry in journal] == [1, 2]
+    assert journal.find("b") is second and journal.get(first.ticket) is first
+    journal.close(first)
+    assert "a" not in journal and journal.find("a") is None and journal.get(first.ticket) is None
+    assert journal.open(request("a")).ticket == 3  # the id is free, the ticket is not
+
+
+def test_prompt_logprobs_come_once() -> None:
+    entry = Journal().open(request("a"))
+    assert entry.take(Event("a", prompt_logprobs=logprobs(2))).prompt_logprobs == logprobs(2)
+    for _ in range(2):  # died in the middle of the prompt, twice
+        entry.restart()
+        assert entry.take(Event("a", prompt_logprobs=logprobs(2))).prompt_logprobs == ()
+    found = entry.take(Event("a", (7,), prompt_logprobs=logprobs(3), times={"first_token": 1.0}, cached_tokens=2))
+    assert found.prompt_logprobs == logprobs(3) and found.times and entry.emitted.tolist() == [7]
+    entry.restart()
+    again = entry.take(Event("a", (8,), times={"first_token": 5.0}, cached_tokens=3))
+    assert again.tokens == (8,) and not again.times and again.cached_tokens == 2
+    last = entry.take(Event("a", (9,), finish_reason="length", times={"finished": 6.0}, cached_tokens=3))
+    assert last.times == {"finished": 6.0} and last.cached_tokens == 2 and entry.emitted.tolist() == [7, 8, 9]
+
+
+def test_a_token_clears_of_suspicion() -> None:
+    journal = Journal()
+    entries = [journal.open(request(name)) for name in "abc"]
+    suspects = Suspects(journal)
+    for _ in range(10):
+        assert suspects.died([entry.ticket for entry in entries]) is None and suspects.on_trial is None
+        for entry in entries:
+            entry.take(Event(entry.request.request_id, (1,)))
+    assert suspects.died([]) is None and suspects.died([99]) is None
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_guilty_are_found_and_nobody_else(seed: int) -> None:
+    draw = random.Random(seed)
+    journal = Journal()
+    entries = [journal.open(request(str(index))) for index in range(draw.randint(1, 70))]
+    guilty = {entry.ticket for entry in draw.sample(entries, min(len(entries), draw.randint(1, 3)))}
+    suspects, deaths, most = Suspects(journal), 0, draw.randint(1, 70)
+    convicted = set()
+    while guilty - convicted:
+        running = [entry for entry in journal if suspects.may_run(entry)]
+        assert running, "everybody waits"
+        batch = running[:most]  # as many as there are rows
+        if any(entry.ticket in guilty for entry in batch):
+            deaths += 1
+            culprit = suspects.died([entry.ticket for entry in batch])
+            if culprit is not None:
+                convicted.add(culprit.ticket)
+                journal.close(culprit)
+                suspects.acquit(culprit.ticket)
+        else:
+            for entry in batch:
+                entry.take(Event(entry.request.request_id, (1,)))
+                if draw.random() < 0.8:
+                    journal.close(entry)  # it has ended
+                suspects.acquit(entry.ticket)
+        assert deaths < 40
+    assert convicted == guilty
+    assert deaths <= len(guilty) * 10
+
+
+def test_the_black_box_outlives_a_writer() -> None:
+    file = new_file()
+    writer, reader = BlackBox(file), BlackBox(file)
+    assert reader.in_flight() == []
+    writer.note(6, [5, 2**40])
+    writer.note(7, [5, 9])
+    assert sorted(reader.in_flight()) == [5, 9, 2**40]
+    writer.clear(6)
+    assert sorted(reader.in_flight()) == [5, 9]
+    writer.note(11, list(range(MOST_TICKETS + 10)))
+    assert len(reader.in_flight()) == MOST_TICKETS
+    writer.close()
+    reader.close()
+
+
+def test_counters_go_on_and_gauges_do_not() -> None:
+    totals = Totals()
+    totals.take(Stats(running=3, steps=10, generated_tokens=30, pages=(8,), free_pages=(2,), finished={"stop": 1}))
+    totals.bury()
+    assert totals.stats.running == 0 and totals.stats.free_pages == (8,) and totals.stats.generated_tokens == 30
+    totals.take(Stats(running=1, steps=5, generated_tokens=7, pages=(8,), free_pages=(7,), finished={"stop": 2}))
+    found = totals.stats
+    assert (found.running, found.steps, found.generated_tokens) == (1, 15, 37)
+    assert found.free_pages == (7,) and found.finished == {"stop": 3}
