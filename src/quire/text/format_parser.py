@@ -1,0 +1,318 @@
+"""FormatParser: generated text -> content, reasoning and tool calls, as it comes.
+
+Works character by character on what was seen so far and never on where a piece of text ends, so every way to cut the
+text gives the same result. A call is told when it is complete; what turns out to be none is content, with nothing lost
+but markers that only separate. Made anew for each output. Knows no tokens and no protocol.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from quire.text.format_readers import READERS, Call
+from quire.text.formats import ReasoningFormat, Region, ToolFormat
+
+MOST_REREAD = 32 * 1024  # characters of regions that turn out to be no calls; they are read twice, so there is an end
+_BRACKETS = {"{": 1, "[": 1, "(": 1, "}": -1, "]": -1, ")": -1}
+_SPACES = " \t\r\n"
+_SELF_ENDING = ("function_xml", "invoke_xml")  # readers that see by themselves whether the inside is complete
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """More of the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    """More of the thoughts before the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallStart:
+    """Call number `index` begins. `id` is None unless the model wrote one."""
+
+    index: int
+    name: str
+    id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CallArguments:
+    """More of the arguments of a call, a piece of JSON."""
+
+    index: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallEnd:
+    """A call is complete."""
+
+    index: int
+
+
+Delta = Content | Reasoning | CallStart | CallArguments | CallEnd
+_Kind = Literal["call", "think", "silent"]
+
+
+@dataclass(slots=True)
+class _Open:
+    """A region that is being read: its text so far, and where in a value the reading is."""
+
+    region: Region
+    marker: str
+    text: list[str]
+    tail: str = ""
+    quote: str = ""
+    escaped: bool = False
+    depth: int = 0
+    begun: bool = False  # the value
+    blank: bool = True  # nothing but spaces so far
+
+
+class FormatParser:
+    """Reads one output.
+
+    `thinking` says that the prompt ended inside of a thought. `schemas` are the tools' argument schemas by name, for
+    formats whose arguments are mere text.
+    """
+
+    def __init__(
+        self,
+        tools: ToolFormat | None,
+        reasoning: ReasoningFormat | None = None,
+        thinking: bool = False,
+        schemas: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        self._tools = tools
+        self._reasoning = reasoning
+        self._schemas = schemas or {}
+        self._thinking = reasoning is not None and (thinking or reasoning.implied)
+        self._markers: dict[str, _Kind] = {}
+        if tools is not None:
+            self._markers.update((mark, "silent") for mark in tools.silent)
+            self._markers.update((item.opener, "call") for item in tools.regions if not item.bare)
+        if reasoning is not None:
+            self._markers[reasoning.opener] = "think"
+        self._closers: dict[str, _Kind] = dict.fromkeys(reasoning.closers if reasoning else (), "silent")
+        self._bare = {item.opener: item for item in (tools.regions if tools else ()) if item.bare}
+        self._gap = _SPACES + (tools.separators if tools else "")
+        self._queue: deque[str] = deque()
+        self._held = ""  # the beginning of a marker, perhaps
+        self._spaces = ""  # at the beginning and behind a call; content if content follows
+        self._fresh = True  # nothing but spaces since the beginning or the last call
+        self._open: _Open | None = None
+        self._reread = 0
+        self._calls = 0
+        self._out: list[Delta] = []
+        self._kind: type[Content] | type[Reasoning] | None = None  # of the parts that are not yet in _out
+        self._parts: list[str] = []
+
+    def push(self, text: str) -> list[Delta]:
+        """The next piece of text; what became certain with it."""
+        if self._open is None and not self._held and (self._thinking or not self._fresh):
+            starts = {mark[0] for mark in (self._closers if self._thinking else self._markers)}
+            if starts.isdisjoint(text):  # the usual case, by the short way
+                if text:
+                    self._append(Reasoning if self._thinking else Content, text)
+                return self._taken()
+        self._queue.extend(text)
+        self._run()
+        return self._taken()
+
+    def finish(self) -> list[Delta]:
+        """The text is over; the rest of it."""
+        while self._open is not None or self._held:
+            if self._open is not None:
+                self._close(self._open, at_end=True)
+            else:
+                self._settle()
+            self._run()
+        if not self._calls:
+            self._tell(self._spaces)
+        self._spaces = ""
+        return self._taken()
+
+    def _taken(self) -> list[Delta]:
+        self._join()
+        out, self._out = self._out, []
+        return out
+
+    def _run(self) -> None:
+        queue = self._queue
+        while queue:
+            character = queue.popleft()
+            if self._open is not None:
+                self._inside(self._open, character)
+            else:
+                self._outside(character)
+
+    # ---------------------------------------------------------------- outside of calls
+
+    def _outside(self, character: str) -> None:
+        """Content, reasoning, or a marker that ends one of them."""
+        held = self._held + character
+        markers = self._closers if self._thinking else self._markers
+        if any(mark.startswith(held) for mark in markers):
+            longer = any(mark != held and mark.startswith(held) for mark in markers)
+            self._held = held
+            if not longer:
+                self._settle()
+        elif self._held:
+            self._queue.appendleft(character)
+            self._settle()
+        else:
+            self._plain(character)
+
+    def _settle(self) -> None:
+        """Decide what is held: a marker, or text up to where another marker could begin."""
+        held, self._held = self._held, ""
+        markers = self._closers if self._thinking else self._markers
+        found = max((mark for mark in markers if held.startswith(mark)), key=len, default=None)
+        if found is None:
+            self._plain(held[0])
+            self._queue.extendleft(reversed(held[1:]))
+            return
+        self._queue.extendleft(reversed(held[len(found) :]))
+        kind = markers[found]
+        if self._thinking:
+            self._thinking = False
+        elif kind == "think":
+            self._spaces = ""
+            self._thinking = True
+        elif kind == "call":
+            assert self._tools is not None, "call markers come from a tool format"
+            region = next(item for item in self._tools.regions if item.opener == found)
+            self._open = _Open(region, found, [])
+
+    def _plain(self, character: str) -> None:
+        """One character that belongs to no marker."""
+        if self._thinking:
+            self._append(Reasoning, character)
+            return
+        if self._fresh:
+            if character in (self._gap if self._calls else _SPACES):
+                self._spaces += character
+                return
+            if character in self._bare and self._reread <= MOST_REREAD:
+                self._open = _Open(self._bare[character], "", [])
+                self._inside(self._open, character)
+                return
+        self._tell(self._spaces + character)
+
+    def _tell(self, text: str) -> None:
+        self._spaces = ""
+        if text:
+            self._fresh = False
+            self._append(Content, text)
+
+    def _append(self, kind: type[Content] | type[Reasoning], text: str) -> None:
+        if kind is not self._kind:
+            self._join()
+            self._kind = kind
+        self._parts.append(text)
+
+    def _join(self) -> None:
+        """Make one delta of the text that came in pieces."""
+        if self._kind is not None:
+            self._out.append(self._kind("".join(self._parts)))
+        self._kind, self._parts = None, []
+
+    # ---------------------------------------------------------------- inside of a call
+
+    def _inside(self, opened: _Open, character: str) -> None:
+        """One more character of a region; closes it where it ends."""
+        region = opened.region
+        opened.text.append(character)
+        if region.ending != "marker":
+            if not opened.begun and self._cannot_begin(opened, character):
+                self._fail(opened)
+                return
+            self._follow(opened, character)
+        if region.ending == "value":
+            if opened.begun and opened.depth <= 0:
+                self._close(opened)
+            return
+        opened.tail = (opened.tail + character)[-len(region.closer) :]
+        if opened.tail == region.closer and not opened.quote:
+            self._close(opened)
+
+    def _cannot_begin(self, opened: _Open, character: str) -> bool:
+        """Whether a region that holds nothing but JSON begins with something else."""
+        reader = opened.region.reader
+        return reader in ("json", "bare_json", "pythonic") and character not in _SPACES and character not in "{["
+
+    def _follow(self, opened: _Open, character: str) -> None:
+        """Keep count of strings and brackets."""
+        if opened.quote:
+            if opened.escaped:
+                opened.escaped = False
+            elif character == "\\":
+                opened.escaped = True
+            elif character == opened.quote:
+                opened.quote = ""
+            return
+        if not opened.begun:
+            # mistral may write name[ARGS] first; a list counts only where nothing stands before it
+            opened.begun = character == "{" or (character == "[" and opened.blank)
+            opened.blank = opened.blank and character in _SPACES
+            if not opened.begun:
+                return
+        if character == '"' or (character == "'" and opened.region.reader == "pythonic"):
+            opened.quote = character
+        else:
+            opened.depth += _BRACKETS.get(character, 0)
+
+    def _close(self, opened: _Open, at_end: bool = False) -> None:
+        """The region is over: calls, or content."""
+        region = opened.region
+        inside = "".join(opened.text)
+        if at_end:
+            inside = _without_part(inside, region.closer)
+        elif region.closer:
+            inside = inside[: len(inside) - len(region.closer)]
+        whole = not at_end or region.reader in _SELF_ENDING or (opened.begun and opened.depth == 0)
+        calls = READERS[region.reader](inside, self._schemas) if whole else None
+        if calls is None:
+            self._fail(opened)
+            return
+        self._open = None
+        self._spaces = ""
+        self._fresh = True
+        for call in calls:
+            self._tell_call(call)
+
+    def _tell_call(self, call: Call) -> None:
+        self._join()
+        index = self._calls
+        self._calls += 1
+        self._out += [CallStart(index, call.name, call.id), CallArguments(index, call.arguments), CallEnd(index)]
+
+    def _fail(self, opened: _Open) -> None:
+        """The region was none: its opener is content, and what follows that is read again, for it may hold others."""
+        self._open = None
+        text = opened.text
+        self._reread += len(text)
+        marker = opened.marker or text[0]
+        rest: Sequence[str] = text if opened.marker else text[1:]
+        self._tell(self._spaces + marker)
+        if self._reread > MOST_REREAD:
+            # From here on nothing is taken for a call any more.
+            self._markers = {mark: kind for mark, kind in self._markers.items() if kind != "call"}
+        self._queue.extendleft(reversed(rest))
+
+
+def _without_part(text: str, marker: str) -> str:
+    """The text without the beginning of a marker at its end."""
+    for length in range(min(len(marker), len(text)), 0, -1):
+        if text.endswith(marker[:length]):
+            return text[:-length]
+    return text
