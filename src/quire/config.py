@@ -14,6 +14,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from quire.errors import ConfigError
 
+SPECULATION_METHODS = ("ngram",)
+
 
 def option(default: Any = None, *, help: str, factory: Any = None, aliases: tuple[str, ...] = ()) -> Any:
     """A config field with its help text; `aliases` are further flag names, such as "-tp"."""
@@ -102,6 +104,62 @@ class ParallelOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class Speculation:
+    """How tokens are guessed, decided. `method` says which of the other fields count."""
+
+    method: str  # one of SPECULATION_METHODS
+    num_speculative_tokens: int = 4  # guesses for a step, at most
+    prompt_lookup_min: int = 2  # ngram: how many tokens must have come before, at least
+    prompt_lookup_max: int = 5  # and how many are looked for, at most
+    adaptive: bool = True  # leave off where it does not pay
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculateOptions:
+    """Guessing several tokens and verifying them in one step; the output is the same with and without."""
+
+    speculative_config: dict[str, Any] = option(
+        factory=dict,
+        help="JSON object: method, num_speculative_tokens, prompt_lookup_min, prompt_lookup_max, adaptive",
+        aliases=("-sc",),
+    )
+    spec_method: str | None = option(None, help="how to guess: ngram looks up what followed the same tokens before")
+    spec_tokens: int | None = option(None, help="tokens to guess for a step, at most; 4 when not given")
+
+    def chosen(self) -> Speculation | None:
+        """What is wanted, None for no guessing. Raises ConfigError for what does not exist or makes no sense."""
+        values = dict(self.speculative_config)
+        for name, given in (("method", self.spec_method), ("num_speculative_tokens", self.spec_tokens)):
+            if given is not None:
+                values[name] = given
+        if not values:
+            return None
+        method = values.get("method")
+        if method not in SPECULATION_METHODS:
+            known = ", ".join(SPECULATION_METHODS)
+            asked = "names no method" if method is None else f"asks for the method {method!r}"
+            raise ConfigError(f"speculative_config {asked}; quire has {known}.")
+        if "prompt_lookup_max" in values and "prompt_lookup_min" not in values:
+            values["prompt_lookup_min"] = min(2, values["prompt_lookup_max"])
+        if "prompt_lookup_min" in values and "prompt_lookup_max" not in values:
+            values["prompt_lookup_max"] = max(5, values["prompt_lookup_min"])
+        types = get_type_hints(Speculation)
+        for name, value in values.items():
+            if name not in types:
+                raise ConfigError(f"speculative_config: {unknown_option(name, types)}")
+            values[name] = fitted(f"speculative_config's {name}", value, types[name])
+            if types[name] is int and value < 1:
+                raise ConfigError(f"speculative_config's {name} is {value}; it must be at least 1.")
+        found = Speculation(**values)
+        if found.prompt_lookup_min > found.prompt_lookup_max:
+            raise ConfigError(
+                f"speculative_config's prompt_lookup_min ({found.prompt_lookup_min}) is more than its "
+                f"prompt_lookup_max ({found.prompt_lookup_max})."
+            )
+        return found
+
+
+@dataclass(frozen=True, slots=True)
 class ObserveOptions:
     """What is logged and counted."""
 
@@ -143,6 +201,8 @@ class ServeOptions:
         0.0, help="seconds of silence after which a stream sends a comment; 0: never"
     )
     max_log_len: int = option(0, help="characters of each prompt that --enable-log-requests logs")
+    enable_request_account: bool = option(False, help="tell in usage.quire where the time of each request went")
+    log_format: Literal["text", "json"] = option("text", help="how the log is written")
     max_stored_responses: int = option(1000, help="answers of /v1/responses that are kept in memory; 0 for none")
     stall_timeout: float = option(120.0, help="seconds without a step, with work to do, from which on health is denied")
     uvicorn_log_level: Literal["critical", "error", "warning", "info", "debug", "trace"] = option(
@@ -159,6 +219,7 @@ class EngineOptions:
     cache: CacheOptions = field(default_factory=CacheOptions)
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
     parallel: ParallelOptions = field(default_factory=ParallelOptions)
+    speculate: SpeculateOptions = field(default_factory=SpeculateOptions)
     observe: ObserveOptions = field(default_factory=ObserveOptions)
 
     @classmethod

@@ -68,7 +68,7 @@ class _Answer:
             "choices": [self._choice(completion) for completion in output.outputs],
             "service_tier": None,
             "system_fingerprint": self.service.card.fingerprint,
-            "usage": usage.body(),
+            "usage": usage.body() | self.talk.told(),
             "prompt_logprobs": prompt_logprobs(output.prompt_logprobs, self._names()),
             "prompt_token_ids": output.prompt_token_ids if wants_ids else None,
             "prompt_text": self.talk.prompt if self.body.return_prompt_text else None,
@@ -98,7 +98,11 @@ class _Answer:
                 finished = completion.finish_reason is not None
                 yield event(chunk(self._delta(completion), finished))
         if forced or self.body.include_usage:
-            end = {"choices": [], "system_fingerprint": self.service.card.fingerprint, "usage": usage.body()}
+            end = {
+                "choices": [],
+                "system_fingerprint": self.service.card.fingerprint,
+                "usage": usage.body() | self.talk.told(),
+            }
             yield event(self._frame("chat.completion.chunk") | end)
 
     def _frame(self, kind: str) -> dict[str, Any]:

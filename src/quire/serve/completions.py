@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from quire.core.params import SamplingParams
 from quire.engine.outputs import CompletionOutput, Logprob, RequestOutput
+from quire.serve.account import Account
 from quire.serve.auth import tenant_of
 from quire.serve.layers import JsonRoute
 from quire.serve.logprobs import TokenNames, completion_logprobs, prompt_logprobs
@@ -61,6 +62,7 @@ class _Answer:
     id: str
     params: SamplingParams
     tenant: str = ""
+    account: Account = field(default_factory=Account)
     created: int = field(default_factory=lambda: int(time.time()))
 
     async def whole(self) -> dict[str, Any]:
@@ -79,7 +81,7 @@ class _Answer:
             "choices": choices,
             "service_tier": None,
             "system_fingerprint": self.service.card.fingerprint,
-            "usage": usage.body(),
+            "usage": usage.body() | self.service.told(self.body, self.account),
         }
 
     async def events(self) -> AsyncGenerator[bytes]:
@@ -101,7 +103,8 @@ class _Answer:
                     chunk["usage"] = usage.body()
                 yield event(chunk)
         if forced or self.body.include_usage:
-            end = {"choices": [], "system_fingerprint": self.service.card.fingerprint, "usage": usage.body()}
+            told = usage.body() | self.service.told(self.body, self.account)
+            end = {"choices": [], "system_fingerprint": self.service.card.fingerprint, "usage": told}
             yield event(self._frame() | end)
 
     async def _outputs(self) -> AsyncGenerator[tuple[int, RequestOutput]]:
@@ -109,7 +112,9 @@ class _Answer:
         prompts = self.body.prompts()
         in_thread = sum(map(len, prompts)) > LONG_TEXT
         jobs = [await self._job(prompt, special, in_thread) for prompt in prompts]
-        async for item in self.service.outputs(self.id, jobs, self.params, self.body, special, self.tenant):
+        async for item in self.service.outputs(
+            self.id, jobs, self.params, self.body, special, self.tenant, self.account
+        ):
             yield item
 
     async def _job(self, prompt: str | list[int], special: bool, in_thread: bool) -> Job:

@@ -84,11 +84,12 @@ class MessagesRequest(TokensRequest):
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     top_p: float | None = None
     top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    include_account: bool | None = None
 
     def chat(self) -> ChatRequest:
         """The same request for chat completions."""
         self.check_extra()
-        given = {name: getattr(self, name) for name in ("stream", "temperature", "top_p", "top_k")}
+        given = {name: getattr(self, name) for name in ("stream", "temperature", "top_p", "top_k", "include_account")}
         body = ChatRequest(
             model=self.model,
             messages=self.chat_messages(),
@@ -153,7 +154,7 @@ class _Answer:
         assert output is not None, "the engine ends every request with an output"
         completion = output.outputs[0]
         _raise_ended(completion)
-        usage = self._usage(output) | {"output_tokens": len(completion.token_ids)}
+        usage = self._usage(output) | {"output_tokens": len(completion.token_ids)} | self.talk.told()
         return self._message(usage) | {"content": [{"type": "text", "text": completion.text}], **_stopped(completion)}
 
     async def events(self) -> AsyncGenerator[bytes]:
@@ -175,7 +176,7 @@ class _Answer:
                     yield named_event({"type": "content_block_delta", "index": 0, "delta": delta})
                 if completion.finish_reason is not None:
                     yield named_event({"type": "content_block_stop", "index": 0})
-                    usage = self._usage(output) | {"output_tokens": tokens}
+                    usage = self._usage(output) | {"output_tokens": tokens} | self.talk.told()
                     yield named_event({"type": "message_delta", "delta": _stopped(completion), "usage": usage})
         yield named_event({"type": "message_stop"})
 

@@ -21,6 +21,7 @@ class Progress:
     clock: Callable[[], float] = time.monotonic
     stats: Stats = field(default_factory=Stats)
     steps: int = 0
+    rows: int = 0  # running requests, added up over the steps
     tokens: int = 0  # generated
     last_step: float | None = None
     last_token: float | None = None
@@ -30,6 +31,7 @@ class Progress:
         now = self.clock()
         self.stats = stats
         self.steps += 1
+        self.rows += stats.running
         self.last_step = now
         if figures.generation_tokens:
             self.tokens += figures.generation_tokens

@@ -146,6 +146,7 @@ class GenerationRequest(ApiRequest):
     echo: bool | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
+    include_account: bool | None = None
     stream_interval: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
 
     def check(self) -> None:
@@ -191,8 +192,8 @@ class GenerationRequest(ApiRequest):
 
     @property
     def include_usage(self) -> bool:
-        """Whether the stream shall end with the usage."""
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
+        """Whether the stream shall end with the usage, which also carries the account."""
+        return bool(self.stream_options and self.stream_options.include_usage) or bool(self.include_account)
 
     @property
     def continuous_usage(self) -> bool:

@@ -250,6 +250,7 @@ class _Answer:
             "output_tokens": tokens,
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": prompt + tokens,
+            **self.talk.told(),
         }
 
     def _logprobs(self, completion: CompletionOutput) -> list[dict[str, Any]]:

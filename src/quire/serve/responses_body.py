@@ -51,6 +51,7 @@ class ResponsesRequest(ApiRequest):
     cache_salt: str | None = None
     priority: Int32 | None = None
     user: str | None = None
+    include_account: bool | None = None
 
     def check(self) -> None:
         """What one field cannot tell alone. Raises ValidationError."""
@@ -82,7 +83,7 @@ class ResponsesRequest(ApiRequest):
         given = {
             name: getattr(self, name)
             for name in ("temperature", "top_p", "top_k", "seed", "chat_template", "chat_template_kwargs")
-            + ("cache_salt", "priority", "stream")
+            + ("cache_salt", "priority", "stream", "include_account")
         }
         if self.reasoning and self.reasoning.get("effort") is not None:
             given["reasoning_effort"] = str(self.reasoning["effort"])[:32]

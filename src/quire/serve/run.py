@@ -24,6 +24,7 @@ from quire.engine.metrics import Metrics
 from quire.errors import ConfigError
 from quire.serve.app import create_app
 from quire.serve.auth import check_bind, read_keys
+from quire.serve.logs import log_as_json
 from quire.serve.progress import Progress
 from quire.serve.service import ModelCard, Service, fingerprint
 
@@ -66,6 +67,8 @@ def run_server(engine_options: EngineOptions, options: ServeOptions, began: floa
     `began` is the time.perf_counter() at which the process started its work. Raises ConfigError, ModelError and
     CapacityError before anything is served.
     """
+    if options.log_format == "json":
+        log_as_json(logging.getLogger("quire"))
     report = StartReport(time.perf_counter() if began is None else began)
     if began is not None:
         report.add("importing", time.perf_counter() - began)

@@ -24,6 +24,7 @@ from quire.engine.async_engine import AsyncEngine
 from quire.engine.outputs import RequestOutput
 from quire.engine.prompts import TextPrompt, TokensPrompt
 from quire.errors import EngineDeadError, NotFoundError, OverloadedError, RequestFailedError, ValidationError
+from quire.serve.account import Account
 from quire.serve.live import Live, LiveRequest
 from quire.serve.merge import every
 from quire.serve.progress import Progress
@@ -201,15 +202,17 @@ class Service:
         body: GenerationRequest,
         special: bool,
         tenant: str = "",
+        account: Account | None = None,
     ) -> AsyncGenerator[tuple[int, RequestOutput]]:
         """(index of the prompt, output) as they come. Leaving the iterator aborts what still runs.
 
         `tenant`: whose request it is; a tenant finds only its own cached prompts, unless they are shared. A completion
-        that failed raises RequestFailedError; the reason is only logged.
+        that failed raises RequestFailedError; the reason is only logged. `account` is kept, for who wants to tell it.
         """
         self.check_priority(body.priority)
         await self.check_ready()
-        began, tally = time.monotonic(), _Tally()
+        account = Account() if account is None else account
+        account.open(request_id, tenant, self.progress)
         known = sum(job.tokens or 0 for job in jobs)
         live = LiveRequest(request_id, tenant, len(jobs), known)
         if self.log_arrivals:
@@ -222,18 +225,23 @@ class Service:
             ]
             async with aclosing(merged(sources)) as found:
                 async for index, output in found:
-                    tally.note(output)
+                    account.note(output)
                     live.note(output)
                     _raise_failed(output)
                     yield index, output
         except BaseException as error:
-            tally.note_end(error)
+            account.fail(error)
             raise
         finally:
             self.live.remove(live)
-            logger.info(
-                "%s %s: %d tokens out, %.2f s", request_id, tally.ending, tally.tokens, time.monotonic() - began
-            )
+            account.close()
+            if logger.isEnabledFor(logging.INFO):
+                logger.info("%s", account.line(), extra={"request": account.record()})
+
+    def told(self, body: GenerationRequest, account: Account) -> dict[str, Any]:
+        """The part of `usage` that is quire's own: the request's account, where it is wanted."""
+        wanted = self.options.enable_request_account or body.include_account
+        return {"quire": account.usage()} if wanted else {}
 
     def _log_arrival(self, request_id: str, jobs: Sequence[Job], known: int, params: SamplingParams) -> None:
         most = self.options.max_log_len
@@ -260,26 +268,6 @@ class Service:
                     yield output
         finally:
             live.engine_ids.discard(engine_id)
-
-
-@dataclass(slots=True)
-class _Tally:
-    """What the log says of a request when it is over."""
-
-    tokens: int = 0
-    ending: str = "client left"
-
-    def note(self, output: RequestOutput) -> None:
-        self.tokens += sum(len(completion.token_ids) for completion in output.outputs)
-        reasons = [completion.finish_reason for completion in output.outputs if completion.finish_reason]
-        if output.finished and reasons:
-            self.ending = "/".join(dict.fromkeys(reasons))
-
-    def note_end(self, error: BaseException) -> None:
-        if isinstance(error, Exception):
-            self.ending = f"failed ({type(error).__name__})"
-        elif not isinstance(error, GeneratorExit):
-            self.ending = "client left"
 
 
 def _raise_failed(output: RequestOutput) -> None:

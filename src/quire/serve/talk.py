@@ -6,11 +6,12 @@ Knows no shape of an answer.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from quire.core.params import SamplingParams
 from quire.engine.outputs import RequestOutput
+from quire.serve.account import Account
 from quire.serve.protocol import ChatRequest
 from quire.serve.service import Service
 from quire.text import ChatOptions
@@ -26,6 +27,7 @@ class Talk:
     params: SamplingParams
     tenant: str = ""
     prompt: str = ""
+    account: Account = field(default_factory=Account)
 
     async def outputs(self) -> AsyncGenerator[RequestOutput]:
         """What the engine says. Leaving the iterator ends the request."""
@@ -41,8 +43,13 @@ class Talk:
         self.prompt = await self.service.render(body.messages, options)
         special = bool(body.add_special_tokens)
         job = await self.service.encode(self.prompt, body, special, self.params.max_tokens or 1)
-        async for _, output in self.service.outputs(self.id, [job], self.params, body, special, self.tenant):
+        found = self.service.outputs(self.id, [job], self.params, body, special, self.tenant, self.account)
+        async for _, output in found:
             yield output
+
+    def told(self) -> dict[str, Any]:
+        """The part of `usage` that is quire's own."""
+        return self.service.told(self.body, self.account)
 
     def role(self) -> str:
         """The role of the answer: that of the last message where it is continued."""

@@ -1,0 +1,145 @@
+"""Account: where the time of one request went, as its answer and the log tell it.
+
+Made of the times that come with the engine's outputs. Knows no engine and no route.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from quire.engine.outputs import RequestMetrics, RequestOutput
+from quire.serve.progress import Progress
+
+
+@dataclass(slots=True)
+class Account:
+    """One request, from its begin to its end. Of several prompts, the times are those of the last one to finish."""
+
+    id: str = ""
+    tenant: str = ""
+    progress: Progress = field(default_factory=Progress)
+    began: float = field(default_factory=time.monotonic)
+    ended: float | None = None
+    ending: str = "client left"
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    preemptions: int = 0
+    _times: RequestMetrics | None = None
+    _steps: int = 0
+    _rows: int = 0
+
+    def open(self, request_id: str, tenant: str, progress: Progress) -> None:
+        """The request goes to the engine now."""
+        self.id, self.tenant, self.progress = request_id, tenant, progress
+        self.began = time.monotonic()
+        self._steps, self._rows = progress.steps, progress.rows
+
+    def note(self, output: RequestOutput) -> None:
+        """Something came."""
+        for completion in output.outputs:
+            self.output_tokens += len(completion.token_ids)
+        if not output.finished:
+            return
+        self.prompt_tokens += len(output.prompt_token_ids)
+        self.cached_tokens += output.num_cached_tokens
+        self._times = output.metrics
+        if output.metrics is not None:
+            self.preemptions += output.metrics.num_preemptions
+        reasons = [completion.finish_reason for completion in output.outputs if completion.finish_reason]
+        self.ending = "/".join(dict.fromkeys(reasons)) or self.ending
+
+    def fail(self, error: BaseException) -> None:
+        """It ended otherwise than by its last output."""
+        if isinstance(error, Exception):
+            self.ending = f"failed ({type(error).__name__})"
+        elif not isinstance(error, GeneratorExit):
+            self.ending = "client left"
+
+    def close(self) -> None:
+        """It is over."""
+        self.ended = time.monotonic()
+
+    # ---------------------------------------------------------------- what it tells
+
+    @property
+    def seconds(self) -> float:
+        """From its begin to its end, or until now."""
+        return (time.monotonic() if self.ended is None else self.ended) - self.began
+
+    @property
+    def phases(self) -> tuple[float, float, float]:
+        """Seconds in the queue, on the prompt, and on the output; a phase that is not known is 0."""
+        times = self._times
+        if times is None or not times.scheduled_ts or not times.first_token_ts:
+            return 0.0, 0.0, 0.0
+        return (
+            max(0.0, times.scheduled_ts - self.began),
+            max(0.0, times.first_token_ts - times.scheduled_ts),
+            max(0.0, times.last_token_ts - times.first_token_ts),
+        )
+
+    @property
+    def mates(self) -> float:
+        """How many other requests ran beside it, on average over the steps of its life."""
+        steps = self.progress.steps - self._steps
+        return max(0.0, (self.progress.rows - self._rows) / steps - 1) if steps > 0 else 0.0
+
+    def usage(self) -> dict[str, Any]:
+        """What an answer carries as usage.quire."""
+        queue, prefill, decode = self.phases
+        return {
+            "queue_ms": round(1e3 * queue, 3),
+            "prefill_ms": round(1e3 * prefill, 3),
+            "decode_ms": round(1e3 * decode, 3),
+            "total_ms": round(1e3 * self.seconds, 3),
+            "cached_tokens": self.cached_tokens,
+            "preemptions": self.preemptions,
+            "mean_batch_mates": round(self.mates, 2),
+            "why": self.why(),
+        }
+
+    def why(self) -> str:
+        """One sentence on what took most of the time."""
+        queue, prefill, decode = self.phases
+        total = max(self.seconds, 1e-9)
+        if not queue + prefill + decode:
+            return f"It took {total:.2f} s; the engine tells no times of its parts."
+        longest = max(queue, prefill, decode)
+        share = f"{longest / total:.0%} of {total:.2f} s"
+        if longest == queue:
+            text = f"{share} went by waiting for room beside {self.mates:.1f} other requests"
+        elif longest == prefill:
+            computed = self.prompt_tokens - self.cached_tokens
+            text = f"{share} went into its prompt: {computed} of {self.prompt_tokens} tokens had to be computed"
+        else:
+            each = 1e3 * decode / max(1, self.output_tokens - 1)
+            text = (
+                f"{share} went into its {self.output_tokens} tokens, one every {each:.1f} ms beside {self.mates:.1f} "
+                "other requests"
+            )
+        return (
+            f"{text}; it gave way {self.preemptions} times and was computed again." if self.preemptions else f"{text}."
+        )
+
+    def line(self) -> str:
+        """What the log says at the end."""
+        queue, prefill, decode = self.phases
+        return (
+            f"{self.id} {self.ending}: {self.prompt_tokens} tokens in ({self.cached_tokens} cached), "
+            f"{self.output_tokens} out, {self.seconds:.2f} s "
+            f"(queue {queue:.2f}, prefill {prefill:.2f}, decode {decode:.2f})"
+        )
+
+    def record(self) -> dict[str, Any]:
+        """The same for a log in JSON."""
+        return {
+            "id": self.id,
+            "tenant": self.tenant or None,
+            "ending": self.ending,
+            "prompt_tokens": self.prompt_tokens,
+            "output_tokens": self.output_tokens,
+            **self.usage(),
+        }
