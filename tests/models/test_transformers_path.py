@@ -300,3 +300,15 @@ def test_a_large_model_has_the_replacements_of_its_twin():
     assert large.rewrite == small.rewrite
     assert large.rewrite != RewritePlan()
     assert len(large.layout.layers) == 32
+
+
+def test_probing_leaves_the_library_as_it_was():
+    """The library shares activation modules among models; the probe must not leave anything in them."""
+    config = shrink(transformers.OpenAIGPTConfig(afn="gelu"))
+    model = build(transformers.OpenAIGPTLMHeadModel, config, torch.float32)
+    randomize(model)
+    ids = torch.tensor([[5, 6, 7]])
+    before = model(ids).logits
+    examine(transformers.OpenAIGPTLMHeadModel, config, torch.float32)
+    assert "forward" not in model.transformer.h[0].mlp.act.__dict__
+    assert torch.equal(model(ids).logits, before)

@@ -28,18 +28,16 @@ logger = logging.getLogger(__name__)
 def observe_full(model: nn.Module, implementation: str, twin: Observation) -> Observation:
     """What one step of `model`, built on meta, does. Raises UnsupportedModelError for what its twin did not do.
 
-    The model is good for nothing else afterwards: some of its forwards are gone, or it is on empty CPU memory.
+    The model may be on empty CPU memory afterwards.
     """
     set_experts([module for module in model.modules() if is_experts(module)])
-    shorten(model, twin)
     observer = Observer(model, model.config, with_linears=False)
     try:
-        with torch.device("meta"), _without_numbers():
+        with torch.device("meta"), _without_numbers(), shortened(model, twin):
             seen = observer.run(observed_arguments(model, observer, "meta"), implementation)
     except Exception as error:  # some code branches on values
         logger.info("observing on empty memory, because meta does not do: %s", error)
         for module in model.modules():
-            module.__dict__.pop("forward", None)
             if is_experts(module):
                 module.config._experts_implementation = "eager"
         model.to_empty(device="cpu")
@@ -52,18 +50,27 @@ def observe_full(model: nn.Module, implementation: str, twin: Observation) -> Ob
     return seen
 
 
-def shorten(model: nn.Module, twin: Observation) -> None:
-    """Let blocks that only turn a tensor into one of the same shape, and have nothing to do with the cache, do just that.
+@contextlib.contextmanager
+def shortened(model: nn.Module, twin: Observation) -> Iterator[None]:
+    """Blocks that only turn a tensor into one of the same shape, and have nothing to do with the cache, do just that.
 
-    In most models that is all of the feed-forward part, experts included, where most of the time would go.
+    In most models that is all of the feed-forward part, experts included, where most of the time would go. Afterwards
+    they are as before: the library shares some modules, such as activations, among all its models.
     """
     users = [name for name, module in model.named_modules() if class_key(module) in twin.user_classes]
     around = {name.rsplit(".", depth)[0] for name in users for depth in range(1, name.count(".") + 1)} | {"", *users}
     inside = tuple(f"{name}." for name in users)
+    changed = []
     for name, module in model.named_modules():
         own = not type(module).__module__.startswith("torch.")
         if own and name not in around and not name.startswith(inside) and twin.mirrors.get(class_key(module)):
             module.__dict__["forward"] = _same_shape
+            changed.append(module)
+    try:
+        yield
+    finally:
+        for module in changed:
+            del module.__dict__["forward"]
 
 
 def _same_shape(x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
