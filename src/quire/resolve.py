@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 import torch
 
 from quire import sizing
-from quire.config import EngineOptions
+from quire.config import EngineOptions, Speculation
 from quire.core.plan import GroupSpec
 from quire.errors import CapacityError, ConfigError
 from quire.kernels.table import load_ops
@@ -99,6 +99,7 @@ class EngineConfig:
     max_in_flight: int  # plans submitted and not yet applied: 2 when the next step is planned while one runs
     chunked_prefill: bool
     prefix_caching: bool
+    speculation: Speculation | None  # how tokens are guessed, if they are
     memory: MemoryBudget
     groups: tuple[GroupSpec, ...]
     served_model_names: tuple[str, ...]  # the first one is reported
@@ -126,17 +127,11 @@ def resolve(options: EngineOptions, machine: Machine | None = None, download: bo
     log.take("longest context", limit)
     max_num_seqs = log.take("max_num_seqs", choose_max_num_seqs(options.schedule.max_num_seqs, layout))
     chunked = log.take("chunked_prefill", choose_chunked(options.schedule.enable_chunked_prefill, layout))
-    step = log.take(
-        "max_num_batched_tokens",
-        choose_step_tokens(
-            options.schedule.max_num_batched_tokens,
-            machine.device,
-            max_num_seqs,
-            wanted_length(options.model.max_model_len, limit.value),
-            chunked,
-        ),
-    )
-    memory = log.take("memory", choose_memory(options, machine, files, layout, dtype, step, max_num_seqs))
+    speculation = log.take("speculation", choose_speculation(options.speculate.chosen(), layout, chunked))
+    wanted, most = wanted_length(options.model.max_model_len, limit.value), options.schedule.max_num_batched_tokens
+    step = log.take("max_num_batched_tokens", choose_step_tokens(most, machine.device, max_num_seqs, wanted, chunked))
+    scores = most_scores(max_num_seqs, speculation)
+    memory = log.take("memory", choose_memory(options, machine, files, layout, dtype, step, scores))
     costs = sizing.group_costs(layout, block_size, cache_dtype, load_ops(machine.device).cache_bytes)
     length = log.take("max_model_len", choose_max_model_len(options.model.max_model_len, limit, costs, memory, step))
     groups = log.take(
@@ -160,6 +155,7 @@ def resolve(options: EngineOptions, machine: Machine | None = None, download: bo
         prefix_caching=log.take(
             "prefix_caching", choose_prefix_caching(options.cache.enable_prefix_caching, layout, chunked)
         ),
+        speculation=speculation,
         memory=memory,
         groups=groups,
         served_model_names=options.model.served_model_name or (files.name,),
@@ -190,6 +186,8 @@ def _shown(value: object) -> str:
         return f"{value.pages / GIB:.2f} GiB for pages"
     if isinstance(value, tuple):
         return " + ".join(f"{group.num_pages} {group.kind}" for group in value) or "none"
+    if isinstance(value, Speculation):
+        return f"{value.method}, {value.num_speculative_tokens} tokens"
     return str(value).removeprefix("torch.")
 
 
@@ -333,6 +331,20 @@ def choose_chunked(wanted: bool, layout: ModelLayout) -> Choice[bool]:
     if wanted and not layout.chunked_prefill:
         return Choice(False, "this model needs the whole prompt in one step")
     return Choice(wanted, "as asked" if not wanted else "the default")
+
+
+def choose_speculation(wanted: Speculation | None, layout: ModelLayout, chunked: bool) -> Choice[Speculation | None]:
+    """Whether and how tokens are guessed."""
+    if wanted is not None and any(layer.kind == "state" for layer in layout.layers):
+        return Choice(None, "a wrong guess cannot be taken out of this model's recurrent state")
+    if wanted is not None and not (chunked and layout.chunked_prefill):
+        return Choice(None, "verifying guesses takes steps that begin in the middle of a text, as chunked prefill does")
+    return Choice(wanted, "not asked for" if wanted is None else "as asked")
+
+
+def most_scores(max_num_seqs: int, speculation: Speculation | None) -> int:
+    """Positions of a step that are scored over the vocabulary, at most."""
+    return max_num_seqs * (1 if speculation is None else 1 + speculation.num_speculative_tokens)
 
 
 def choose_step_tokens(wanted: int | None, device: str, max_num_seqs: int, length: int, chunked: bool) -> Choice[int]:

@@ -39,7 +39,6 @@ FOREIGN_FLAGS = {
     "mem-fraction-static": "use --gpu-memory-utilization.",
     "model-path": "give the model as the first argument.",
     "reasoning-parser": _NOT_YET,
-    "speculative-config": _NOT_YET,
     "structured-outputs-config": _NOT_YET,
     "tensor-parallel": "use --tensor-parallel-size.",
     "tool-call-parser": _NOT_YET,

@@ -17,7 +17,14 @@ from quire.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-TITLES = {"model": "model", "cache": "cache", "schedule": "schedule", "parallel": "devices", "observe": "observability"}
+TITLES = {
+    "model": "model",
+    "cache": "cache",
+    "schedule": "schedule",
+    "parallel": "devices",
+    "speculate": "speculative decoding",
+    "observe": "observability",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,7 @@ def load_worker(config: EngineConfig) -> Worker:
             max_num_seqs=config.max_num_seqs,
             max_model_len=config.max_model_len,
             max_num_batched_tokens=config.max_num_batched_tokens,
+            speculation=config.speculation,
         )
     )
 

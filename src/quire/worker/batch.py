@@ -34,7 +34,8 @@ class PromptRows:
 class Rows:
     """The rows of the logits from which tokens are chosen; R of them.
 
-    `positions` are those of the tokens to be chosen. The host arrays hold the same as the tensors.
+    `positions` are those of the tokens to be chosen. The host arrays hold the same as the tensors. A span with drafts
+    has a row for each of them and one more, in order: what the model says in the draft's place, and behind the last.
     """
 
     spans: list[int]  # index in the step of each row's span
@@ -85,9 +86,12 @@ def gather(spans: Sequence[Span], slots: Slots, caches: list[Any], device: Devic
         prompt_lengths=device.to_device(torch.from_numpy(slots.prompt_lens[rows])),
     )
     chosen = wanted.sampled
-    everyone = len(chosen) == len(spans)
+    everyone = len(chosen) == len(spans) and not wanted.drafts
     picked_rows = rows if everyone else rows[chosen]
-    picked_positions = lengths if everyone else lengths[chosen]
+    if wanted.drafts:
+        picked_positions = positions[wanted.logit_rows[wanted.within]] + 1
+    else:
+        picked_positions = lengths if everyone else lengths[chosen]
     return Step(
         batch,
         Rows(
@@ -107,18 +111,21 @@ class _Wanted:
     """Which rows of the step need logits, and what for."""
 
     logit_rows: np.ndarray  # int64 [R], rows of the step
-    sampled: list[int]  # spans that choose a token
+    sampled: list[int]  # the span of each token to be chosen
     within: list[int]  # where their logits lie among logit_rows
     prompts: list[PromptRows]
+    drafts: bool  # whether a span chooses several
 
 
 def _wanted_rows(spans: Sequence[Span], slots: Slots, starts: np.ndarray) -> _Wanted:
     sampled = [index for index, span in enumerate(spans) if span.sample]
     asking = slots.prompt_logprobs
-    if not asking or not any(span.slot in asking and _prompt_rows(span, slots) > 0 for span in spans):
+    drafts = any(span.drafts for span in spans)
+    if not drafts and not (asking and any(span.slot in asking and _prompt_rows(span, slots) > 0 for span in spans)):
         ends = starts[1:] - 1
-        return _Wanted(ends if len(sampled) == len(spans) else ends[sampled], sampled, [], [])
+        return _Wanted(ends if len(sampled) == len(spans) else ends[sampled], sampled, [], [], drafts=False)
     pieces: list[np.ndarray] = []
+    sampled = []
     within: list[int] = []
     prompts: list[PromptRows] = []
     found = 0
@@ -130,11 +137,13 @@ def _wanted_rows(spans: Sequence[Span], slots: Slots, starts: np.ndarray) -> _Wa
             prompts.append(PromptRows(index, span.slot, span.start, found, count))
             found += count
         if span.sample:
-            # The row that predicts the token after the span is never one of the prompt's own.
-            pieces.append(np.array([starts[index + 1] - 1]))
-            within.append(found)
-            found += 1
-    return _Wanted(np.concatenate(pieces), sampled, within, prompts)
+            # The rows that predict tokens after those known are never the prompt's own.
+            count, end = 1 + len(span.drafts), int(starts[index + 1])
+            pieces.append(np.arange(end - count, end))
+            within.extend(range(found, found + count))
+            sampled.extend([index] * count)
+            found += count
+    return _Wanted(np.concatenate(pieces), sampled, within, prompts, drafts)
 
 
 def _prompt_rows(span: Span, slots: Slots) -> int:

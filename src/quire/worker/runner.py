@@ -21,6 +21,7 @@ from quire.worker.device import Device
 from quire.worker.kvstore import KVStore
 from quire.worker.sampler import Choices, Sampler
 from quire.worker.slots import Slots
+from quire.worker.speculate import Speculator
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,14 @@ class Runner:
     """Runs plans. Owns the Slots, the Sampler and the KVStore that it is given."""
 
     def __init__(
-        self, model: ServedModel, slots: Slots, store: KVStore, sampler: Sampler, device: Device, max_tokens: int
+        self,
+        model: ServedModel,
+        slots: Slots,
+        store: KVStore,
+        sampler: Sampler,
+        device: Device,
+        max_tokens: int,
+        speculator: Speculator | None = None,
     ) -> None:
         self._model = model
         self._slots = slots
@@ -37,6 +45,7 @@ class Runner:
         self._sampler = sampler
         self._device = device
         self._max_tokens = max_tokens  # positions of one step, at most
+        self._speculator = speculator
         self._has_state = any(group.kind == "state" for group in slots.groups)
         self._has_window = any(group.kind == "window" for group in slots.groups)
 
@@ -50,6 +59,8 @@ class Runner:
         if plan.copies:
             self._store.copy(plan.copies)
         results = self._compute(plan.spans)
+        if self._speculator is not None:
+            results = self._speculator.propose(plan.spans, results, began)
         return StepResult(plan.step, results, time.perf_counter() - began)
 
     def _release(self, released: Sequence[int]) -> None:
@@ -63,6 +74,8 @@ class Runner:
             try:
                 self._slots.admit(new)
                 self._sampler.admit(new)
+                if self._speculator is not None:
+                    self._speculator.admit(new)
             except Exception as error:
                 logger.exception("request %s could not be taken in", new.request_id)
                 self._slots.errors[new.slot] = _describe(error)
@@ -84,6 +97,7 @@ class Runner:
         return tuple(by_slot.get(span.slot) or SpanResult(span.slot, error=failed[span.slot]) for span in spans)
 
     def _together(self, spans: Sequence[Span]) -> list[SpanResult]:
+        self._slots.guess(spans)
         step = gather(spans, self._slots, self._store.caches, self._device)
         logits = self._model.forward(step.batch)
         choices, chosen_logits = self._sample(step, logits)
@@ -141,14 +155,17 @@ class Runner:
             if choices is None or not span.sample:
                 results.append(SpanResult(span.slot, prompt_logprobs=prompt))
                 continue
-            token = choices.tokens_host[row]
-            if token < 0:
+            tokens = self._sampler.verify(choices, row, span.drafts)
+            if tokens[0] < 0:
                 reason = self._slots.errors.get(span.slot) or str(self._sampler.explain(chosen_logits[row]))
                 results.append(SpanResult(span.slot, error=reason))
             else:
-                entry = choices.logprobs.get(row)
-                results.append(SpanResult(span.slot, (token,), () if entry is None else (entry,), prompt))
-            row += 1
+                entries = (
+                    (choices.logprobs.get(row + index) for index in range(len(tokens))) if choices.logprobs else ()
+                )
+                logprobs = tuple(entry for entry in entries if entry is not None)
+                results.append(SpanResult(span.slot, tuple(tokens), logprobs, prompt))
+            row += 1 + len(span.drafts)
         return results
 
 

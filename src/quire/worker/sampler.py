@@ -6,6 +6,7 @@ is drawn depends on the row's logits, its seed and the position of the token, on
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,7 +81,10 @@ class Sampler:
         self._logprobs[slot] = -2
 
     def choose(self, logits: torch.Tensor, rows: Rows) -> Choices:
-        """One token for each row of `logits` [R, V]. Leaves `logits` as they are."""
+        """One token for each row of `logits` [R, V]. Leaves `logits` as they are.
+
+        Rows of a span with drafts are chosen as if the drafts before them were said already; see verify().
+        """
         scores = self._processed(logits, rows)
         if self._random[rows.slots_host].any():
             tokens = self._draw(scores, rows)
@@ -89,6 +93,22 @@ class Sampler:
         # NaN and +inf show in the largest value of a row, and so does a row in which every token is forbidden.
         tokens = torch.where(torch.isfinite(scores.amax(-1)), tokens, -1)
         return Choices(tokens, self._device.to_host(tokens).tolist(), self._report(logits, scores, tokens, rows))
+
+    @staticmethod
+    def verify(choices: Choices, first: int, drafts: Sequence[int]) -> list[int]:
+        """The tokens that a span brings, of whose rows `first` is the first: the drafts that are right, and one more.
+
+        A draft is right if it is the very token that was drawn in its place. So what a request says is the same with
+        drafts and without, whether it is greedy or draws: the numbers that decide belong to positions. A list that
+        begins with -1 means that not even the first token could be chosen.
+        """
+        chosen = choices.tokens_host[first : first + len(drafts) + 1]
+        count = 1
+        for token, draft in zip(chosen, drafts, strict=False):
+            if token != draft or chosen[count] < 0:  # the request fails in a step of its own, after what is right
+                break
+            count += 1
+        return chosen[:count]
 
     def _processed(self, logits: torch.Tensor, rows: Rows) -> torch.Tensor:
         """Logits after the steps; the same tensor when no row uses any."""

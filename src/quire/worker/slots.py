@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from quire.core.params import SamplingParams
-from quire.core.plan import Admission, GroupSpec, PageGrant
+from quire.core.plan import Admission, GroupSpec, PageGrant, Span
 from quire.worker.device import Device
 
 
@@ -66,6 +66,20 @@ class Slots:
                 where = self._device.to_device(torch.tensor(entries, dtype=torch.int64))
                 values = self._device.to_device(torch.tensor(pages, dtype=torch.int32))
                 table.view(-1).index_copy_(0, where, values)
+
+    def guess(self, spans: Sequence[Span]) -> None:
+        """Write the drafts of the spans into their rows. A rejected one lies behind the row's end, where none reads."""
+        places: list[int] = []
+        tokens: list[int] = []
+        for span in spans:
+            if span.drafts:
+                end = span.slot * self.width + span.start + span.count
+                places.extend(range(end - len(span.drafts), end))
+                tokens.extend(span.drafts)
+        if places:
+            where = self._device.to_device(torch.tensor(places, dtype=torch.int64))
+            values = self._device.to_device(torch.tensor(tokens, dtype=torch.int32))
+            self.tokens.view(-1).index_copy_(0, where, values)
 
     def store(self, slots: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor) -> None:
         """Write chosen tokens, all int64 [R]: row, position, token."""

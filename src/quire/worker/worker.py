@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from quire.config import ModelOptions
+from quire.config import ModelOptions, Speculation
 from quire.core.plan import GroupSpec, StepPlan, StepResult
 from quire.errors import EngineError
 from quire.grammar.compiler import Grammars
@@ -22,10 +22,14 @@ from quire.models.build import build_model
 from quire.models.hub import ModelFiles
 from quire.models.served import ServedModel
 from quire.worker.device import Device, DeviceMemory
+from quire.worker.drafter import History
+from quire.worker.governor import Governor
 from quire.worker.kvstore import KVStore
+from quire.worker.ngram import NgramDrafter
 from quire.worker.runner import Runner
 from quire.worker.sampler import Sampler
 from quire.worker.slots import Slots
+from quire.worker.speculate import Speculator
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +47,7 @@ class WorkerSetup:
     max_num_seqs: int
     max_model_len: int
     max_num_batched_tokens: int
+    speculation: Speculation | None = None
 
 
 class Worker:
@@ -81,7 +86,20 @@ class Worker:
             store = KVStore(self._model.layout, groups, setup.cache_dtype, self._ops, self._device)
         slots = Slots(setup.max_num_seqs, setup.max_model_len, groups, self._device)
         sampler = Sampler(slots, self._ops, self._device, setup.options.logprobs_mode, grammars)
-        self._runner = Runner(self._model, slots, store, sampler, self._device, setup.max_num_batched_tokens)
+        self._runner = Runner(
+            self._model, slots, store, sampler, self._device, setup.max_num_batched_tokens, self._speculator(slots)
+        )
+
+    def _speculator(self, slots: Slots) -> Speculator | None:
+        """What guesses tokens, as the configuration wants it."""
+        wanted = self._setup.speculation
+        if wanted is None:
+            return None
+        history = History(slots.num_slots, slots.width)
+        drafter = NgramDrafter(
+            history, wanted.num_speculative_tokens, wanted.prompt_lookup_min, wanted.prompt_lookup_max
+        )
+        return Speculator(history, drafter, Governor() if wanted.adaptive else None)
 
     def run(self, plan: StepPlan) -> StepResult:
         """Run one plan."""

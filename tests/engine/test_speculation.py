@@ -1,0 +1,245 @@
+"""Speculative decoding: the guesses, their verification, and the promise that they change nothing but the speed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_sampler import VOCAB, Bench, noise
+
+from quire import LLM, SamplingParams
+from quire.config import Speculation
+from quire.core.params import StructuredOutputsParams
+from quire.core.plan import Admission, Span, SpanResult
+from quire.engine.outputs import RequestOutput
+from quire.errors import ConfigError
+from quire.layers.spec import LayerSpec, ModelLayout, StateSpec
+from quire.resolve import choose_speculation
+from quire.worker.drafter import History
+from quire.worker.governor import FIRST_WAIT, TRIAL, Governor
+from quire.worker.ngram import NgramDrafter
+from quire.worker.sampler import Choices, Sampler
+from quire.worker.speculate import Speculator
+
+# ---- guesses
+
+
+def history_of(*rows: list[int], width: int = 80) -> History:
+    history = History(len(rows), width)
+    history.tokens[:] = 7  # what lies behind a row's end must not count
+    for slot, tokens in enumerate(rows):
+        history.admit(Admission(slot, str(slot), tuple(tokens), 1, SamplingParams(), 0))
+    return history
+
+
+def looked_up(tokens: list[int], count: int, shortest: int, longest: int) -> tuple[int, ...]:
+    """The definition: the longest end that came before; of its places the one with the most to copy, then the last."""
+    for size in range(longest, shortest - 1, -1):
+        end = tokens[-size:]
+        places = [i + size for i in range(len(tokens) - size) if tokens[i : i + size] == end]
+        if places and len(tokens) > size:
+            best = max(places, key=lambda place: (min(count, len(tokens) - place), place))
+            return tuple(tokens[best : best + count])
+    return ()
+
+
+def test_lookup_finds_what_its_definition_says():
+    rng = random.Random(1)
+    rows = [[rng.randrange(rng.choice((2, 3, 8))) for _ in range(rng.randint(1, 60))] for _ in range(120)]
+    history = history_of(*rows)
+    for count, shortest, longest in ((4, 2, 5), (1, 1, 1), (9, 3, 3), (3, 1, 8)):
+        found = NgramDrafter(history, count, shortest, longest).propose(np.arange(120))
+        assert found == [looked_up(tokens, count, shortest, longest) for tokens in rows]
+        assert sum(map(bool, found)) > 30
+
+
+def test_history_goes_on_where_the_span_began():
+    history = history_of([1, 2, 3])
+    history.extend(0, 3, (4, 5))
+    assert history.tokens[0, : history.lengths[0]].tolist() == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_governor_takes_the_faster_way(better: bool):
+    governor, drafted = Governor(), 0
+    steps = 40 * FIRST_WAIT
+    for step in range(steps):
+        drafting = governor.wanted(4)
+        drafted += drafting
+        slow = step % 5 == 0  # another program
+        governor.note(4, 10 if drafting else 4, (0.002 if drafting == better else 0.02) * (9 if slow else 1))
+    assert (drafted > 0.8 * steps) == better
+    assert better or drafted < 8 * (TRIAL + 1), "trials that fail get rarer"
+    assert 0 < drafted < steps, "the other way is tried from time to time"
+    assert governor.wanted(64), "another size of batch is another question"
+
+
+class Parrot:
+    """A drafter that says what it is told, or fails."""
+
+    def __init__(self, guess: tuple[int, ...] | None) -> None:
+        self.guess = guess
+
+    def admit(self, slot: int) -> None:
+        pass
+
+    def propose(self, slots: np.ndarray) -> list[tuple[int, ...]]:
+        if self.guess is None:
+            raise FloatingPointError("no idea")
+        return [self.guess] * len(slots)
+
+
+def test_who_gets_drafts():
+    history = history_of([1], [1], [1])
+    speculator = Speculator(history, Parrot((5, 6)), None)
+    form = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a+"))
+    for slot, params in enumerate((SamplingParams(), form, SamplingParams())):
+        speculator.admit(Admission(slot, str(slot), (1, 2), 2, params, 0))
+    spans = [Span(0, 1, 1, True), Span(1, 1, 1, True), Span(2, 0, 1, False)]
+    results = (SpanResult(0, (3,)), SpanResult(1, (3,)), SpanResult(2))
+    found = speculator.propose(spans, results, 0.0)
+    assert [result.drafts for result in found] == [(5, 6), (), ()]
+
+
+def test_a_drafter_that_fails_harms_nobody():
+    speculator = Speculator(history_of([1]), Parrot(None), None)
+    speculator.admit(Admission(0, "a", (1, 2), 2, SamplingParams(), 0))
+    assert speculator.propose([Span(0, 1, 1, True)], (SpanResult(0, (3,)),), 0.0) == (SpanResult(0, (3,)),)
+
+
+# ---- verification
+
+
+@pytest.mark.parametrize(
+    ("chosen", "drafts", "brought"),
+    [
+        ([4], (), [4]),
+        ([4, 5, 6], (4, 5), [4, 5, 6]),
+        ([4, 9, 6], (4, 5), [4, 9]),
+        ([8, 5, 6], (4, 5), [8]),
+        ([4, -1, 6], (4, 5), [4]),
+        ([-1, 5, 6], (4, 5), [-1]),
+    ],
+)
+def test_drafts_are_right_when_they_are_what_was_drawn(chosen: list[int], drafts: tuple[int, ...], brought: list[int]):
+    choices = Choices(torch.tensor([3, *chosen, 3]), [3, *chosen, 3], {})
+    assert Sampler.verify(choices, 1, drafts) == brought
+
+
+def test_rows_of_one_request_are_chosen_as_one_after_the_other():
+    params = SamplingParams(
+        temperature=1.5,
+        repetition_penalty=1.7,
+        frequency_penalty=0.4,
+        presence_penalty=0.3,
+        min_tokens=4,
+        top_k=30,
+        stop_token_ids=[3, 4],
+    )
+    logits = 3 * noise(6)
+    apart = Bench()
+    apart.admit(2, params)
+    said = []
+    for row in range(6):
+        said += apart.choose(logits[row : row + 1], [2]).tokens_host
+        apart.slots.tokens[2, apart.lengths[2]] = said[-1]
+        apart.lengths[2] += 1
+    together = Bench()
+    together.admit(2, params)
+    together.slots.guess([Span(2, 2, 6, True, tuple(said[:5]))])
+    rows = together.rows([2] * 6)
+    rows.positions_host[:] = np.arange(3, 9)  # the tensor shares their memory
+    assert together.sampler.choose(logits, rows).tokens_host == said
+    assert max(said) < VOCAB
+
+
+# ---- the promise
+
+WISHES = (
+    {"temperature": 0.0},
+    {"temperature": 0.0, "repetition_penalty": 1.3, "logprobs": 2},
+    {"temperature": 0.8, "seed": 5, "logprobs": 0},
+    {"temperature": 0.6, "top_p": 0.9, "frequency_penalty": 0.4, "seed": 6},
+    {"temperature": 0.5, "top_k": 8, "min_tokens": 12, "stop": ["the", "a "], "seed": 7},
+    {"temperature": 0.0, "stop": ["and", "was"], "include_stop_str_in_output": True, "prompt_logprobs": 1},
+    {"temperature": 0.4, "min_p": 0.1, "bad_words": ["the"], "logit_bias": {17: 3.0}, "seed": 8},
+    {"temperature": 0.9, "n": 2, "seed": 9},
+)
+TEXT = "The fox ran to the river. The cat ran to the river. The dog ran to the"
+SETTINGS = {"device": "cpu", "threads": 1, "kv_cache_memory_bytes": 1 << 26, "max_model_len": 256, "max_num_seqs": 12}
+GUESSING = {"method": "ngram", "prompt_lookup_min": 1, "num_speculative_tokens": 5, "adaptive": False}
+WAYS = {
+    "together": {},
+    "planned ahead": {"async_scheduling": True},
+    "chunked": {"max_num_batched_tokens": 13},
+    "preempted": {"num_gpu_blocks_override": 14},
+}
+
+
+def ask(llm: LLM) -> list[RequestOutput]:
+    prompts = [f"{TEXT} {end}" for end in ("river. The", "hill and", "river, and the", "sea.")] * 2
+    params = [SamplingParams(max_tokens=40, ignore_eos=index % 2 == 0, **wish) for index, wish in enumerate(WISHES)]
+    return llm.generate(prompts, params, use_tqdm=False)
+
+
+def told(outputs: list[RequestOutput]) -> list[object]:
+    return [(item.outputs, item.prompt_logprobs) for item in outputs]
+
+
+@pytest.fixture(scope="module")
+def plain() -> Iterator[list[object]]:
+    with LLM(**SETTINGS) as llm:
+        yield told(ask(llm))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_same_answers_with_ngram_guesses(plain: list[object], way: str):
+    with LLM(**{**SETTINGS, **WAYS[way]}, speculative_config=GUESSING) as llm:
+        assert told(ask(llm)) == plain
+        stats = llm._engine.stats()
+    assert stats.drafts > 20
+    assert 10 < stats.accepted_tokens < stats.draft_tokens
+    assert stats.preemptions > 0 or way != "preempted"
+
+
+def test_fewer_steps_where_the_output_repeats_its_input():
+    steps = []
+    for options in ({}, {"spec_method": "ngram", "spec_tokens": 6}):
+        with LLM(**SETTINGS, **options) as llm:
+            params = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
+            llm.generate("red blue green " * 12, params, use_tqdm=False)
+            steps.append(llm._engine.stats().steps)
+    assert steps[1] < 0.7 * steps[0]
+
+
+def test_models_that_cannot_take_back_a_guess_get_no_drafts():
+    wanted = Speculation("ngram")
+    attention = LayerSpec("attention", heads=1, kv_heads=1, key_dim=4, value_dim=4)
+    state = LayerSpec("mixer", kind="state", states=(StateSpec("sum", (1,), torch.float32),), group=1)
+    plain = ModelLayout((attention,), 60, 4, "native")
+    assert choose_speculation(wanted, plain, chunked=True).value is wanted
+    assert choose_speculation(wanted, replace(plain, layers=(attention, state)), chunked=True).value is None
+    assert choose_speculation(wanted, replace(plain, chunked_prefill=False), chunked=True).value is None
+    assert choose_speculation(wanted, plain, chunked=False).value is None
+
+
+# ---- options
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"spec_method": "medusa"}, "'medusa'; quire has ngram"),
+        ({"spec_tokens": 3}, "names no method"),
+        ({"speculative_config": {"method": "ngram", "num_speculative_token": 3}}, "num_speculative_tokens"),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 0}}, "at least 1"),
+        ({"speculative_config": {"method": "ngram", "prompt_lookup_min": 4, "prompt_lookup_max": 3}}, "is more than"),
+    ],
+)
+def test_wishes_that_cannot_be_met(options: dict[str, object], message: str):
+    with pytest.raises(ConfigError, match=message):
+        LLM(**SETTINGS, **options)
