@@ -8,7 +8,6 @@ starts from.
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -20,8 +19,8 @@ from quire.core.plan import GroupSpec
 from quire.errors import CapacityError, ConfigError
 from quire.kernels.table import load_ops
 from quire.layers.spec import ModelLayout
+from quire.models import footprint
 from quire.models.build import layout_of
-from quire.models.headers import weight_headers
 from quire.models.hub import ModelFiles, find_model
 from quire.models.registry import select_impl
 from quire.worker.device import Device
@@ -214,11 +213,6 @@ def check_sections(options: EngineOptions) -> None:
             raise ConfigError(
                 f"{name} is {getattr(options.parallel, name)}; this version of quire runs on one device. Leave it at 1."
             )
-    if options.model.quantization is not None:
-        raise ConfigError(
-            f"quantization is {options.model.quantization!r}; this version of quire has no quantized weights. "
-            "Leave it out to run in bfloat16 or float32."
-        )
 
 
 def choose_device(wanted: str) -> Choice[str]:
@@ -272,6 +266,15 @@ def check_dtype(files: ModelFiles, dtype: torch.dtype) -> None:
         raise ConfigError(
             f"dtype is float16, but activations of {files.text_config.model_type} models leave its range and become "
             "infinite. Use --dtype bfloat16 or float32."
+        )
+
+
+def check_quantized_device(method: str | None, device: str) -> None:
+    """Refuse quantized weights where no kernel multiplies them. That the method exists was seen when config.json was."""
+    if method is not None and device != "cpu":
+        raise ConfigError(
+            f"quantization is {method}, and the device {device}; quire multiplies quantized weights on the CPU only. "
+            "Leave it out, or use --device cpu."
         )
 
 
@@ -363,32 +366,9 @@ def choose_step_tokens(wanted: int | None, device: str, max_num_seqs: int, lengt
     return Choice(wanted, "as asked")
 
 
-def weight_bytes(files: ModelFiles, layout: ModelLayout, dtype: torch.dtype) -> int:
-    """Bytes of the weights once loaded. A tied output matrix is packed for its own product, so it counts twice."""
-    count = count_parameters(files)
-    if files.text_config.tie_word_embeddings:
-        count += layout.vocab_size * layout.hidden_size
-    return count * dtype.itemsize
-
-
 def count_parameters(files: ModelFiles) -> int:
-    """Parameters by the headers of the weight files; by their size for .bin, by the config for dummy weights."""
-    if files.weight_format == "safetensors":
-        return sum(math.prod(header.shape) for header in weight_headers(files).values())
-    if files.weight_format == "pt":
-        stored = checkpoint_dtype(files) or torch.float32
-        return sum(path.stat().st_size for path in files.weights) // stored.itemsize
-    return config_parameters(files)
-
-
-def config_parameters(files: ModelFiles) -> int:
-    """Parameters of the model that the config describes; it is built without memory for them."""
-    # Imported here: transformers takes seconds, and only a model without weight files needs it at this point.
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(files.config, trust_remote_code=files.trust_remote_code)
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Parameters of the model; see models/footprint.py."""
+    return footprint.count_parameters(files, checkpoint_dtype(files) or torch.float32)
 
 
 def activation_bytes(files: ModelFiles, layout: ModelLayout, dtype: torch.dtype, step: int, max_num_seqs: int) -> int:
@@ -405,7 +385,9 @@ def choose_memory(
     max_num_seqs: int,
 ) -> Choice[MemoryBudget]:  # fmt: skip
     """How many bytes the pages may take, after weights and activations."""
-    weights = weight_bytes(files, layout, dtype)
+    check_quantized_device(options.model.quantization, machine.device)
+    stored = checkpoint_dtype(files) or torch.float32
+    weights = footprint.weight_bytes(files, layout, dtype, stored, options.model.quantization)
     activations = activation_bytes(files, layout, dtype, step, max_num_seqs)
     asked = options.cache.kv_cache_memory_bytes
     share = options.cache.gpu_memory_utilization

@@ -248,9 +248,10 @@ def test_quantized_weights_are_refused_by_name(folder: Path) -> None:
         find(folder)
 
 
-def test_quantizing_while_loading_is_refused(folder: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="Quantizing to 'int8'"):
-        find(folder, quantization="int8")
+def test_only_known_methods_of_quantizing_are_taken(folder: Path) -> None:
+    assert find(folder, quantization="int8").folder == folder
+    with pytest.raises(ConfigError, match="quantization is 'int9'.*Did you mean 'int8'"):
+        find(folder, quantization="int9")
 
 
 # ---------------------------------------------------------------- generation defaults

@@ -37,6 +37,10 @@ KL_TOLERANCE = {torch.float32: 1e-4}
 TOP1_TOLERANCE = {torch.float32: 0.999}
 LAYER_TOLERANCE = {torch.float32: 1e-3}
 ROUGH_KL, ROUGH_TOP1, ROUGH_LAYER = 0.02, 0.95, 0.1  # for the 16-bit types
+# What rounded weights may change: a share of the tokens where two were nearly as likely.
+KL_INT8, TOP1_INT8 = 0.02, 0.93
+KL_INT4, TOP1_INT4 = 0.15, 0.85
+QUANTIZED_LAYER = 0.5
 
 
 @dataclass(slots=True)
@@ -181,6 +185,11 @@ def report_of(config: EngineConfig, model: ServedModel, wanted: VerifyOptions, o
     limit = LAYER_TOLERANCE.get(config.dtype, ROUGH_LAYER)
     kl_limit = KL_TOLERANCE.get(config.dtype, ROUGH_KL)
     top1_limit = TOP1_TOLERANCE.get(config.dtype, ROUGH_TOP1)
+    method = config.options.model.quantization
+    if method is not None:
+        limit = QUANTIZED_LAYER
+        kl_limit = KL_INT8 if method.startswith("int8") else KL_INT4
+        top1_limit = TOP1_INT8 if method.startswith("int8") else TOP1_INT4
     return Report(
         model=config.files.name,
         dtype=str(config.dtype).removeprefix("torch."),

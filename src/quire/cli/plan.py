@@ -141,6 +141,7 @@ def page_groups(config: EngineConfig, page_bytes: list[int]) -> tuple[PageGroup,
 
 def load_of(config: EngineConfig) -> roofline.Load:
     """What a step reads and multiplies: all weights but the embedding table, and only the experts that are chosen."""
+    from quire.models.footprint import bytes_per_weight, head_bytes
     from quire.models.headers import weight_headers
     from quire.resolve import count_parameters
 
@@ -159,7 +160,9 @@ def load_of(config: EngineConfig) -> roofline.Load:
         if name.endswith(EMBEDDING_NAMES) or not name:
             size -= layout.vocab_size * layout.hidden_size
         active += int(size * share) if ".experts." in name else size
-    return roofline.Load(active * config.dtype.itemsize, active)
+    method = config.options.model.quantization
+    read = (active - head) * bytes_per_weight(method, config.dtype) + head * head_bytes(method, config.dtype)
+    return roofline.Load(int(read), active)
 
 
 def binding_limit(

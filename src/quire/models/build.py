@@ -13,6 +13,7 @@ from quire.layers.spec import ModelLayout
 from quire.models.hub import ModelFiles
 from quire.models.registry import ModelRegistry, select_impl
 from quire.models.served import ServedModel
+from quire.quant.format import quantized_ops
 
 
 def layout_of(files: ModelFiles, model_impl: str = "auto", dtype: torch.dtype | None = None) -> ModelLayout:
@@ -28,7 +29,11 @@ def layout_of(files: ModelFiles, model_impl: str = "auto", dtype: torch.dtype | 
 def build_model(
     files: ModelFiles, options: ModelOptions, dtype: torch.dtype, device: torch.device, ops: Ops
 ) -> ServedModel:
-    """Load a model. Raises ModelError: nothing runs it, or its weights are missing, corrupt or not its own."""
+    """Load a model, its linears in the format that options.quantization names.
+
+    Raises ModelError: nothing runs it, or its weights are missing, corrupt or not its own.
+    """
+    ops = quantized_ops(ops, options.quantization)
     if select_impl(files, options.model_impl) == "native":
         native = ModelRegistry.resolve(files.architecture)(files, dtype, device, ops)
         native.load(files, options.seed)

@@ -14,6 +14,7 @@ from typing import Any
 
 from quire.config import ModelOptions
 from quire.errors import ConfigError, ModelError, ModelNotFoundError, UnsupportedModelError
+from quire.quant.format import check_method
 
 ROPE_NAMES = {"su": "longrope", "mrope": "default"}  # older names of the same thing
 SAMPLING_KEYS = (
@@ -91,7 +92,7 @@ def _known_to_transformers(raw: Mapping[str, Any]) -> bool:
 
 
 def check_quantization(folder: Path, name: str, raw: Mapping[str, Any], options: ModelOptions) -> None:
-    """Refuse weights that are stored in a quantized form, naming the form."""
+    """Refuse weights that are stored in a quantized form, naming the form, and methods that do not exist."""
     text = raw.get("text_config")
     nested = text.get("quantization_config") if isinstance(text, Mapping) else None
     found = raw.get("quantization_config") or nested or raw.get("compression_config")
@@ -100,10 +101,7 @@ def check_quantization(folder: Path, name: str, raw: Mapping[str, Any], options:
         found = read_json(extra).get("quantization", {})
     if found is None:
         if options.quantization is not None:
-            raise UnsupportedModelError(
-                f"Quantizing to {options.quantization!r} while loading is not supported. quire runs weights in float32, "
-                "bfloat16 and float16; leave --quantization out."
-            )
+            check_method(options.quantization)
         return
     method = "unknown"
     if isinstance(found, Mapping):
@@ -111,7 +109,7 @@ def check_quantization(folder: Path, name: str, raw: Mapping[str, Any], options:
     raise UnsupportedModelError(
         f"The weights of {name!r} are quantized with {method!r}, which quire cannot read. Supported are unquantized "
         "float32, bfloat16 and float16 weights in safetensors or PyTorch files: use the model's original, unquantized "
-        "repository."
+        "repository, and --quantization int8 or int4 to quantize it while loading."
     )
 
 

@@ -30,6 +30,7 @@ from quire.layers.target import Target
 from quire.models.checkpoint import Checkpoint, stream_weights
 from quire.models.hub import ModelFiles
 from quire.models.load import LoadReport, LoadRules, dummy_weights, load_into
+from quire.quant.format import full_ops, head_ops
 
 logger = logging.getLogger(__name__)
 
@@ -218,7 +219,7 @@ class MoE(nn.Module):
         self, ops: Ops, size: int, shape: ExpertShape, activation: str, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__()
-        self.router = Linear(ops, size, (shape.count,), False, dtype, device)
+        self.router = Linear(full_ops(ops), size, (shape.count,), False, dtype, device)
         self.experts = Experts(ops, shape.count, size, shape.inner, activation, dtype, device)
         self.choices = shape.choices
         self.renormalize = shape.renormalize
@@ -307,7 +308,7 @@ class NativeDecoder:
         self.embedding = Embedding(shape.vocab, shape.size, dtype, device)
         self.layers = [Layer(ops, shape, spec, index, dtype, device) for index, spec in enumerate(self.layout.layers)]
         self.norm = RMSNorm(ops, shape.size, shape.eps, "down_then_scale", dtype, device)
-        self.head = Linear(ops, shape.size, (shape.vocab,), False, dtype, device)
+        self.head = Linear(head_ops(ops), shape.size, (shape.vocab,), False, dtype, device)
         self.rotary = Rotary(frequencies_of(files.config, shape.head_dim), "half", dtype, device)
         # The norm that follows each layer's residual sum: the next layer's first, and the model's last.
         self._next_norms = [layer.input_norm for layer in self.layers[1:]] + [self.norm]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from quire.kernels.table import Ops
@@ -22,6 +23,7 @@ from quire.models.numeric import gated_of, is_layer_norm, rms_norm_of, rotary_of
 from quire.models.observe import Observation, class_key
 from quire.models.replaced import GatedForward, LayerNormForward, MergedLinear, MergedView, NormForward, RotaryForward
 from quire.models.report import RewritePlan
+from quire.quant.format import ROUTERS, full_ops, head_ops
 
 # ---------------------------------------------------------------- looking
 
@@ -141,6 +143,7 @@ class _Rewriter:
         self._ops = ops
         self._given = targets
         self._device = device
+        self._head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
         self._new: dict[str, Target] = {}
 
     def run(self) -> dict[str, Target]:
@@ -182,7 +185,8 @@ class _Rewriter:
         if len({child.in_features for child in children}) != 1 or len(dtypes) != 1:
             return None
         bias = any(child.bias is not None for child in children)
-        linear = self._linear(children[0].in_features, [c.out_features for c in children], bias, dtypes.pop())
+        sizes = [child.out_features for child in children]
+        linear = self._linear(children[0].in_features, sizes, bias, dtypes.pop(), self._ops)
         owner = MergedLinear(linear)
         for index, (name, child) in enumerate(zip(group, children, strict=True)):
             self._new[f"{prefix}{name}.weight"] = linear.weight_target(index)
@@ -197,7 +201,7 @@ class _Rewriter:
         weight = self._given[f"{prefix}{name}.weight"]
         transposed = type(original) is Conv1D
         inputs, outputs = weight.shape if transposed else weight.shape[::-1]
-        linear = self._linear(inputs, [outputs], original.bias is not None, weight.dtype)
+        linear = self._linear(inputs, [outputs], original.bias is not None, weight.dtype, self._ops_for(name, original))
         target = linear.weight_target()
         if transposed:
             target = Target(weight.shape, weight.dtype, lambda tensor: linear.load_weight(tensor.T.contiguous()))
@@ -206,8 +210,14 @@ class _Rewriter:
             self._new[f"{prefix}{name}.bias"] = linear.bias_target()
         setattr(parent, name, linear)
 
-    def _linear(self, inputs: int, sizes: list[int], bias: bool, dtype: torch.dtype) -> Linear:
-        linear = Linear(self._ops, inputs, sizes, bias, dtype, self._device)
+    def _ops_for(self, name: str, original: nn.Module) -> Ops:
+        """The ops of one linear: the output matrix and routers may be stored in another format than the others."""
+        if name in ROUTERS:
+            return full_ops(self._ops)
+        return head_ops(self._ops) if original is self._head else self._ops
+
+    def _linear(self, inputs: int, sizes: list[int], bias: bool, dtype: torch.dtype, ops: Ops) -> Linear:
+        linear = Linear(ops, inputs, sizes, bias, dtype, self._device)
         linear.__dict__["forward"] = linear.forward  # found without a walk over the classes
         return linear
 
