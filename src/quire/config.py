@@ -202,11 +202,15 @@ class ServeOptions:
     )
     max_log_len: int = option(0, help="characters of each prompt that --enable-log-requests logs")
     enable_request_account: bool = option(False, help="tell in usage.quire where the time of each request went")
+    metrics_prefix: str = option("quire", help="what names of metrics begin with; vllm suits dashboards made for vLLM")
     log_format: Literal["text", "json"] = option("text", help="how the log is written")
     max_stored_responses: int = option(1000, help="answers of /v1/responses that are kept in memory; 0 for none")
     stall_timeout: float = option(120.0, help="seconds without a step, with work to do, from which on health is denied")
     uvicorn_log_level: Literal["critical", "error", "warning", "info", "debug", "trace"] = option(
         "warning", help="how much the web server logs"
+    )
+    engine_timeout: float = option(
+        60.0, help="seconds without a word from the engine process after which it is started anew; 0: never"
     )
     shutdown_timeout: float = option(30.0, help="seconds that running requests get to finish after SIGTERM")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -18,6 +19,8 @@ from quire.serve.service import LONG_TEXT, ModelCard, Service
 from quire.text import ChatOptions
 
 router = APIRouter(route_class=JsonRoute)
+
+_NAMES = re.compile(rb"^(# (?:HELP|TYPE) )?quire:", re.MULTILINE)
 
 
 @router.get("/health")
@@ -73,7 +76,13 @@ async def metrics(request: Request) -> Response:
     service: Service = request.app.state.service
     if service.registry is None:
         raise NotFoundError("This server keeps no metrics (disable_log_stats).")
-    return Response(generate_latest(service.registry), media_type=CONTENT_TYPE_LATEST)
+    text = renamed(generate_latest(service.registry), service.options.metrics_prefix)
+    return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+
+def renamed(text: bytes, prefix: str) -> bytes:
+    """Metrics in Prometheus' text form whose names begin with another prefix than quire."""
+    return text if prefix == "quire" else _NAMES.sub(rb"\1" + prefix.encode() + b":", text)
 
 
 @router.get("/v1/models")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import socket
 import ssl
 import time
@@ -74,6 +75,8 @@ def run_server(engine_options: EngineOptions, options: ServeOptions, began: floa
         report.add("importing", time.perf_counter() - began)
     keys = read_keys(options)
     check_tls(options)
+    if not re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", options.metrics_prefix):
+        raise ConfigError("--metrics-prefix must be a word of letters, digits and _, such as quire or vllm.")
     if options.uds is None:
         check_bind(options.host, keys, options.allow_insecure)
     listener = bind(options)
@@ -88,9 +91,8 @@ def run_server(engine_options: EngineOptions, options: ServeOptions, began: floa
 
 def start_service(engine_options: EngineOptions, options: ServeOptions, report: StartReport) -> Service:
     """Load the model and start its engine. Raises ConfigError, ModelError and CapacityError."""
-    _import_engine(report)
     progress = Progress()
-    engine = AsyncEngine.from_options(engine_options, progress, report.add)
+    engine = AsyncEngine.supervised(engine_options, progress, report.add, options.engine_timeout)
     settings = engine.engine.settings
     names = settings.model_names or (engine_options.model.model or "bundled",)
     metrics = None
@@ -136,14 +138,6 @@ def check_tls(options: ServeOptions) -> None:
         ) from error
     if options.ssl_cert_reqs not in (0, 1, 2):
         raise ConfigError("--ssl-cert-reqs is 0 (no client certificates), 1 (checked when sent) or 2 (needed).")
-
-
-def _import_engine(report: StartReport) -> None:
-    """Import torch and what needs it, which takes longer than most of what follows."""
-    since = time.perf_counter()
-    import quire.engine.start  # noqa: F401  # here, so that its time is seen
-
-    report.add("importing torch", time.perf_counter() - since)
 
 
 def bind(options: ServeOptions) -> socket.socket:
