@@ -144,8 +144,7 @@ def test_a_worker_that_is_killed_is_started_again() -> None:
         pool = RenderPool(1, 20.0)
         assert await pool.render(job("a")) == "a"
         os.kill(pool._idle[0].process.pid, signal.SIGKILL)
-        with pytest.raises(ValidationError):
-            await pool.render(job("b"))
+        assert await pool.render(job("b")) == "b"
         assert await pool.render(job("c")) == "c"
         await pool.close()
 
@@ -245,3 +244,17 @@ def test_tokenizers_with_their_own_rendering_are_known() -> None:
 
     assert not TOKENIZER.renders_itself
     assert Tokenizer(Own(tokenizer_object=TOKENIZER.hf.backend_tokenizer)).renders_itself
+
+
+def test_a_template_that_ends_its_process_twice_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "worker.py"
+    broken.write_text("import sys\nsys.stdout.buffer.write(bytes(4))\nsys.stdout.flush()\nsys.stdin.buffer.read(9)\n")
+    monkeypatch.setattr("quire.serve.renderer.WORKER", broken)
+
+    async def run() -> None:
+        pool = RenderPool(1, 20.0)
+        with pytest.raises(ValidationError, match="cannot be rendered"):
+            await pool.render(job("a"))
+        await pool.close()
+
+    asyncio.run(run())

@@ -80,26 +80,36 @@ class RenderPool:
 
     async def _render(self, frame: bytes) -> str:
         async with self._room:
-            child = self._idle.pop() if self._idle else await _start()
             try:
-                reply = await child.ask(frame, self._seconds)
-            except BaseException as error:
-                child.kill()
-                if not isinstance(error, (TimeoutError, EOFError, OSError)):
-                    raise
-                raise self._given_up(error) from error
-            self._idle.append(child)
+                reply = await self._ask(frame)
+            except (EOFError, ConnectionError):  # somebody ended the process, perhaps this very template
+                reply = await self._ask_again(frame)
         if "text" in reply:
             return reply["text"]
         raise _refusal(reply)
 
-    def _given_up(self, error: BaseException) -> ValidationError:
-        logger.warning("a chat template was ended while it rendered: %s", type(error).__name__)
-        if isinstance(error, TimeoutError):
-            return ValidationError(
-                f"The chat template was not done with these messages after {self._seconds:g} s.", "messages"
-            )
-        return ValidationError("The chat template needs too much memory for these messages.", "messages")
+    async def _ask(self, frame: bytes) -> dict[str, str]:
+        """A process's answer. One that takes too long, or does not answer, is ended."""
+        child = self._idle.pop() if self._idle else await _start()
+        try:
+            reply = await child.ask(frame, self._seconds)
+        except BaseException as error:
+            child.kill()
+            if isinstance(error, TimeoutError):
+                logger.warning("a chat template was ended after %g s", self._seconds)
+                raise ValidationError(
+                    f"The chat template was not done with these messages after {self._seconds:g} s.", "messages"
+                ) from error
+            raise
+        self._idle.append(child)
+        return reply
+
+    async def _ask_again(self, frame: bytes) -> dict[str, str]:
+        try:
+            return await self._ask(frame)
+        except (EOFError, ConnectionError) as error:
+            logger.warning("a chat template ended its process twice")
+            raise ValidationError("The chat template cannot be rendered with these messages.", "messages") from error
 
     async def close(self) -> None:
         """End all processes."""
@@ -128,6 +138,7 @@ async def _start() -> _Child:
             stdin=theirs.fileno(),
             stdout=theirs.fileno(),
             stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for the server, which lets running requests finish
             env={"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         )
     reader, writer = await asyncio.open_unix_connection(sock=ours)
