@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from quire.errors import ConfigError
 
-SPECULATION_METHODS = ("ngram",)
+SPECULATION_METHODS = ("ngram", "draft_model")
 
 
 def option(default: Any = None, *, help: str, factory: Any = None, aliases: tuple[str, ...] = ()) -> Any:
@@ -108,6 +108,7 @@ class Speculation:
     """How tokens are guessed, decided. `method` says which of the other fields count."""
 
     method: str  # one of SPECULATION_METHODS
+    model: str | None = None  # draft_model: which
     num_speculative_tokens: int = 4  # guesses for a step, at most
     prompt_lookup_min: int = 2  # ngram: how many tokens must have come before, at least
     prompt_lookup_max: int = 5  # and how many are looked for, at most
@@ -120,20 +121,24 @@ class SpeculateOptions:
 
     speculative_config: dict[str, Any] = option(
         factory=dict,
-        help="JSON object: method, num_speculative_tokens, prompt_lookup_min, prompt_lookup_max, adaptive",
+        help="JSON object: method, model, num_speculative_tokens, prompt_lookup_min, prompt_lookup_max, adaptive",
         aliases=("-sc",),
     )
-    spec_method: str | None = option(None, help="how to guess: ngram looks up what followed the same tokens before")
+    spec_method: str | None = option(
+        None, help="how to guess: ngram looks up what followed the same tokens before, draft_model asks a small model"
+    )
+    spec_model: str | None = option(None, help="folder or hub id of the small model; the bundled model has one")
     spec_tokens: int | None = option(None, help="tokens to guess for a step, at most; 4 when not given")
 
     def chosen(self) -> Speculation | None:
         """What is wanted, None for no guessing. Raises ConfigError for what does not exist or makes no sense."""
         values = dict(self.speculative_config)
-        for name, given in (("method", self.spec_method), ("num_speculative_tokens", self.spec_tokens)):
-            if given is not None:
-                values[name] = given
+        given = {"method": self.spec_method, "model": self.spec_model, "num_speculative_tokens": self.spec_tokens}
+        values |= {name: value for name, value in given.items() if value is not None}
         if not values:
             return None
+        if values.get("model") is not None:
+            values.setdefault("method", "draft_model")
         method = values.get("method")
         if method not in SPECULATION_METHODS:
             known = ", ".join(SPECULATION_METHODS)

@@ -21,6 +21,7 @@ from quire.kernels.table import load_ops
 from quire.layers.spec import ModelLayout
 from quire.models import footprint
 from quire.models.build import layout_of
+from quire.models.draft import DraftModel, find_draft
 from quire.models.hub import ModelFiles, find_model
 from quire.models.registry import select_impl
 from quire.worker.device import Device
@@ -99,6 +100,7 @@ class EngineConfig:
     chunked_prefill: bool
     prefix_caching: bool
     speculation: Speculation | None  # how tokens are guessed, if they are
+    draft: DraftModel | None  # the small model that guesses
     memory: MemoryBudget
     groups: tuple[GroupSpec, ...]
     served_model_names: tuple[str, ...]  # the first one is reported
@@ -127,11 +129,14 @@ def resolve(options: EngineOptions, machine: Machine | None = None, download: bo
     max_num_seqs = log.take("max_num_seqs", choose_max_num_seqs(options.schedule.max_num_seqs, layout))
     chunked = log.take("chunked_prefill", choose_chunked(options.schedule.enable_chunked_prefill, layout))
     speculation = log.take("speculation", choose_speculation(options.speculate.chosen(), layout, chunked))
+    draft = choose_draft(speculation, files, layout, options, dtype, download)
     wanted, most = wanted_length(options.model.max_model_len, limit.value), options.schedule.max_num_batched_tokens
     step = log.take("max_num_batched_tokens", choose_step_tokens(most, machine.device, max_num_seqs, wanted, chunked))
     scores = most_scores(max_num_seqs, speculation)
-    memory = log.take("memory", choose_memory(options, machine, files, layout, dtype, step, scores))
-    costs = sizing.group_costs(layout, block_size, cache_dtype, load_ops(machine.device).cache_bytes)
+    memory = log.take("memory", choose_memory(options, machine, files, layout, dtype, step, scores, draft))
+    cache_bytes = load_ops(machine.device).cache_bytes
+    costs = sizing.group_costs(layout, block_size, cache_dtype, cache_bytes)
+    costs = costs if draft is None else sizing.with_draft(costs, draft.layout, cache_dtype, cache_bytes)
     length = log.take("max_model_len", choose_max_model_len(options.model.max_model_len, limit, costs, memory, step))
     groups = log.take(
         "pages", choose_groups(options.cache.num_gpu_blocks_override, costs, memory, length, max_num_seqs, step)
@@ -155,6 +160,7 @@ def resolve(options: EngineOptions, machine: Machine | None = None, download: bo
             "prefix_caching", choose_prefix_caching(options.cache.enable_prefix_caching, layout, chunked)
         ),
         speculation=speculation,
+        draft=draft,
         memory=memory,
         groups=groups,
         served_model_names=options.model.served_model_name or (files.name,),
@@ -345,6 +351,16 @@ def choose_speculation(wanted: Speculation | None, layout: ModelLayout, chunked:
     return Choice(wanted, "not asked for" if wanted is None else "as asked")
 
 
+def choose_draft(
+    speculation: Speculation | None, files: ModelFiles, layout: ModelLayout, options: EngineOptions,
+    dtype: torch.dtype, download: bool,
+) -> DraftModel | None:  # fmt: skip
+    """The small model that guesses, where one is wanted."""
+    if speculation is None or speculation.method != "draft_model":
+        return None
+    return find_draft(speculation.model, files, layout, options.model, dtype, download)
+
+
 def most_scores(max_num_seqs: int, speculation: Speculation | None) -> int:
     """Positions of a step that are scored over the vocabulary, at most."""
     return max_num_seqs * (1 if speculation is None else 1 + speculation.num_speculative_tokens)
@@ -382,12 +398,15 @@ def activation_bytes(files: ModelFiles, layout: ModelLayout, dtype: torch.dtype,
 
 def choose_memory(
     options: EngineOptions, machine: Machine, files: ModelFiles, layout: ModelLayout, dtype: torch.dtype, step: int,
-    max_num_seqs: int,
+    max_num_seqs: int, draft: DraftModel | None = None,
 ) -> Choice[MemoryBudget]:  # fmt: skip
     """How many bytes the pages may take, after weights and activations."""
     check_quantized_device(options.model.quantization, machine.device)
     stored = checkpoint_dtype(files) or torch.float32
     weights = footprint.weight_bytes(files, layout, dtype, stored, options.model.quantization)
+    if draft is not None:
+        of_draft = checkpoint_dtype(draft.files) or torch.float32
+        weights += footprint.weight_bytes(draft.files, draft.layout, dtype, of_draft)
     activations = activation_bytes(files, layout, dtype, step, max_num_seqs)
     asked = options.cache.kv_cache_memory_bytes
     share = options.cache.gpu_memory_utilization

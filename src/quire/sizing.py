@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from quire.core.plan import GroupSpec
+from quire.errors import ConfigError
 from quire.layers.spec import LayerSpec, ModelLayout
 
 # bytes of one page of one layer: (page_size, kv_heads, key_dim, value_dim, dtype) -> int, as kernels have it
@@ -67,6 +68,18 @@ def group_costs(
         window = max(windows) if windows and len(windows) == writers else None
         costs.append(GroupCost("full" if window is None else "window", page_size, total, window))
     return tuple(costs)
+
+
+def with_draft(
+    costs: tuple[GroupCost, ...], draft: ModelLayout, dtype: torch.dtype, cache_bytes: CacheBytes
+) -> tuple[GroupCost, ...]:
+    """The same with a draft model's keys and values, which lie under the numbers of the first full group's pages."""
+    for index, cost in enumerate(costs):
+        if cost.kind == "full":
+            more = sum(layer_page_bytes(layer, cost.page_size, dtype, cache_bytes) for layer in draft.layers)
+            grown = replace(cost, page_bytes=cost.page_bytes + more)
+            return (*costs[:index], grown, *costs[index + 1 :])
+    raise ConfigError("A draft model needs a model with layers that attend to the whole text; this one has none.")
 
 
 def request_bytes(costs: tuple[GroupCost, ...], positions: int, in_step: int) -> int:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from test_sampler import VOCAB, Bench, noise
+from tiny import write_tiny
 
-from quire import LLM, SamplingParams
-from quire.config import Speculation
+import quire
+from quire import LLM, SamplingParams, sizing
+from quire.config import EngineOptions, Speculation
 from quire.core.params import StructuredOutputsParams
 from quire.core.plan import Admission, Span, SpanResult
 from quire.engine.outputs import RequestOutput
 from quire.errors import ConfigError
 from quire.layers.spec import LayerSpec, ModelLayout, StateSpec
-from quire.resolve import choose_speculation
+from quire.resolve import choose_speculation, resolve
 from quire.worker.drafter import History
 from quire.worker.governor import FIRST_WAIT, TRIAL, Governor
 from quire.worker.ngram import NgramDrafter
@@ -172,6 +175,7 @@ WISHES = (
 TEXT = "The fox ran to the river. The cat ran to the river. The dog ran to the"
 SETTINGS = {"device": "cpu", "threads": 1, "kv_cache_memory_bytes": 1 << 26, "max_model_len": 256, "max_num_seqs": 12}
 GUESSING = {"method": "ngram", "prompt_lookup_min": 1, "num_speculative_tokens": 5, "adaptive": False}
+DRAFTING = {"method": "draft_model", "num_speculative_tokens": 3, "adaptive": False}
 WAYS = {
     "together": {},
     "planned ahead": {"async_scheduling": True},
@@ -197,8 +201,9 @@ def plain() -> Iterator[list[object]]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_same_answers_with_ngram_guesses(plain: list[object], way: str):
-    with LLM(**{**SETTINGS, **WAYS[way]}, speculative_config=GUESSING) as llm:
+@pytest.mark.parametrize("guessing", [GUESSING, DRAFTING], ids=["ngram", "draft model"])
+def test_the_same_answers_with_guesses(plain: list[object], guessing: dict[str, object], way: str):
+    with LLM(**{**SETTINGS, **WAYS[way]}, speculative_config=guessing) as llm:
         assert told(ask(llm)) == plain
         stats = llm._engine.stats()
     assert stats.drafts > 20
@@ -225,6 +230,54 @@ def test_models_that_cannot_take_back_a_guess_get_no_drafts():
     assert choose_speculation(wanted, replace(plain, layers=(attention, state)), chunked=True).value is None
     assert choose_speculation(wanted, replace(plain, chunked_prefill=False), chunked=True).value is None
     assert choose_speculation(wanted, plain, chunked=False).value is None
+
+
+# ---- the draft model
+
+BUNDLED = Path(quire.__file__).parent / "bundled"
+
+
+@pytest.mark.parametrize("way", ["together", "chunked", "preempted"])
+@pytest.mark.parametrize("count", [3, 18])
+def test_a_draft_model_that_is_the_model_itself_is_always_right(way: str, count: int):
+    """Guesses are drawn with the numbers of the positions, so a perfect draft is accepted when sampling, too."""
+    config = {"model": str(BUNDLED / "model"), "num_speculative_tokens": count, "adaptive": False}
+    with LLM(**{**SETTINGS, **WAYS[way]}, speculative_config=config) as llm:
+        params = [SamplingParams(max_tokens=60, ignore_eos=True, temperature=t, seed=4) for t in (0.0, 0.7, 1.0)]
+        llm.generate([TEXT, "Once upon a time", "A"], params, use_tqdm=False)
+        stats = llm._engine.stats()
+    assert stats.accepted_tokens == stats.draft_tokens > 100
+
+
+def test_no_guesses_at_the_end_of_the_context():
+    with LLM(**{**SETTINGS, "max_model_len": 32}, speculative_config=DRAFTING) as llm:
+        output = llm.generate("Once", SamplingParams(max_tokens=None, ignore_eos=True), use_tqdm=False)[0]
+    assert len(output.prompt_token_ids) + len(output.outputs[0].token_ids) == 32
+
+
+def test_a_draft_takes_its_share_of_the_memory():
+    plain = resolve(EngineOptions.from_flat(SETTINGS))
+    drafting = resolve(EngineOptions.from_flat({**SETTINGS, "speculative_config": DRAFTING}))
+    assert drafting.memory.weights - plain.memory.weights > 2e6
+    small, large = (sum(group.num_pages for group in config.groups) for config in (drafting, plain))
+    assert small <= large
+    costs = sizing.group_costs(plain.layout, 16, torch.bfloat16, lambda size, heads, key, value, dtype: 100)
+    grown = sizing.with_draft(costs, drafting.draft.layout, torch.bfloat16, lambda *sizes: 100)
+    assert (costs[0].page_bytes, grown[0].page_bytes) == (600, 900)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [("llama", {"vocab_size": 5000}, "do not share a tokenizer"), (None, {}, "name one with --spec-model")],
+)
+def test_drafts_that_do_not_fit(tmp_path: Path, family: str | None, changes: dict[str, object], message: str):
+    options = dict(SETTINGS)
+    if family is None:
+        options |= {"model": str(BUNDLED / "model"), "spec_method": "draft_model"}
+    else:
+        options["spec_model"] = str(write_tiny(tmp_path / "draft", family, tokenizer=False, **changes))
+    with pytest.raises(ConfigError, match=message):
+        resolve(EngineOptions.from_flat(options))
 
 
 # ---- options

@@ -37,6 +37,7 @@ def load_worker(config: EngineConfig) -> Worker:
             max_model_len=config.max_model_len,
             max_num_batched_tokens=config.max_num_batched_tokens,
             speculation=config.speculation,
+            draft=config.draft,
         )
     )
 

@@ -125,6 +125,8 @@ def page_groups(config: EngineConfig, layout: ModelLayout) -> tuple[GroupSpec, .
     if layout.layers == config.layout.layers:
         return config.groups
     costs = sizing.group_costs(layout, config.block_size, config.cache_dtype, load_ops(config.device).cache_bytes)
+    if config.draft is not None:
+        costs = sizing.with_draft(costs, config.draft.layout, config.cache_dtype, load_ops(config.device).cache_bytes)
     logger.info("the loaded model's layers differ from what its config promised; pages are divided again")
     return sizing.page_groups(
         costs, config.memory.pages, config.max_model_len, config.max_num_seqs, config.max_num_batched_tokens

@@ -86,10 +86,7 @@ class Sampler:
         Rows of a span with drafts are chosen as if the drafts before them were said already; see verify().
         """
         scores = self._processed(logits, rows)
-        if self._random[rows.slots_host].any():
-            tokens = self._draw(scores, rows)
-        else:
-            tokens = self._ops.argmax(scores)
+        tokens = self.draw(scores, rows)
         # NaN and +inf show in the largest value of a row, and so does a row in which every token is forbidden.
         tokens = torch.where(torch.isfinite(scores.amax(-1)), tokens, -1)
         return Choices(tokens, self._device.to_host(tokens).tolist(), self._report(logits, scores, tokens, rows))
@@ -121,7 +118,10 @@ class Sampler:
                 step.apply(scores, np.flatnonzero(using).tolist(), rows)
         return scores
 
-    def _draw(self, scores: torch.Tensor, rows: Rows) -> torch.Tensor:
+    def draw(self, scores: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """int64 [R]: by temperature, filters and the numbers of each row's seed and position; the best when greedy."""
+        if not self._random[rows.slots_host].any():
+            return self._ops.argmax(scores)
         seeds = self._seeds.index_select(0, rows.slots)
         return self._ops.sample(
             scores,

@@ -31,6 +31,7 @@ class Slots:
             torch.zeros(num_slots, table_width(group, max_model_len), dtype=torch.int32, device=where)
             for group in groups
         ]
+        self.granted = [np.zeros(num_slots, dtype=np.int64) for _ in groups]  # entries of each row's table
         self.prompt_lens = np.zeros(num_slots, dtype=np.int64)
         self.request_ids: list[str] = [""] * num_slots
         self.prompt_logprobs: dict[int, int] = {}  # rows that want them for the prompt, and how many
@@ -41,6 +42,8 @@ class Slots:
         tokens = torch.tensor(new.token_ids, dtype=torch.int32)
         self.tokens[new.slot, : len(new.token_ids)] = self._device.to_device(tokens)
         self.prompt_lens[new.slot] = new.prompt_len
+        for granted in self.granted:
+            granted[new.slot] = 0
         self.request_ids[new.slot] = new.request_id
         if isinstance(new.params, SamplingParams) and new.params.prompt_logprobs is not None:
             self.prompt_logprobs[new.slot] = new.params.prompt_logprobs
@@ -62,6 +65,7 @@ class Slots:
                     first = item.slot * width + item.index
                     entries.extend(range(first, first + len(item.pages)))
                     pages.extend(item.pages)
+                    self.granted[group][item.slot] = item.index + len(item.pages)
             if entries:
                 where = self._device.to_device(torch.tensor(entries, dtype=torch.int64))
                 values = self._device.to_device(torch.tensor(pages, dtype=torch.int32))

@@ -19,10 +19,12 @@ from quire.grammar.compiler import Grammars
 from quire.kernels.table import Ops, load_ops
 from quire.layers.spec import ModelLayout
 from quire.models.build import build_model
+from quire.models.draft import DraftModel
 from quire.models.hub import ModelFiles
 from quire.models.served import ServedModel
 from quire.worker.device import Device, DeviceMemory
-from quire.worker.drafter import History
+from quire.worker.draft import ModelDrafter
+from quire.worker.drafter import Drafter, History
 from quire.worker.governor import Governor
 from quire.worker.kvstore import KVStore
 from quire.worker.ngram import NgramDrafter
@@ -48,6 +50,7 @@ class WorkerSetup:
     max_model_len: int
     max_num_batched_tokens: int
     speculation: Speculation | None = None
+    draft: DraftModel | None = None  # for the method draft_model
 
 
 class Worker:
@@ -59,6 +62,7 @@ class Worker:
         self._ops: Ops = load_ops(setup.device)
         self._ops.set_threads(setup.threads)
         self._model: ServedModel | None = None
+        self._draft: ServedModel | None = None
         self._runner: Runner | None = None
 
     def load(self) -> ModelLayout:
@@ -66,7 +70,10 @@ class Worker:
         began = time.perf_counter()
         setup = self._setup
         with self._device.stream():
-            self._model = build_model(setup.files, setup.options, setup.dtype, self._device.torch_device, self._ops)
+            where = self._device.torch_device
+            self._model = build_model(setup.files, setup.options, setup.dtype, where, self._ops)
+            if setup.draft is not None:
+                self._draft = build_model(setup.draft.files, setup.draft.options, setup.dtype, where, self._ops)
         logger.info("loaded %s in %.2f s", setup.files.name, time.perf_counter() - began)
         return self._model.layout
 
@@ -86,19 +93,28 @@ class Worker:
             store = KVStore(self._model.layout, groups, setup.cache_dtype, self._ops, self._device)
         slots = Slots(setup.max_num_seqs, setup.max_model_len, groups, self._device)
         sampler = Sampler(slots, self._ops, self._device, setup.options.logprobs_mode, grammars)
+        with self._device.stream():
+            speculator = self._speculator(slots, sampler)
         self._runner = Runner(
-            self._model, slots, store, sampler, self._device, setup.max_num_batched_tokens, self._speculator(slots)
+            self._model, slots, store, sampler, self._device, setup.max_num_batched_tokens, speculator
         )
 
-    def _speculator(self, slots: Slots) -> Speculator | None:
+    def _speculator(self, slots: Slots, sampler: Sampler) -> Speculator | None:
         """What guesses tokens, as the configuration wants it."""
         wanted = self._setup.speculation
         if wanted is None:
             return None
         history = History(slots.num_slots, slots.width)
-        drafter = NgramDrafter(
-            history, wanted.num_speculative_tokens, wanted.prompt_lookup_min, wanted.prompt_lookup_max
-        )
+        count, setup = wanted.num_speculative_tokens, self._setup
+        drafter: Drafter
+        if self._draft is None:
+            drafter = NgramDrafter(history, count, wanted.prompt_lookup_min, wanted.prompt_lookup_max)
+        else:
+            assert setup.draft is not None, "load() has loaded it"
+            longest, most = setup.draft.longest, setup.max_num_batched_tokens
+            drafter = ModelDrafter(
+                self._draft, history, slots, sampler, count, longest, setup.cache_dtype, most, self._ops, self._device
+            )
         return Speculator(history, drafter, Governor() if wanted.adaptive else None)
 
     def run(self, plan: StepPlan) -> StepResult:
@@ -111,4 +127,4 @@ class Worker:
     def close(self) -> None:
         """Let go of the model and the pages."""
         self._runner = None
-        self._model = None
+        self._model = self._draft = None
