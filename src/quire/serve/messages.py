@@ -130,12 +130,13 @@ async def count_tokens(body: TokensRequest, request: Request) -> dict[str, int]:
     service: Service = request.app.state.service
     service.check_model(body.model)
     body.check_extra()
+    messages = body.chat_messages()  # which finds what is wrong with them
     options = ChatOptions(
         add_generation_prompt=not body.continues,
         continue_final_message=body.continues,
         template_kwargs={**service.chat_template_kwargs, **(body.chat_template_kwargs or {})},
     )
-    text = await service.render(body.chat_messages(), options)
+    text = await service.render(messages, options)
     return {"input_tokens": len(service.tokenizer.encode(text, add_special_tokens=False))}
 
 
