@@ -129,7 +129,7 @@ def test_wrong_fields_of_a_completion(server: Running, fields: dict[str, Any], p
         ),
         ({"tools": []}, "tools"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tool_choice"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required"}, "tool_choice"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "some"}, "tool_choice"),
         ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"top_logprobs": -2, "logprobs": True}, "top_logprobs"),

@@ -38,9 +38,7 @@ FOREIGN_FLAGS = {
     "lora-modules": _NOT_YET,
     "mem-fraction-static": "use --gpu-memory-utilization.",
     "model-path": "give the model as the first argument.",
-    "reasoning-parser": _NOT_YET,
     "structured-outputs-config": _NOT_YET,
     "tensor-parallel": "use --tensor-parallel-size.",
-    "tool-call-parser": _NOT_YET,
     "worker-use-ray": _ONE_DEVICE,
 }

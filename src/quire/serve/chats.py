@@ -18,6 +18,7 @@ from quire.serve.protocol import ChatRequest
 from quire.serve.service import Service, new_id
 from quire.serve.sse import event, json_response, stream, until_left
 from quire.serve.talk import Talk
+from quire.serve.tools import AnswerReader, tool_wish
 from quire.serve.usage import Usage
 
 router = APIRouter(route_class=JsonRoute)
@@ -38,6 +39,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
             new_id("chatcmpl", request.headers.get("x-request-id"), body.request_id),
             body.params(service.card.defaults, service.card.limit),
             tenant_of(request.scope),
+            wish=tool_wish(body.tools, body.tool_choice, body.parallel_tool_calls),
         ),
     )
     if not body.stream:
@@ -53,6 +55,7 @@ class _Answer:
     body: ChatRequest
     talk: Talk
     created: int = field(default_factory=lambda: int(time.time()))
+    readers: dict[int, AnswerReader] = field(default_factory=dict)  # by the number of the choice
 
     async def whole(self) -> dict[str, Any]:
         """The answer as one object."""
@@ -95,8 +98,9 @@ class _Answer:
                 begun.add(0)
             for completion in output.outputs:
                 usage.completion_tokens += len(completion.token_ids)
-                finished = completion.finish_reason is not None
-                yield event(chunk(self._delta(completion), finished))
+                delta = self._delta(completion)
+                if delta is not None:
+                    yield event(chunk(delta, completion.finish_reason is not None))
         if forced or self.body.include_usage:
             end = {
                 "choices": [],
@@ -131,21 +135,33 @@ class _Answer:
             return None
         return chat_logprobs(completion.token_ids, completion.logprobs, self.body.top, self._names())
 
+    def _reader(self, number: int) -> AnswerReader:
+        """What reads the choice of that number."""
+        if number not in self.readers:
+            self.readers[number] = self.talk.speech.reader()
+        return self.readers[number]
+
     def _choice(self, completion: CompletionOutput) -> dict[str, Any]:
         """One choice of the whole answer."""
+        reader = self._reader(completion.index)
+        said = reader.read(completion.text, finished=True)
+        content = self._echoed() + said.content
+        message: dict[str, Any] = {
+            "role": self.talk.role(),
+            "content": None if said.calls and not content else content,
+            "refusal": None,
+            "annotations": None,
+            "audio": None,
+            "function_call": None,
+            "reasoning": said.reasoning or None,
+        }
+        if said.calls:
+            message["tool_calls"] = [{key: call[key] for key in ("id", "type", "function")} for call in said.calls]
         return {
             "index": completion.index,
-            "message": {
-                "role": self.talk.role(),
-                "content": self._echoed() + completion.text,
-                "refusal": None,
-                "annotations": None,
-                "audio": None,
-                "function_call": None,
-                "reasoning": None,
-            },
+            "message": message,
             "logprobs": self._logprobs(completion),
-            "finish_reason": completion.finish_reason,
+            "finish_reason": reader.finish_reason(completion.finish_reason),
             "stop_reason": completion.stop_reason,
             "token_ids": list(completion.token_ids) if self.body.return_token_ids else None,
         }
@@ -155,13 +171,25 @@ class _Answer:
         delta = {"role": self.talk.role(), "content": self._echoed()}
         return {"index": number, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def _delta(self, new: CompletionOutput) -> dict[str, Any]:
-        """One choice of a later chunk."""
+    def _delta(self, new: CompletionOutput) -> dict[str, Any] | None:
+        """One choice of a later chunk; None while the text may still become a call and nothing else is to be told."""
+        reader = self._reader(new.index)
+        said = reader.read(new.text, new.finish_reason is not None)
+        delta: dict[str, Any] = {}
+        if said.reasoning:
+            delta["reasoning"] = said.reasoning
+        if said.calls:
+            delta["tool_calls"] = list(said.calls)
+        if said.content or not delta:
+            delta["content"] = said.content
+        silent = new.text and not said.content and len(delta) == 1 and "content" in delta
+        if silent and new.finish_reason is None and not self.body.return_token_ids and self.body.top is None:
+            return None
         choice: dict[str, Any] = {
             "index": new.index,
-            "delta": {"content": new.text},
+            "delta": delta,
             "logprobs": self._logprobs(new),
-            "finish_reason": new.finish_reason,
+            "finish_reason": reader.finish_reason(new.finish_reason),
         }
         if new.finish_reason is not None:
             choice["stop_reason"] = new.stop_reason

@@ -286,6 +286,7 @@ class ChatRequest(GenerationRequest):
     top_logprobs: Int32 | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
     documents: list[dict[str, Any]] | None = None
     reasoning_effort: str | None = None
     add_generation_prompt: bool | None = None
@@ -302,13 +303,6 @@ class ChatRequest(GenerationRequest):
             raise ValidationError("tools is an empty list. Leave it out, or name at least one tool.", "tools")
         check_schemas(self.tools, "tools", MOST_TOOLS)
         check_schemas(self.documents, "documents", MOST_DOCUMENTS)
-        choice = self.tool_choice if self.tool_choice is not None else ("auto" if self.tools else "none")
-        if choice != "none" and (self.tools or choice != "auto"):
-            raise ValidationError(
-                'tool_choice is not supported yet by this server, except for "none", which shows the tools to the '
-                "model and leaves its answer as text.",
-                "tool_choice",
-            )
         if self.top_logprobs and not self.logprobs:
             raise ValidationError("top_logprobs needs logprobs to be true.", "top_logprobs")
         if self.top_logprobs is not None and self.top_logprobs < -1:

@@ -28,6 +28,7 @@ from quire.serve.auth import check_bind, read_keys
 from quire.serve.logs import log_as_json
 from quire.serve.progress import Progress
 from quire.serve.service import ModelCard, Service, fingerprint
+from quire.serve.tools import check_formats
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ def run_server(engine_options: EngineOptions, options: ServeOptions, began: floa
         report.add("importing", time.perf_counter() - began)
     keys = read_keys(options)
     check_tls(options)
+    check_formats(options.tool_call_parser, options.reasoning_parser)
     if not re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", options.metrics_prefix):
         raise ConfigError("--metrics-prefix must be a word of letters, digits and _, such as quire or vllm.")
     if options.uds is None:

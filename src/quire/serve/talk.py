@@ -14,6 +14,7 @@ from quire.engine.outputs import RequestOutput
 from quire.serve.account import Account
 from quire.serve.protocol import ChatRequest
 from quire.serve.service import Service
+from quire.serve.tools import Speech, ToolWish, speech_of
 from quire.text import ChatOptions
 
 
@@ -28,6 +29,8 @@ class Talk:
     tenant: str = ""
     prompt: str = ""
     account: Account = field(default_factory=Account)
+    wish: ToolWish | None = None  # of a route that reads calls and thoughts out of the text; None leaves it as it is
+    speech: Speech = field(default_factory=Speech)  # how to read the answers, known with the first output
 
     async def outputs(self) -> AsyncGenerator[RequestOutput]:
         """What the engine says. Leaving the iterator ends the request."""
@@ -41,11 +44,26 @@ class Talk:
             template_kwargs={**self.service.chat_template_kwargs, **body.template_variables()},
         )
         self.prompt = await self.service.render(body.messages, options)
+        if self.wish is not None:
+            self.speech = self._speech(self.wish)
+            self.params = self.speech.params(self.params)
         special = bool(body.add_special_tokens)
         job = await self.service.encode(self.prompt, body, special, self.params.max_tokens or 1)
         found = self.service.outputs(self.id, [job], self.params, body, special, self.tenant, self.account)
         async for _, output in found:
             yield output
+
+    def _speech(self, wish: ToolWish) -> Speech:
+        options = self.service.options
+        return speech_of(
+            self.service.tokenizer,
+            self.body.chat_template,
+            wish,
+            self.params,
+            self.prompt,
+            options.tool_call_parser,
+            options.reasoning_parser,
+        )
 
     def told(self) -> dict[str, Any]:
         """The part of `usage` that is quire's own."""

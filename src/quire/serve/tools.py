@@ -1,0 +1,261 @@
+"""What a chat request says about tools and what its answer says of them: wishes, forced calls, and reading the text.
+
+Knows the formats and the shape of calls in the OpenAI API; knows no engine and no route.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any, Literal
+
+from quire.core.params import SamplingParams
+from quire.core.structured import StructuredOutputsParams
+from quire.errors import ValidationError
+from quire.text.format_parser import CallArguments, CallStart, Content, Delta, FormatParser, Reasoning
+from quire.text.formats import (
+    ReasoningFormat,
+    Region,
+    ToolFormat,
+    hidden_markers,
+    reasoning_format,
+    reasoning_format_of,
+    tool_format,
+    tool_format_of,
+)
+from quire.text.tokenizer import Tokenizer
+
+MOST_FORCED_CALLS = 8
+_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
+# How forced calls are written where the model's own format cannot be put into a grammar.
+PLAIN_LIST = ToolFormat("list", (Region("[", "", "bare_json", "value", bare=True),))
+# As templates write JSON, so that models find their own habit again.
+_SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+@dataclass(frozen=True, slots=True)
+class ToolWish:
+    """The tools of a request by name, with the schemas of their arguments, and whether they must be used.
+
+    `only` is the one tool that must be called.
+    """
+
+    choice: Literal["none", "auto", "required"] = "none"
+    schemas: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    only: str | None = None
+    parallel: bool = True
+
+
+def tool_wish(tools: Sequence[Mapping[str, Any]] | None, choice: Any, parallel: bool | None) -> ToolWish:
+    """The fields tools, tool_choice and parallel_tool_calls together. Raises ValidationError."""
+    schemas = dict(_tool(tool, f"tools[{index}]") for index, tool in enumerate(tools or ()))
+    many = parallel is not False
+    if choice is None:
+        choice = "auto" if schemas else "none"
+    if choice == "none" or (choice == "auto" and not schemas):
+        return ToolWish("none", schemas)
+    if not schemas:
+        raise ValidationError("tool_choice needs tools to choose from.", "tool_choice")
+    if choice in ("auto", "required"):
+        return ToolWish(choice, schemas, None, many)
+    function = choice.get("function") if isinstance(choice, Mapping) and choice.get("type") == "function" else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(name, str):
+        raise ValidationError(
+            'tool_choice must be "none", "auto", "required", or {"type": "function", "function": {"name": ...}}.',
+            "tool_choice",
+        )
+    if name not in schemas:
+        raise ValidationError(f"tool_choice names {name[:64]!r}, which is not among the tools.", "tool_choice")
+    return ToolWish("required", {name: schemas[name]}, name, False)
+
+
+def _tool(tool: Mapping[str, Any], place: str) -> tuple[str, Mapping[str, Any]]:
+    function = tool.get("function")
+    if tool.get("type") != "function" or not isinstance(function, Mapping):
+        raise ValidationError(f"{place} must have the type function, and an object function.", "tools")
+    name, schema = function.get("name"), function.get("parameters")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValidationError(f"{place}.function.name must have 1 to 64 letters, digits, _, - or dots.", "tools")
+    if schema is None:
+        schema = {}
+    if not isinstance(schema, Mapping):
+        raise ValidationError(f"{place}.function.parameters must be a JSON schema, an object.", "tools")
+    return name, schema
+
+
+@dataclass(frozen=True, slots=True)
+class Speech:
+    """How the answers to one request are asked for and read."""
+
+    wish: ToolWish = field(default_factory=ToolWish)
+    tools: ToolFormat | None = None
+    reasoning: ReasoningFormat | None = None
+    thinking: bool = False  # the prompt ends inside of a thought
+    form: StructuredOutputsParams | None = None  # that calls are forced into
+    shows_special: bool = False  # special tokens must be seen to read the answer
+
+    def params(self, params: SamplingParams) -> SamplingParams:
+        """The request's parameters with what reading its answer needs. Raises ValidationError."""
+        if self.form is not None:
+            if params.structured_outputs is not None:
+                raise ValidationError(
+                    "A tool that must be called, and response_format or structured_outputs, exclude each other.",
+                    "tool_choice",
+                )
+            return replace(params, structured_outputs=self.form)
+        return replace(params, skip_special_tokens=False) if self.shows_special else params
+
+    def reader(self) -> AnswerReader:
+        """For one answer."""
+        if self.tools is None and self.reasoning is None:
+            return AnswerReader(self, None)
+        return AnswerReader(self, FormatParser(self.tools, self.reasoning, self.thinking, self.wish.schemas))
+
+
+def speech_of(
+    tokenizer: Tokenizer,
+    template: str | None,
+    wish: ToolWish,
+    params: SamplingParams,
+    prompt: str,
+    tool_parser: str | None,
+    reasoning_parser: str | None,
+) -> Speech:
+    """The speech of a request. The formats are those of the options, else those of the chat template."""
+    try:
+        used = tokenizer.template_for(list(wish.schemas), template)
+    except ValidationError:  # a tokenizer that renders by its own code needs no template
+        used = ""
+    formats = _formats(used, tool_parser, reasoning_parser)
+    special = [tokenizer.added_tokens.get(token_id, "") for token_id in tokenizer.special_ids]
+    if wish.choice == "required":
+        written = _forced_format(formats.tools, special)
+        return Speech(wish, written, form=StructuredOutputsParams(grammar=_forced_grammar(wish, written)))
+    if wish.choice == "auto" and formats.tools is None:
+        raise ValidationError(
+            'tool_choice "auto" needs to know how the model writes calls, and its chat template does not show that. '
+            "Start the server with --tool-call-parser, or use tool_choice none or required.",
+            "tool_choice",
+        )
+    tools = formats.tools if wish.choice == "auto" else None
+    # An answer that is held to a form has no room for thoughts.
+    reasoning = formats.reasoning if params.structured_outputs is None else None
+    markers = (*(tools.markers if tools else ()), *(reasoning.markers if reasoning else ()))
+    thinking = reasoning is not None and prompt.rstrip().endswith(reasoning.opener)
+    return Speech(wish, tools, reasoning, thinking, None, hidden_markers(markers, special))
+
+
+def check_formats(tool_parser: str | None, reasoning_parser: str | None) -> None:
+    """Raise ConfigError for options that name no known format."""
+    _formats("", tool_parser, reasoning_parser)
+
+
+@dataclass(frozen=True, slots=True)
+class Formats:
+    """The formats of a model."""
+
+    tools: ToolFormat | None
+    reasoning: ReasoningFormat | None
+
+
+@lru_cache(maxsize=64)
+def _formats(template: str, tool_parser: str | None, reasoning_parser: str | None) -> Formats:
+    return Formats(
+        tool_format(tool_parser) if tool_parser else tool_format_of(template),
+        reasoning_format(reasoning_parser) if reasoning_parser else reasoning_format_of(template),
+    )
+
+
+def _forced_format(own: ToolFormat | None, special: Sequence[str]) -> ToolFormat:
+    """The model's own way to write calls if that is text around JSON, else a plain list."""
+    if own is not None and not hidden_markers(own.markers, special):
+        region = own.regions[-1]
+        if region.reader == "bare_json" or (region.reader == "json" and region.ending == "quoted"):
+            return own
+    return PLAIN_LIST
+
+
+def _forced_grammar(wish: ToolWish, written: ToolFormat) -> str:
+    """A grammar of nothing but calls, in the way that `written` reads them."""
+    region = written.regions[-1]
+    before, between, after, key, first, last = "", "; ", "", "parameters", "", ""
+    if written is PLAIN_LIST:
+        between, first, last = ", ", "[", "]"
+    elif region.reader == "json":
+        before, between, after, key = f"{region.opener}\n", "\n", f"\n{region.closer}", "arguments"
+    most = MOST_FORCED_CALLS if wish.parallel else 1
+    more = f" ({_text(between)} call){{0,{most - 1}}}" if most > 1 else ""
+    ends = (f"{_text(first)} " if first else "", f" {_text(last)}" if last else "")
+    rules = [f"start: {ends[0]}call{more}{ends[1]}"]
+    rules.append("call: " + " | ".join(f"tool_{index}" for index in range(len(wish.schemas))))
+    for index, (name, schema) in enumerate(wish.schemas.items()):
+        head = f'{before}{{"name": {json.dumps(name)}, "{key}": '
+        rules.append(f"tool_{index}: {_text(head)} arguments_{index} {_text('}' + after)}")
+        rules.append(f"arguments_{index}: %json {_schema(schema)}")
+    return "\n".join(rules)
+
+
+def _text(text: str) -> str:
+    return json.dumps(text)
+
+
+def _schema(schema: Mapping[str, Any]) -> str:
+    """A tool's schema for the grammar: always an object, spaced as templates space it."""
+    kept = {key: value for key, value in schema.items() if key != "x-guidance"}
+    kept.setdefault("type", "object")
+    if not kept.get("properties"):
+        kept.setdefault("additionalProperties", False)
+    # "::=" anywhere would make the text look like another notation.
+    return json.dumps({**kept, "x-guidance": _SPACING}).replace("::=", "\\u003a:=")
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """A piece of an answer: text, thoughts, and calls in the API's form."""
+
+    content: str = ""
+    reasoning: str = ""
+    calls: tuple[dict[str, Any], ...] = ()
+
+
+class AnswerReader:
+    """Reads one answer as it comes."""
+
+    def __init__(self, speech: Speech, parser: FormatParser | None) -> None:
+        self._speech = speech
+        self._parser = parser
+        self.calls = 0
+
+    def read(self, text: str, finished: bool) -> Said:
+        """The next text of the answer."""
+        if self._parser is None:
+            return Said(text)
+        deltas = self._parser.push(text)
+        return self._said(deltas + self._parser.finish() if finished else deltas)
+
+    def finish_reason(self, reason: str | None) -> str | None:
+        """What the API calls the end of an answer that ended by `reason`."""
+        called = self.calls > 0 and self._speech.wish.only is None
+        return "tool_calls" if called and reason == "stop" else reason
+
+    def _said(self, deltas: Sequence[Delta]) -> Said:
+        content, reasoning = "", ""
+        calls: list[dict[str, Any]] = []
+        for delta in deltas:
+            if isinstance(delta, Content):
+                content += delta.text
+            elif isinstance(delta, Reasoning):
+                reasoning += delta.text
+            elif isinstance(delta, CallStart) and (self._speech.wish.parallel or delta.index == 0):
+                self.calls += 1
+                function = {"name": delta.name, "arguments": ""}
+                call_id = delta.id or f"chatcmpl-tool-{uuid.uuid4().hex}"
+                calls.append({"index": delta.index, "id": call_id, "type": "function", "function": function})
+            elif isinstance(delta, CallArguments) and calls and calls[-1]["index"] == delta.index:
+                calls[-1]["function"]["arguments"] += delta.text
+        return Said(content, reasoning, tuple(calls))
