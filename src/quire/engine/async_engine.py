@@ -20,6 +20,8 @@ from quire.engine.engine import Engine, Prepared
 from quire.engine.observe import Observer
 from quire.engine.outputs import RequestOutput
 from quire.engine.prompts import Prompt
+from quire.engine.supervised import start_supervised
+from quire.engine.supervisor import SILENCE
 from quire.errors import EngineDeadError
 from quire.text.tokenizer import Tokenizer
 
@@ -72,6 +74,19 @@ class AsyncEngine:
     ) -> AsyncEngine:
         """Load a model and start its thread; `on_phase` is told each phase of the start and its seconds."""
         running = cls(Engine.from_options(options, observer, on_phase))
+        running.start()
+        return running
+
+    @classmethod
+    def supervised(
+        cls,
+        options: EngineOptions,
+        observer: Observer | None = None,
+        on_phase: Callable[[str, float], None] | None = None,
+        silence: float = SILENCE,
+    ) -> AsyncEngine:
+        """The same with the model in a process of its own, which is replaced when it dies; see start_supervised."""
+        running = cls(start_supervised(options, observer, on_phase, silence))
         running.start()
         return running
 

@@ -61,7 +61,7 @@ class ChildProcess:
         except subprocess.TimeoutExpired:
             self.kill()
             status = self._process.returncode
-        self.box.close()
+        self.box.close()  # a second time changes nothing
         return ending(status)
 
 

@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,8 +56,11 @@ def main(arguments: Sequence[str]) -> int:
 def load_model(options: EngineOptions, tell: Tell) -> Served:
     """Load what the options name; tells each phase, and where the tokenizer is as soon as that is known."""
     # Imported here: torch comes with it, and the tests' engines need none.
+    since = time.perf_counter()
     from quire.engine.start import load
     from quire.resolve import EngineConfig
+
+    tell(wire.Phase("importing torch", time.perf_counter() - since))
 
     def on_config(config: EngineConfig) -> None:
         files = config.files

@@ -31,6 +31,7 @@ from quire.errors import EngineDeadError, EngineError, QuireError, ValidationErr
 
 logger = logging.getLogger(__name__)
 
+SILENCE = 60.0  # seconds without a word from a started engine, until it counts as hung
 TICK = 0.5  # seconds after which a step without news ends, so that silence is noticed
 POISON = "this request ended the engine {deaths} times, the last time while it ran alone; it will not be tried again"
 
@@ -39,7 +40,7 @@ POISON = "this request ended the engine {deaths} times, the last time while it r
 class Patience:
     """How long to wait and how often to try. Times in seconds."""
 
-    silence: float = 60.0  # without a word from a started engine, until it counts as hung; 0: for ever
+    silence: float = SILENCE  # until an engine that says nothing counts as hung; 0: for ever
     failed_starts: int = 3  # in a row, until the engine counts as beyond repair
     vain_deaths: int = 24  # in a row without any token, the same
     first_pause: float = 0.1  # before the second restart in a row; doubled each time
@@ -86,30 +87,40 @@ class Supervisor:
 
     # ---------------------------------------------------------------- the first start
 
+    def launch(self) -> None:
+        """Start the process without waiting for it. A second call changes nothing."""
+        if self._child is None:
+            self._child = ChildProcess(self._options, self._command)
+
     def start(
         self,
         on_phase: Callable[[str, float], None] | None = None,
         on_tokenizer: Callable[[wire.Tokenizing], None] | None = None,
     ) -> wire.Ready:
-        """Start the engine and wait for it. Raises what the engine could not be started for."""
-        self._child = child = ChildProcess(self._options, self._command)
-        while True:
-            select.select([child.connection], [], [])
-            for message in child.connection.receive():
-                if isinstance(message, wire.Tokenizing) and on_tokenizer is not None:
-                    on_tokenizer(message)
-                elif isinstance(message, wire.Phase) and on_phase is not None:
-                    on_phase(message.name, message.seconds)
-                elif isinstance(message, wire.Failed):
-                    child.close()
-                    raise start_error(message)
-                elif isinstance(message, wire.Ready):
-                    self._ready = message
-                    self._tables = _tables(message.scheduler)
-                    self._come_up(message)
-                    return message
-            if child.connection.ended:
-                raise EngineError(f"the engine process {child.close()} while it was starting")
+        """Wait for the engine's start, having launched it. Raises what the engine could not be started for."""
+        self.launch()
+        child = self._child
+        assert child is not None, "it was launched"
+        try:
+            while True:
+                select.select([child.connection], [], [])
+                for message in child.connection.receive():
+                    if isinstance(message, wire.Tokenizing) and on_tokenizer is not None:
+                        on_tokenizer(message)
+                    elif isinstance(message, wire.Phase) and on_phase is not None:
+                        on_phase(message.name, message.seconds)
+                    elif isinstance(message, wire.Failed):
+                        raise start_error(message)
+                    elif isinstance(message, wire.Ready):
+                        self._ready = message
+                        self._tables = _tables(message.scheduler)
+                        self._come_up(message)
+                        return message
+                if child.connection.ended:
+                    raise EngineError(f"the engine process {child.close()} while it was starting")
+        except BaseException:
+            self.close()
+            raise
 
     # ---------------------------------------------------------------- as EngineCore
 
@@ -204,7 +215,9 @@ class Supervisor:
         return self._answers.pop(number)
 
     def close(self) -> None:
-        """End the engine process."""
+        """End the engine process. A second call changes nothing."""
+        if self._rope < 0:
+            return
         self.phase = "stopped"
         self._is_up = False
         if self._child is not None:

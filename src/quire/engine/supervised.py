@@ -1,0 +1,52 @@
+"""An Engine whose core runs in a supervised process: the text side here, the model there.
+
+Loads no model and needs none of what a model needs; the tokenizer's library may bring torch along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from quire.config import EngineOptions
+from quire.engine import wire
+from quire.engine.engine import Engine
+from quire.engine.observe import Observer
+from quire.engine.supervisor import SILENCE, Patience, Supervisor
+from quire.grammar import Grammars, Vocabulary
+from quire.text.chat import read_template
+from quire.text.tokenizer import Tokenizer, load_tokenizer
+
+
+def start_supervised(
+    options: EngineOptions,
+    observer: Observer | None = None,
+    on_phase: Callable[[str, float], None] | None = None,
+    silence: float = SILENCE,
+) -> Engine:
+    """Start the engine process; read the tokenizer while it loads the model. Raises ConfigError, ModelError or
+    CapacityError, as a start in this process would. `silence`: seconds until an engine that says nothing is replaced.
+    """
+    supervisor = Supervisor(options, patience=Patience(silence=silence))
+    supervisor.launch()
+    if not options.model.skip_tokenizer_init:
+        # Imported here, while the engine process imports its own: it takes seconds, and brings torch.
+        from transformers import AutoTokenizer  # noqa: F401
+    tokenizers: list[Tokenizer] = []
+
+    def on_tokenizer(found: wire.Tokenizing) -> None:
+        model = options.model
+        template = read_template(model.chat_template)
+        tokenizers.append(load_tokenizer(found.path, found.trust_remote_code, found.revision, model.hf_token, template))
+
+    ready = supervisor.start(on_phase, on_tokenizer)
+    tokenizer = tokenizers[0] if tokenizers else None
+    return Engine(supervisor, tokenizer, ready.settings, observer, grammars=_grammars(ready, tokenizer))
+
+
+def _grammars(ready: wire.Ready, tokenizer: Tokenizer | None) -> Grammars | None:
+    """What refuses impossible structured outputs before they reach the engine; None where it knows no end token."""
+    settings = ready.settings
+    if tokenizer is None or not settings.eos_token_ids:
+        return None
+    vocabulary = Vocabulary(tokenizer, settings.vocab_size, settings.eos_token_ids)
+    return Grammars(lambda: vocabulary)

@@ -1,0 +1,169 @@
+"""The real server with the bundled model: its engine is killed under 64 streams; it drains and ends with its status."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+pytestmark = pytest.mark.slow
+
+STREAMS = 64
+KILLS = 3
+
+
+@contextmanager
+def server(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`quire serve` with the bundled model, and its address."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "quire.cli.main", "serve", "--port", "0", "--max-num-seqs", str(STREAMS), *arguments]
+        + ["--kv-cache-memory-bytes", str(64 * 2**20)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"},
+    )
+    try:
+        assert process.stdout is not None
+        greeting = ""
+        for line in process.stdout:
+            greeting += line
+            if "curl" in line:
+                break
+        found = re.search(r"http://127\.0\.0\.1:\d+", greeting)
+        assert found, greeting
+        yield process, found[0]
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def engine_pid(server_pid: int) -> int | None:
+    """The engine process of a server, if it has one now."""
+    for path in Path(f"/proc/{server_pid}/task").glob("*/children"):
+        for child in path.read_text().split():
+            try:
+                if b"quire.engine.processes" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    return int(child)
+            except OSError:
+                continue
+    return None
+
+
+@dataclass
+class Heard:
+    """What one stream brought."""
+
+    text: str = ""
+    times: list[float] = field(default_factory=list)
+    reason: str | None = None
+    error: Any = None
+
+
+async def stream(client: httpx.AsyncClient, index: int, heard: Heard) -> None:
+    """One completion: every other one greedy, the others seeded."""
+    body = {
+        "prompt": f"Once upon a time there were {index} brothers, and",
+        "max_tokens": 40,
+        "ignore_eos": True,
+        "temperature": 0.0 if index % 2 else 0.9,
+        "seed": index,
+        "stream": True,
+    }
+    async with client.stream("POST", "/v1/completions", json=body) as response:
+        assert response.status_code == 200
+        async for line in response.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            chunk = json.loads(line.removeprefix("data: "))
+            heard.error = chunk.get("error") or heard.error
+            for choice in chunk.get("choices", ()):
+                heard.text += choice["text"]
+                heard.reason = choice["finish_reason"] or heard.reason
+                heard.times.append(time.monotonic())
+
+
+async def all_streams(url: str, pid: int, kills: int) -> tuple[list[Heard], list[float]]:
+    """Run the streams, killing the engine `kills` times at random moments."""
+    draw, moments = random.Random(3), []
+    found = [Heard() for _ in range(STREAMS)]
+    limits = httpx.Limits(max_connections=STREAMS)
+    async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
+        tasks = [asyncio.create_task(stream(client, index, heard)) for index, heard in enumerate(found)]
+        for _ in range(kills):
+            so_far = sum(len(heard.times) for heard in found)
+            while sum(len(heard.times) for heard in found) < so_far + STREAMS // 2:
+                assert not all(task.done() for task in tasks), "the streams ended before the last kill"
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(draw.uniform(0.0, 0.3))
+            victim = engine_pid(pid)
+            assert victim is not None
+            moments.append(time.monotonic())
+            os.kill(victim, signal.SIGKILL)
+        await asyncio.gather(*tasks)
+    return found, moments
+
+
+def test_streams_survive_kills_and_the_server_drains(capsys: pytest.CaptureFixture[str]) -> None:
+    with server("--shutdown-timeout", "60") as (process, url):
+        plain, _ = asyncio.run(all_streams(url, process.pid, 0))
+        found, moments = asyncio.run(all_streams(url, process.pid, KILLS))
+        pauses = sorted(
+            next(at for at in heard.times if at > moment) - moment
+            for heard in found
+            for moment in moments
+            if heard.times[-1] > moment
+        )
+        lost = sum(before.text != after.text for before, after in zip(plain, found, strict=True))
+        with capsys.disabled():
+            print(
+                f"\n{len(moments)} kills, {STREAMS} streams of the bundled model, {lost} differ, pause median "
+                f"{pauses[len(pauses) // 2]:.2f} s, p99 {pauses[int(len(pauses) * 0.99)]:.2f} s"
+            )
+        for before, after in zip(plain, found, strict=True):
+            assert after.error is None and after.reason == before.reason == "length"
+            assert after.text == before.text and after.text
+        health = httpx.get(url + "/health", timeout=30)
+        assert health.status_code == 200, health.text
+
+        # What runs is finished after the signal; then both processes are gone, with status 0.
+        engine = engine_pid(process.pid)
+        body = {"prompt": "Once", "max_tokens": 80, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", url + "/v1/completions", json=body, timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]" and '"length"' in rest[-2]
+        assert process.wait(30) == 0
+        assert engine is not None and not Path(f"/proc/{engine}").exists()
+
+
+def test_a_second_signal_ends_at_once() -> None:
+    body = {"prompt": "Once", "max_tokens": 1500, "ignore_eos": True, "stream": True}
+    with (
+        server("--shutdown-timeout", "100") as (process, url),
+        httpx.stream("POST", url + "/v1/completions", json=body, timeout=60) as response,
+    ):
+        lines = response.iter_lines()
+        next(lines)
+        engine = engine_pid(process.pid)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+        assert engine is not None and not Path(f"/proc/{engine}").exists()
