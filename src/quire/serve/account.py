@@ -110,19 +110,19 @@ class Account:
         longest = max(queue, prefill, decode)
         share = f"{longest / total:.0%} of {total:.2f} s"
         if longest == queue:
-            text = f"{share} went by waiting for room beside {self.mates:.1f} other requests"
+            text = f"{share} went by waiting for room, {self._company()}"
         elif longest == prefill:
             computed = self.prompt_tokens - self.cached_tokens
             text = f"{share} went into its prompt: {computed} of {self.prompt_tokens} tokens had to be computed"
         else:
             each = 1e3 * decode / max(1, self.output_tokens - 1)
-            text = (
-                f"{share} went into its {self.output_tokens} tokens, one every {each:.1f} ms beside {self.mates:.1f} "
-                "other requests"
-            )
+            text = f"{share} went into its {self.output_tokens} tokens, one every {each:.1f} ms, {self._company()}"
         return (
             f"{text}; it gave way {self.preemptions} times and was computed again." if self.preemptions else f"{text}."
         )
+
+    def _company(self) -> str:
+        return "alone" if self.mates < 0.05 else f"beside {self.mates:.1f} other requests"
 
     def line(self) -> str:
         """What the log says at the end."""
