@@ -59,12 +59,19 @@ QUIRE_INLINE void store_bytes(int8_t* p, F x) {
     _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(words, words));
 }
 QUIRE_INLINE I byte_weights(const uint8_t* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)); }
-QUIRE_INLINE I byte_dot(I sum, I weights, I values) { return add_ints(sum, _mm256_madd_epi16(weights, values)); }
+// The sums are added to in place, by name: left to itself the compiler keeps two registers for each, and has not so many.
+QUIRE_INLINE I byte_dot(I sum, I weights, I values) {
+    const I products = _mm256_madd_epi16(weights, values);
+    __asm__("vpaddd %1, %0, %0" : "+x"(sum) : "x"(products));
+    return sum;
+}
 QUIRE_INLINE I load_nibbles(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
 QUIRE_INLINE I low_nibbles(I x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
 QUIRE_INLINE I high_nibbles(I x) { return _mm256_and_si256(_mm256_srli_epi16(x, 4), _mm256_set1_epi8(15)); }
 QUIRE_INLINE I nibble_dot(I part, I weights, I values) {
-    return _mm256_add_epi16(part, _mm256_maddubs_epi16(weights, values));
+    const I products = _mm256_maddubs_epi16(weights, values);
+    __asm__("vpaddw %1, %0, %0" : "+x"(part) : "x"(products));
+    return part;
 }
 QUIRE_INLINE I nibble_sum(I sum, I part) { return add_ints(sum, _mm256_madd_epi16(part, _mm256_set1_epi16(1))); }
 
@@ -107,6 +114,17 @@ QUIRE_INLINE I nibble_dot(I part, I weights, I values) {
 QUIRE_INLINE I nibble_sum(I sum, I part) { return sum + part; }
 
 #endif
+
+// As after() of simd.h.
+template <class P>
+QUIRE_INLINE P* after(I x, P* p) {
+#if defined(__x86_64__) && !defined(QUIRE_AVX512) && !defined(QUIRE_AVX512BF16)
+    __asm__("" : "+r"(p) : "x"(x));
+#else
+    (void)x;
+#endif
+    return p;
+}
 
 // The word of A that stands for BYTE_DEPTH values of k of one row.
 QUIRE_INLINE uint32_t byte_word(const int8_t* q) {

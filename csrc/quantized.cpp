@@ -17,6 +17,9 @@
 #include "threads.h"
 #include "tile.h"
 
+// Sums stay in registers only where the loops over a tile are unrolled before the compiler places arrays in memory.
+#define QUIRE_UNROLL _Pragma("GCC unroll 16")
+
 namespace quire {
 
 struct nibble;  // the tag of kernels for weights of 4 bits, as int8_t is of those for 8
@@ -194,8 +197,8 @@ struct MultiplyBytes {
         const uint8_t *panels = piece.panels, *fetch = piece.fetch;
         const uint32_t* a = piece.a;
         I c[ROWS][VECTORS];
-        for (int i = 0; i < ROWS; i++)
-            for (int v = 0; v < VECTORS; v++) c[i][v] = set1_int(-BYTE_OFFSET * piece.sums[i]);
+        QUIRE_UNROLL for (int i = 0; i < ROWS; i++)
+            QUIRE_UNROLL for (int v = 0; v < VECTORS; v++) c[i][v] = set1_int(-BYTE_OFFSET * piece.sums[i]);
         for (long s = 0; s < steps; s++, a += ROWS, panels += STEP) {
             for (int p = 0; p < PANELS; p++) prefetch(fetch + p * panel);
             fetch += piece.fetch_step * STEP / 64;
@@ -204,24 +207,25 @@ struct MultiplyBytes {
             };
             if constexpr (ROWS < VECTORS) {
                 I x[ROWS];
-                for (int i = 0; i < ROWS; i++) x[i] = set1_int(int32_t(a[i]));
-                for (int v = 0; v < VECTORS; v++) {
+                QUIRE_UNROLL for (int i = 0; i < ROWS; i++) x[i] = set1_int(int32_t(a[i]));
+                QUIRE_UNROLL for (int v = 0; v < VECTORS; v++) {
                     const I weight = weights(v);
-                    for (int i = 0; i < ROWS; i++) c[i][v] = byte_dot(c[i][v], weight, x[i]);
+                    QUIRE_UNROLL for (int i = 0; i < ROWS; i++) c[i][v] = byte_dot(c[i][v], weight, x[i]);
                 }
             } else {
                 I weight[VECTORS];
-                for (int v = 0; v < VECTORS; v++) weight[v] = weights(v);
-                for (int i = 0; i < ROWS; i++) {
+                QUIRE_UNROLL for (int v = 0; v < VECTORS; v++) weight[v] = weights(v);
+                QUIRE_UNROLL for (int i = 0; i < ROWS; i++) {
                     const I x = set1_int(int32_t(a[i]));
-                    for (int v = 0; v < VECTORS; v++) c[i][v] = byte_dot(c[i][v], weight[v], x);
+                    QUIRE_UNROLL for (int v = 0; v < VECTORS; v++) c[i][v] = byte_dot(c[i][v], weight[v], x);
+                    a = after(c[i][VECTORS - 1], a);
                 }
             }
         }
-        for (int v = 0; v < VECTORS; v++) {
+        QUIRE_UNROLL for (int v = 0; v < VECTORS; v++) {
             const uint8_t* scales = piece.panels + v / PANEL_VECTORS * panel + w.data;
             const F scale = load(reinterpret_cast<const float*>(scales) + v % PANEL_VECTORS * W);
-            for (int i = 0; i < ROWS; i++) {
+            QUIRE_UNROLL for (int i = 0; i < ROWS; i++) {
                 const F sum = mul(mul(float_of(c[i][v]), set1(piece.scales[i])), scale);
                 store(piece.block + i * BLOCK_COLUMNS + v * W, sum);
             }
@@ -236,18 +240,20 @@ struct MultiplyNibbles {
     // sum += the products of NIBBLE_CHUNK values of k
     static QUIRE_INLINE void add_chunk(I (&sum)[ROWS][VECTORS], const uint32_t* a, const uint8_t* panels, long panel) {
         I part[ROWS][VECTORS];
-        for (int i = 0; i < ROWS; i++)
-            for (int v = 0; v < VECTORS; v++) part[i][v] = set1_int(0);
-#pragma GCC unroll 4
-        for (int j = 0; j < NIBBLE_CHUNK / 8; j++, a += 2 * ROWS, panels += PANEL * 4)
-            for (int v = 0; v < VECTORS; v++) {
+        QUIRE_UNROLL for (int i = 0; i < ROWS; i++)
+            QUIRE_UNROLL for (int v = 0; v < VECTORS; v++) part[i][v] = set1_int(0);
+        QUIRE_UNROLL for (int j = 0; j < NIBBLE_CHUNK / 8; j++, a += 2 * ROWS, panels += PANEL * 4)
+            QUIRE_UNROLL for (int v = 0; v < VECTORS; v++) {
                 const I both = load_nibbles(panels + v / PANEL_VECTORS * panel + v % PANEL_VECTORS * W * 4);
                 const I low = low_nibbles(both), high = high_nibbles(both);
-                for (int i = 0; i < ROWS; i++) part[i][v] = nibble_dot(part[i][v], low, set1_int(int32_t(a[i])));
-                for (int i = 0; i < ROWS; i++) part[i][v] = nibble_dot(part[i][v], high, set1_int(int32_t(a[ROWS + i])));
+                QUIRE_UNROLL for (int i = 0; i < ROWS; i++) {
+                    part[i][v] = nibble_dot(part[i][v], low, set1_int(int32_t(a[i])));
+                    part[i][v] = nibble_dot(part[i][v], high, set1_int(int32_t(a[ROWS + i])));
+                    if (ROWS > 2) a = after(part[i][v], a);
+                }
             }
-        for (int i = 0; i < ROWS; i++)
-            for (int v = 0; v < VECTORS; v++) sum[i][v] = nibble_sum(sum[i][v], part[i][v]);
+        QUIRE_UNROLL for (int i = 0; i < ROWS; i++)
+            QUIRE_UNROLL for (int v = 0; v < VECTORS; v++) sum[i][v] = nibble_sum(sum[i][v], part[i][v]);
     }
 
     static void run(const Piece& piece) {
@@ -256,16 +262,16 @@ struct MultiplyNibbles {
         const uint8_t *panels = piece.panels, *fetch = piece.fetch;
         const uint32_t* a = piece.a;
         F total[ROWS][VECTORS];
-        for (int i = 0; i < ROWS; i++)
-            for (int v = 0; v < VECTORS; v++) total[i][v] = set1(0);
+        QUIRE_UNROLL for (int i = 0; i < ROWS; i++)
+            QUIRE_UNROLL for (int v = 0; v < VECTORS; v++) total[i][v] = set1(0);
         for (long g = 0; g < groups; g++) {
             const uint8_t* extras = piece.panels + w.data + g * PANEL * 2;
             const uint8_t* zeros = piece.panels + w.data + (groups * 2 + g) * PANEL;
             I sum[ROWS][VECTORS];
-            for (int v = 0; v < VECTORS; v++) {
+            QUIRE_UNROLL for (int v = 0; v < VECTORS; v++) {
                 const long at = v / PANEL_VECTORS * panel + v % PANEL_VECTORS * W;
                 const I zero = w.zeros ? widen_bytes(zeros + at) : set1_int(DEFAULT_ZERO);
-                for (int i = 0; i < ROWS; i++) sum[i][v] = mul_ints(zero, set1_int(-piece.sums[i * groups + g]));
+                QUIRE_UNROLL for (int i = 0; i < ROWS; i++) sum[i][v] = mul_ints(zero, set1_int(-piece.sums[i * groups + g]));
             }
             for (long chunk = 0; chunk < w.group; chunk += NIBBLE_CHUNK) {
                 constexpr long BYTES = NIBBLE_CHUNK * PANEL / 2;
@@ -276,17 +282,17 @@ struct MultiplyNibbles {
                 a += NIBBLE_CHUNK / 4 * ROWS;
                 panels += BYTES;
             }
-            for (int v = 0; v < VECTORS; v++) {
+            QUIRE_UNROLL for (int v = 0; v < VECTORS; v++) {
                 const auto* scales = reinterpret_cast<const bf16*>(extras + v / PANEL_VECTORS * panel);
                 const F scale = load(scales + v % PANEL_VECTORS * W);
-                for (int i = 0; i < ROWS; i++) {
+                QUIRE_UNROLL for (int i = 0; i < ROWS; i++) {
                     const F part = mul(mul(float_of(sum[i][v]), set1(piece.scales[i * groups + g])), scale);
                     total[i][v] = add(total[i][v], part);
                 }
             }
         }
-        for (int i = 0; i < ROWS; i++)
-            for (int v = 0; v < VECTORS; v++) store(piece.block + i * BLOCK_COLUMNS + v * W, total[i][v]);
+        QUIRE_UNROLL for (int i = 0; i < ROWS; i++)
+            QUIRE_UNROLL for (int v = 0; v < VECTORS; v++) store(piece.block + i * BLOCK_COLUMNS + v * W, total[i][v]);
     }
 };
 
