@@ -1,0 +1,166 @@
+"""What speculative decoding brings: acceptance and wall-clock speed-up over plain decoding, per method and batch size.
+
+python bench/speculate.py --batch-sizes 1 32                     # the bundled model: retelling, summarising, prose
+python bench/speculate.py --shape llama-3.2-1b --output-len 32   # random weights repeat themselves: guesses at their best
+
+All engines are alive at once and take turns, so that whatever else runs on the machine slows all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from shapes import SHAPES, write_shape
+
+from quire import LLM, SamplingParams
+
+WORDS = [
+    "mill",
+    "blue",
+    "London",
+    "Clara",
+    "river",
+    "stone",
+    "seven",
+    "grey",
+    "horse",
+    "winter",
+    "bread",
+    "old",
+    "lamp",
+    "garden",
+    "letter",
+    "north",
+]
+STORY = (
+    "The old miller had three sons, and when he died he left the mill to the first, the horse to the second, and to the "
+    "third nothing but a grey cat. The third son sat by the river and wept. "
+)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One method on one workload."""
+
+    workload: str
+    batch: int
+    method: str
+    tokens_per_second: float
+    speedup: float
+    accepted: float  # share of the guesses that were right
+    tokens_per_step: float  # of one request
+
+
+def prompts_of(workload: str, count: int, llm: LLM) -> list[list[int]]:
+    """Prompts as token ids, each its own."""
+    rng = random.Random(5)
+    tokenizer = llm.get_tokenizer()
+    found = []
+    for _ in range(count):
+        words = " ".join(rng.choice(WORDS) for _ in range(40))
+        if workload == "random":
+            found.append([rng.randrange(10, 30_000) for _ in range(128)])
+        elif workload == "prose":
+            found.append(tokenizer.encode(f"Once upon a time there was a {words[:30]}"))
+        else:
+            ask = f"Say again: {words}." if workload == "retell" else f"Tell in short: {STORY}{words}."
+            text = tokenizer.apply_chat_template([{"role": "user", "content": ask}], add_generation_prompt=True)
+            found.append(tokenizer.encode(text, add_special_tokens=False))
+    return found
+
+
+def once(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> tuple[float, int]:
+    """Seconds and tokens of one run."""
+    began = time.perf_counter()
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    return time.perf_counter() - began, sum(len(item.outputs[0].token_ids) for item in outputs)
+
+
+def measure(
+    llms: dict[str, LLM], workload: str, batch: int, output_len: int, temperature: float, repeats: int
+) -> list[Figure]:
+    """Every method on one workload, the best of `repeats` runs each; the first run warms up."""
+    params = SamplingParams(temperature=temperature, max_tokens=output_len, ignore_eos=True, seed=1)
+    best: dict[str, float] = {}
+    tokens = 0
+    figures = []
+    before = {name: llm._engine.stats() for name, llm in llms.items()}
+    prompts = prompts_of(workload, batch, next(iter(llms.values())))
+    for turn in range(repeats + 1):
+        for name, llm in llms.items():
+            seconds, tokens = once(llm, prompts, params)
+            if turn:
+                best[name] = min(best.get(name, seconds), seconds)
+    for name, llm in llms.items():
+        first, last = before[name], llm._engine.stats()
+        drafted = last.draft_tokens - first.draft_tokens
+        accepted = last.accepted_tokens - first.accepted_tokens
+        made = last.generated_tokens - first.generated_tokens
+        figures.append(
+            Figure(
+                workload,
+                batch,
+                name,
+                tokens / best[name],
+                best["plain"] / best[name],
+                accepted / drafted if drafted else 0.0,
+                made / (made - accepted),
+            )
+        )
+    return figures
+
+
+def main() -> None:
+    """Run all combinations, print a table, keep the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--shape", choices=sorted(SHAPES), help="a model with random weights in place of the bundled one"
+    )
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 32])
+    parser.add_argument("--output-len", type=int, default=96)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--forced", action="store_true", help="guess even where it does not pay")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    found = parser.parse_args()
+    methods = {"plain": {}, "ngram": {"method": "ngram"}, "draft model": {"method": "draft_model"}}
+    options = {"device": "cpu", "threads": found.threads, "max_model_len": 1024, "kv_cache_memory_bytes": 1 << 28}
+    workloads = ["retell", "summary", "prose"]
+    figures: list[Figure] = []
+    with tempfile.TemporaryDirectory() as folder:
+        if found.shape is not None:
+            options |= {"model": str(write_shape(found.shape, Path(folder)))}
+            options |= {"load_format": "dummy", "skip_tokenizer_init": True, "kv_cache_memory_bytes": 1 << 30}
+            del methods["draft model"]
+            workloads = ["random"]
+        llms = {
+            name: LLM(**options, speculative_config={**config, "adaptive": not found.forced} if config else {})
+            for name, config in methods.items()
+        }
+        print(
+            f"{'workload':10}{'batch':>6}  {'method':14}{'tokens/s':>10}{'speed-up':>10}{'accepted':>10}{'per step':>10}"
+        )
+        for batch in found.batch_sizes:
+            for workload in workloads:
+                for item in measure(llms, workload, batch, found.output_len, found.temperature, found.repeats):
+                    print(
+                        f"{item.workload:10}{item.batch:6}  {item.method:14}{item.tokens_per_second:10.1f}"
+                        f"{item.speedup:10.2f}{item.accepted:10.1%}{item.tokens_per_step:10.2f}"
+                    )
+                    figures.append(item)
+        for llm in llms.values():
+            llm.close()
+    found.results.mkdir(exist_ok=True)
+    name = f"speculate-{found.shape or 'bundled'}{'-forced' if found.forced else ''}.json"
+    (found.results / name).write_text(json.dumps([asdict(item) for item in figures], indent=1))
+
+
+if __name__ == "__main__":
+    main()
