@@ -16,12 +16,13 @@ from typing import Any
 
 import pytest
 from bytes_engine import ByteTokenizer, Shape, byte_engine, mixer
-from fake_child import MAX_MODEL_LEN
+from fake_child import MAX_MODEL_LEN, microseconds
 
 from quire.config import EngineOptions
 from quire.core.params import RequestOutputKind, SamplingParams
 from quire.engine.async_engine import AsyncEngine
 from quire.engine.engine import Engine
+from quire.engine.executor import FakeExecutor
 from quire.engine.supervisor import Patience, Supervisor
 from quire.errors import CapacityError, EngineDeadError, EngineError, ModelNotFoundError, ValidationError
 
@@ -288,3 +289,37 @@ def test_the_process_ends_with_its_parent() -> None:
     assert child._process.poll() is None
     core.close()
     assert child._process.returncode == 0
+
+
+async def token_ages(engine: AsyncEngine, streams: int) -> float:
+    """Milliseconds from a token's making to its arrival at whoever asked, at the median."""
+    ages: list[int] = []
+
+    async def read(index: int) -> None:
+        params = SamplingParams(max_tokens=100, output_kind=DELTA, detokenize=False)
+        async for output in engine.generate("clock", params, f"{streams}-{index}"):
+            now = microseconds()
+            ages.extend(now - token for token in output.outputs[0].token_ids)
+
+    await asyncio.gather(*(read(index) for index in range(streams)))
+    return statistics.median(ages) / 1000
+
+
+def test_the_boundary_costs_little(capsys: pytest.CaptureFixture[str]) -> None:
+    counts = (1, 64)
+
+    async def main() -> tuple[list[float], list[float]]:
+        executor = FakeExecutor(lambda tokens: microseconds(), delay=0.01)
+        shape = Shape(max_model_len=MAX_MODEL_LEN, num_pages=8000, max_num_seqs=64, max_num_batched_tokens=512)
+        async with AsyncEngine(byte_engine(executor, shape)) as engine:
+            within = [await token_ages(engine, count) for count in counts]
+        async with engine_over(supervisor({"delay": 0.01})) as engine:
+            return within, [await token_ages(engine, count) for count in counts]
+
+    for count, within, over in zip(counts, *asyncio.run(main()), strict=True):
+        with capsys.disabled():
+            print(
+                f"\n{count} streams: a token arrives {within:.2f} ms after it was made (step of 10 ms included) in one "
+                f"process, {over:.2f} ms over the boundary: {over - within:+.2f} ms at the median"
+            )
+        assert over - within < 25, "on a busy machine, too"
