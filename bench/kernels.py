@@ -1,10 +1,11 @@
 """The CPU kernels beside PyTorch's own path and beside what the machine can do at best.
 
-    python bench/kernels.py [--only linear,attention,small] [--seconds 0.5] [--json FILE]
+    python bench/kernels.py [--only linear,quantized,attention,small] [--seconds 0.5] [--json FILE]
 
 Both sides of a line run in alternation on the same inputs, so that a disturbed minute disturbs both; the time shown is
 the lower quartile of each, the ratio the median of the ratios of neighbouring runs. The ceilings (reading memory,
-multiplying from registers) are measured in the same minute. Weights and pages are taken in turn from copies that together
+multiplying from registers) are measured in the same minute. Quantized linears stand beside quire's own bfloat16 and beside
+PyTorch's dynamic int8 and its int4 with bfloat16 activations. Weights and pages are taken in turn from copies that together
 exceed the caches.
 """
 
@@ -15,6 +16,7 @@ import json
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +25,8 @@ import torch
 import torch.nn.functional as F
 
 from quire.kernels.cpu import CpuOps, native
+from quire.kernels.table import ops_of
+from quire.quant.format import quantized_ops
 
 COLD_BYTES = 192 << 20
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
@@ -101,6 +105,45 @@ def linear_cases(ops: CpuOps, rows: list[int], shape: tuple[int, int]) -> Iterat
                 2.0 * m * n * k,
                 weight.nbytes,
             )
+
+
+def quantized_cases(ops: CpuOps, rows: list[int], shape: tuple[int, int]) -> Iterator[Case]:
+    n, k = shape
+    weight = torch.randn(n, k).bfloat16()
+    plain = Turn(lambda: ops.pack_linear(weight, None), weight.nbytes)
+    for method, theirs in (("int8", torch_int8(weight)), ("int4-g32", None), ("int4-g128", torch_int4(weight))):
+        table = quantized_ops(ops_of(ops), method)
+        first = table.pack_linear(weight, None)
+        weights, size = ops.unpack_quantized(first), first.data.nbytes
+        packed = Turn(lambda weights=weights: ops.pack_quantized(weights, None, torch.bfloat16), size)
+        for m in rows:
+            x = torch.randn(m, k).bfloat16()
+            ours = lambda x=x, table=table, packed=packed: table.linear(x, packed.next())  # noqa: E731
+            work, name = 2.0 * m * n * k, f"linear {method} M={m} N={n} K={k} beside "
+            yield Case(name + "our bf16", ours, lambda x=x: ops.linear(x, plain.next()), work, size)
+            if theirs is not None:
+                yield Case(name + "torch", ours, lambda x=x, theirs=theirs: theirs(x), work, size)
+
+
+def torch_int8(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """PyTorch's linear with activations rounded as they come; it takes and gives float32."""
+    torch.backends.quantized.engine = "fbgemm"
+    scales = weight.float().abs().amax(1).double() / 127
+    zeros = torch.zeros(weight.shape[0], dtype=torch.long)
+    with warnings.catch_warnings(action="ignore"):  # it says that these tensors will go away
+        rounded = torch.quantize_per_channel(weight.float(), scales, zeros, 0, torch.qint8)
+        turn = Turn(lambda: torch.ops.quantized.linear_prepack(rounded, None), weight.nbytes // 2)
+    return lambda x: torch.ops.quantized.linear_dynamic(x.float(), turn.next(), reduce_range=True)
+
+
+def torch_int4(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """PyTorch's linear with groups of 128 and bfloat16 activations."""
+    n, k = weight.shape
+    values = torch.randint(0, 16, (n, k), dtype=torch.int32)
+    scales = torch.rand(k // 128, n, 2).bfloat16()
+    aten = torch.ops.aten
+    turn = Turn(lambda: aten._convert_weight_to_int4pack_for_cpu(values, 1), n * k // 2)
+    return lambda x: aten._weight_int4pack_mm_for_cpu(x, turn.next(), 128, scales)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,9 +238,9 @@ def call_cost(ops: CpuOps) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="linear,attention,small")
-    parser.add_argument("--rows", default="1,8,32,256,1024", help="M of the linear cases")
-    parser.add_argument("--shape", default="4096,2048", help="N,K of the linear cases")
+    parser.add_argument("--only", default="linear,quantized,attention,small")
+    parser.add_argument("--rows", default="1,8,32,256,1024", help="M of the linear and quantized cases")
+    parser.add_argument("--shape", default="4096,2048", help="N,K of the linear and quantized cases")
     parser.add_argument("--seconds", type=float, default=0.5, help="time for each line")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -211,6 +254,7 @@ def main() -> None:
     n, k = (int(part) for part in options.shape.split(","))
     groups = {
         "linear": lambda: linear_cases(ops, [int(m) for m in options.rows.split(",")], (n, k)),
+        "quantized": lambda: quantized_cases(ops, [int(m) for m in options.rows.split(",")], (n, k)),
         "attention": lambda: attention_cases(ops),
         "small": lambda: small_cases(ops),
     }
@@ -219,7 +263,7 @@ def main() -> None:
     for group in options.only.split(","):
         bandwidth, rate = library.read_bandwidth(), library.multiply_rate(200_000)
         print(f"\nceilings now: {bandwidth / 1e9:.1f} GB/s, {rate / 1e9:.0f} GFLOP/s (float32)")
-        print(f"{'':58s}{'quire ms':>10s}{'torch ms':>10s}{'ratio':>7s}{'GFLOP/s':>9s}{'GB/s':>7s}{'ceiling':>9s}")
+        print(f"{'':58s}{'quire ms':>10s}{'other ms':>10s}{'ratio':>7s}{'GFLOP/s':>9s}{'GB/s':>7s}{'ceiling':>9s}")
         for case in groups[group]():
             r = measure(case, options.seconds, bandwidth, rate)
             results.append(r)
