@@ -20,7 +20,7 @@ from shapes import SHAPES, write_shape
 
 from quire import LLM, SamplingParams
 
-WORDS = [
+WORDS = (
     "mill",
     "blue",
     "London",
@@ -34,10 +34,7 @@ WORDS = [
     "bread",
     "old",
     "lamp",
-    "garden",
-    "letter",
-    "north",
-]
+)
 STORY = (
     "The old miller had three sons, and when he died he left the mill to the first, the horse to the second, and to the "
     "third nothing but a grey cat. The third son sat by the river and wept. "
