@@ -20,8 +20,9 @@ LONGEST_SCHEMA = 256 * 1024  # characters
 LONGEST_REGEX = 16 * 1024
 LONGEST_GRAMMAR = 64 * 1024
 MOST_CHOICES = 4096
-# Between two parts of a JSON text. Bounded, since a model may like spaces so much that it never writes anything else.
-ANY_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
+# Between two parts of a JSON text: a space, or a new line with its indentation. Not more, since a model may like spaces so
+# much that it never writes anything else.
+ANY_WHITESPACE = r"\x20|\r?\n[\x20\t]{0,24}"
 
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
