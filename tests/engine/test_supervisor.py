@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import random
+import resource
 import signal
 import statistics
 import sys
@@ -289,6 +290,32 @@ def test_the_process_ends_with_its_parent() -> None:
     assert child._process.poll() is None
     core.close()
     assert child._process.returncode == 0
+
+
+def test_a_server_with_many_connections_restarts_its_engine() -> None:
+    """Descriptors above 1023, which select() does not take."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 4096)) if hard > 0 else 4096, hard))
+    taken = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+
+    async def main() -> None:
+        core = supervisor({"delay": 0.002})
+        async with engine_over(core) as engine:
+            heard = Heard()
+            reader = asyncio.create_task(
+                listen(engine, "x", SamplingParams(max_tokens=100, output_kind=DELTA), "x", heard)
+            )
+            await until(lambda: heard.tokens)
+            os.kill(pid_of(core) or 0, signal.SIGKILL)
+            await reader
+            assert heard.tokens == expected("x", 100) and core.restarts == 1
+
+    try:
+        asyncio.run(main())
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 async def token_ages(engine: AsyncEngine, streams: int) -> float:

@@ -115,7 +115,7 @@ def _wait(connection: wire.Connection[wire.ToEngine], seconds: float | None) -> 
     """Messages as soon as there are any; none after `seconds` or when the other end is closed."""
     messages = connection.receive()
     while not messages and not connection.ended:
-        if not select.select([connection], [], [], seconds)[0]:
+        if not wire.wait_for([connection.fileno()], [], seconds):
             return []
         messages = connection.receive()
     return messages

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import select
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -103,7 +102,7 @@ class Supervisor:
         assert child is not None, "it was launched"
         try:
             while True:
-                select.select([child.connection], [], [])
+                wire.wait_for([child.connection.fileno()], [], None)
                 for message in child.connection.receive():
                     if isinstance(message, wire.Tokenizing) and on_tokenizer is not None:
                         on_tokenizer(message)
@@ -231,14 +230,14 @@ class Supervisor:
 
     def _wait(self) -> None:
         """Until there is something to read, or to do."""
-        readers: list[int | wire.Connection[wire.FromEngine]] = [self._bell]
-        writers: list[wire.Connection[wire.FromEngine]] = []
+        readers, writers = [self._bell], []
         if self._child is not None:
-            readers.append(self._child.connection)
+            end = self._child.connection.fileno()
+            readers.append(end)
             if self._child.connection.has_unsent:
-                writers.append(self._child.connection)
+                writers.append(end)
         pause = TICK if self._child is not None else max(0.0, min(TICK, self._start_at - self._clock()))
-        ready = select.select(readers, writers, [], pause)[0]
+        ready = wire.wait_for(readers, writers, pause)
         if self._bell in ready:
             os.read(self._bell, 4096)
 

@@ -7,6 +7,7 @@ here knows who sends what when.
 from __future__ import annotations
 
 import contextlib
+import math
 import select
 import socket
 import struct
@@ -241,6 +242,19 @@ def event_of(request_id: str, found: WireEvent) -> Event:
 # ---------------------------------------------------------------- the socket
 
 
+def wait_for(readers: Sequence[int], writers: Sequence[int], seconds: float | None) -> set[int]:
+    """Descriptors that are ready, or closed at the other end, within a time; None: wait for ever.
+
+    Descriptors may be of any number, unlike those that select takes: a server has one per connection.
+    """
+    poll = select.poll()
+    for descriptor in readers:
+        poll.register(descriptor, select.POLLIN)
+    for descriptor in writers:
+        poll.register(descriptor, select.POLLIN | select.POLLOUT if descriptor in readers else select.POLLOUT)
+    return {descriptor for descriptor, _ in poll.poll(None if seconds is None else math.ceil(seconds * 1000))}
+
+
 class Connection(Generic[Incoming]):
     """One end of a socket pair. Never waits, except in flush(); one thread uses it.
 
@@ -297,7 +311,7 @@ class Connection(Generic[Incoming]):
         """Wait until everything is sent or the other end is closed."""
         self.push()
         while self.has_unsent:
-            select.select([], [self._socket], [])
+            wait_for([], [self.fileno()], None)
             self.push()
 
     def receive(self) -> list[Incoming]:
