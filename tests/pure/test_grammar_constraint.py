@@ -211,6 +211,22 @@ def test_time_to_compile_is_bounded() -> None:
     few.close()
 
 
+def test_nobody_has_to_wait_to_find_out() -> None:
+    wide = {"type": "object", "properties": {f"p{number}": {"type": "integer"} for number in range(800)}}
+    own = made()
+    own.check(wish(choice=["warm"]))
+    assert own.ready(wish(choice=["warm"]))
+    assert not own.ready(wish(json=wide))
+    end = time.monotonic() + 30
+    while not own.ready(wish(json=wide)):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    while not own.ready(wish(regex="(")):  # what cannot be had is ready too: asking for it says why
+        time.sleep(0.01)
+    with pytest.raises(ValidationError):
+        own.constraint(wish(regex="("))
+
+
 def test_grammars_are_remembered_by_content() -> None:
     small = made(most=2)
     schema = {"type": "object"}

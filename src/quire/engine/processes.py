@@ -28,10 +28,12 @@ from quire.engine.blackbox import REGIONS, BlackBox
 from quire.engine.core import EngineCore
 from quire.engine.engine import EngineSettings
 from quire.engine.executor import Executor, Handle
+from quire.grammar import Grammars
 
 logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 1.0  # an idle engine says so often that it lives
+GRAMMAR_SECONDS = 0.005  # an idle engine looks so often whether a grammar is compiled
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,7 @@ class Served:
     executor: Executor
     scheduler: SchedulerOptions
     settings: EngineSettings
+    grammars: Grammars | None = None
 
 
 Tell = Callable[[wire.FromEngine], None]
@@ -68,7 +71,7 @@ def load_model(options: EngineOptions, tell: Tell) -> Served:
             tell(wire.Tokenizing(str(files.tokenizer), files.trust_remote_code, files.tokenizer_revision))
 
     loaded = load(options, lambda name, seconds: tell(wire.Phase(name, seconds)), on_config)
-    return Served(loaded.executor, loaded.scheduler, loaded.settings)
+    return Served(loaded.executor, loaded.scheduler, loaded.settings, loaded.grammars)
 
 
 def run(load: Load, arguments: Sequence[str]) -> int:
@@ -99,7 +102,7 @@ def run(load: Load, arguments: Sequence[str]) -> int:
     executor = NotedExecutor(served.executor, box)
     core = EngineCore(Scheduler(served.scheduler), executor, served.scheduler.max_in_flight)
     tell(wire.Ready(served.scheduler, served.settings, core.stats()))
-    EngineLoop(core, executor, connection).serve(messages[1:])
+    EngineLoop(core, executor, connection, served.grammars).serve(messages[1:])
     return 0
 
 
@@ -122,18 +125,29 @@ def _wait(connection: wire.Connection[wire.ToEngine], seconds: float | None) -> 
 
 
 class EngineLoop:
-    """Messages in, steps, events out."""
+    """Messages in, steps, events out. A request whose grammar is not compiled yet waits, and the steps do not."""
 
-    def __init__(self, core: EngineCore, executor: NotedExecutor, connection: wire.Connection[wire.ToEngine]) -> None:
+    def __init__(
+        self,
+        core: EngineCore,
+        executor: NotedExecutor,
+        connection: wire.Connection[wire.ToEngine],
+        grammars: Grammars | None = None,
+    ) -> None:
         self._core = core
         self._executor = executor
         self._connection = connection
+        self._grammars = grammars
+        self._waiting: list[wire.Add] = []
         self._taken = 0
 
     def serve(self, messages: Sequence[wire.ToEngine] = ()) -> None:
         """Until the other end is closed."""
         while not self._connection.ended:
             events: list[Event] = []
+            waiting, self._waiting = self._waiting, []
+            for held in waiting:
+                self._add(held, events)
             for message in messages:
                 self._take(message, events)
             if self._core.has_work():
@@ -141,19 +155,25 @@ class EngineLoop:
                 self._executor.settle()
             self._connection.send(wire.step_message(self._taken, events, self._core.stats()))
             self._connection.flush()
-            messages = self._connection.receive() if self._core.has_work() else _wait(self._connection, BEAT_SECONDS)
+            idle = GRAMMAR_SECONDS if self._waiting else BEAT_SECONDS
+            messages = self._connection.receive() if self._core.has_work() else _wait(self._connection, idle)
 
     def _take(self, message: wire.ToEngine, events: list[Event]) -> None:
         if isinstance(message, wire.Add):
             self._taken += 1
             self._add(message, events)
         elif isinstance(message, wire.Abort):
+            self._waiting = [held for held in self._waiting if held.ticket != message.ticket]
             self._core.abort(wire.core_id(message.ticket, message.request_id))
         elif isinstance(message, wire.Call):
             self._connection.send(wire.Answer(message.number, self._core.reset_prefix_cache()))
 
     def _add(self, message: wire.Add, events: list[Event]) -> None:
         """A request that cannot be taken in fails alone. One that has ended already says so at once."""
+        form = message.sampling and message.sampling.structured_outputs
+        if form and self._grammars is not None and not self._grammars.ready(form):
+            self._waiting.append(message)
+            return
         try:
             last = self._core.add(wire.core_request(message))
         except Exception as error:

@@ -101,11 +101,15 @@ class Grammars:
         """A constraint at the start of an output. Raises what check() raises."""
         return Constraint(self._matcher(wish).deep_copy(), self._end_ids)
 
+    def ready(self, wish: StructuredOutputsParams) -> bool:
+        """Begin to compile a wish unless that was done; whether constraint() would answer at once. Never waits."""
+        return self._begun(wish).done()
+
     def close(self) -> None:
         """Take no more grammars."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _matcher(self, wish: StructuredOutputsParams) -> LLMatcher:
+    def _begun(self, wish: StructuredOutputsParams) -> Future[LLMatcher]:
         with self._lock:
             found = self._compiled.get(wish)
             if found is None or found.cancelled():
@@ -113,6 +117,10 @@ class Grammars:
             self._compiled.move_to_end(wish)
             while len(self._compiled) > self._most:
                 self._compiled.popitem(last=False)
+            return found
+
+    def _matcher(self, wish: StructuredOutputsParams) -> LLMatcher:
+        found = self._begun(wish)
         try:
             return found.result(self._seconds)
         except TimeoutError:
