@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from quire.core.params import PoolingParams, RequestOutputKind, SamplingParams
     from quire.core.structured import StructuredOutputsParams
     from quire.engine.async_engine import AsyncEngine
+    from quire.engine.beams import BeamSearchOutput, BeamSearchParams, BeamSearchSequence
     from quire.engine.engine import Engine
     from quire.engine.outputs import CompletionOutput, Logprob, RequestOutput
     from quire.engine.prompts import TextPrompt, TokensPrompt
@@ -26,6 +27,9 @@ _HOMES = {
     "RequestOutputKind": "quire.core.params",
     "StructuredOutputsParams": "quire.core.structured",
     "EngineOptions": "quire.config",
+    "BeamSearchParams": "quire.engine.beams",
+    "BeamSearchOutput": "quire.engine.beams",
+    "BeamSearchSequence": "quire.engine.beams",
     "Engine": "quire.engine.engine",
     "AsyncEngine": "quire.engine.async_engine",
     "RequestOutput": "quire.engine.outputs",
@@ -39,6 +43,9 @@ _HOMES = {
 __all__ = [
     "LLM",
     "AsyncEngine",
+    "BeamSearchOutput",
+    "BeamSearchParams",
+    "BeamSearchSequence",
     "CompletionOutput",
     "Engine",
     "EngineOptions",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
@@ -17,12 +18,13 @@ from tqdm.auto import tqdm
 
 from quire.config import EngineOptions
 from quire.core.params import RequestOutputKind, SamplingParams
+from quire.engine.beams import BeamSearch, BeamSearchOutput, BeamSearchParams
 from quire.engine.engine import Engine, Prepared
 from quire.engine.metrics import Metrics
 from quire.engine.outputs import RequestOutput
-from quire.engine.prompts import Prompt
+from quire.engine.prompts import Prompt, ReadPrompt
 from quire.engine.reader import Counter, Gauge, Histogram, read_metrics
-from quire.errors import ConfigError, ValidationError
+from quire.errors import ConfigError, RequestFailedError, ValidationError
 from quire.text.chat import ChatOptions, prompt_text, read_template
 from quire.text.tokenizer import Tokenizer
 
@@ -61,7 +63,9 @@ class LLM:
             if value not in WITHOUT_EFFECT[name]:
                 allowed = " or ".join(repr(item) for item in WITHOUT_EFFECT[name])
                 raise ConfigError(f"{name} is {value!r}; this version of quire takes only {allowed}. Leave it out.")
-        self._engine = Engine.from_options(EngineOptions.from_flat(values))
+        chosen = EngineOptions.from_flat(values)
+        self._engine = Engine.from_options(chosen)
+        self._logprobs_mode = chosen.model.logprobs_mode
         self._ids = count()
         self._metrics: Metrics | None = None
         if not values["disable_log_stats"]:
@@ -117,6 +121,72 @@ class LLM:
         prompts: list[Prompt] = [prompt_text(self._engine.tokenizer, talk, options) for talk in conversations]
         # The template has written the special tokens already.
         return self._run(self._prepare(prompts, sampling_params, priority, special=False), use_tqdm)
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        *,
+        use_tqdm: Progress = False,
+        concurrency_limit: int | None = None,
+    ) -> list[BeamSearchOutput]:
+        """The likeliest continuations of each prompt, the best first; at most `concurrency_limit` prompts at a time.
+
+        Beams find each other's pages through the prefix cache, so a step computes what lies in the last page. Raises
+        ValidationError for a wrong prompt or a width beyond max_logprobs, RequestFailedError if a beam fails.
+        """
+        if self._logprobs_mode != "raw_logprobs":
+            raise ConfigError(
+                f"Beams are ranked by raw_logprobs; logprobs_mode is {self._logprobs_mode}. Leave it out."
+            )
+        ends = frozenset() if params.ignore_eos else frozenset(self._engine.settings.eos_token_ids)
+        wanted, most = params.beam_width + len(ends), self._engine.settings.max_logprobs
+        if 0 <= most < wanted:
+            raise ValidationError(
+                f"A beam_width of {params.beam_width} takes the {wanted} likeliest tokens of each beam, and max_logprobs "
+                f"is {most}; make the LLM with max_logprobs={wanted}",
+                "beam_width",
+            )
+        score = SamplingParams(max_tokens=1, temperature=0.0, logprobs=wanted, ignore_eos=True, detokenize=False)
+        firsts = self._prepare(_listed(prompts), score, None, special=True)
+        room = self._engine.settings.max_model_len
+        searches = [
+            BeamSearch(one.prompt.token_ids, params, ends, min(params.max_tokens, room - len(one.prompt.token_ids)))
+            for one in firsts
+        ]
+        bar = _Bar(len(searches), use_tqdm)
+        try:
+            self._search(searches, firsts, concurrency_limit or len(searches), bar)
+        finally:
+            bar.close()
+        for search in searches:
+            for sequence in search.sequences():
+                if self._engine.tokenizer is not None:
+                    sequence.text = self._engine.tokenizer.decode(sequence.tokens, params.skip_special_tokens)
+        return [BeamSearchOutput(search.sequences()) for search in searches]
+
+    def _search(self, searches: Sequence[BeamSearch], firsts: Sequence[Prepared], at_once: int, bar: _Bar) -> None:
+        """Run the searches to their ends: in each round a request of one token for each beam."""
+        waiting = deque(zip(searches, firsts, strict=True))
+        active: list[tuple[BeamSearch, Prepared]] = []
+        while waiting or active:
+            while waiting and len(active) < at_once:
+                active.append(waiting.popleft())
+            requests = [
+                replace(
+                    first,
+                    request_id=str(next(self._ids)),
+                    prompt=ReadPrompt(None, tuple(beam.tokens), first.prompt.salt),
+                )
+                for search, first in active
+                for beam in search.running
+            ]
+            outputs = iter(self._run(requests, False))
+            for search, _ in active:
+                search.advance([_best_tokens(next(outputs)) for _ in search.running])
+            still = [(search, first) for search, first in active if search.running]
+            bar.ended(len(active) - len(still))
+            active = still
 
     def _prepare(
         self,
@@ -206,6 +276,14 @@ def _listed(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     return prompts  # type: ignore[return-value]
 
 
+def _best_tokens(output: RequestOutput) -> dict[int, float]:
+    """Log-probabilities of the likeliest tokens behind a beam."""
+    completion = output.outputs[0]
+    if completion.error is not None or not completion.logprobs:
+        raise RequestFailedError(f"A beam could not go on: {completion.error or completion.finish_reason}")
+    return {token: entry.logprob for token, entry in completion.logprobs[0].items()}
+
+
 def _whole(params: SamplingParams) -> SamplingParams:
     """The same wishes, answered once at the end."""
     if not isinstance(params, SamplingParams):
@@ -236,6 +314,11 @@ class _Bar:
             f"est. speed input: {self._read / seconds:.2f} toks/s, output: {self._written / seconds:.2f} toks/s"
         )
         self._bar.update(1)
+
+    def ended(self, count: int) -> None:
+        """Count prompts that are done, without their tokens."""
+        if self._bar is not None:
+            self._bar.update(count)
 
     def close(self) -> None:
         """Leave the bar as it is."""

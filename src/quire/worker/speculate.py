@@ -31,7 +31,8 @@ class Speculator:
     def admit(self, new: Admission) -> None:
         """Take in a request. One whose output must keep to a grammar gets no drafts: most would break it."""
         params = new.params
-        self._able[new.slot] = isinstance(params, SamplingParams) and params.structured_outputs is None
+        able = isinstance(params, SamplingParams) and params.structured_outputs is None and params.max_tokens != 1
+        self._able[new.slot] = able
         self._history.admit(new)
         self._drafter.admit(new.slot)
 

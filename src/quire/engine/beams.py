@@ -1,0 +1,142 @@
+"""Beam search: which continuations of a prompt go on, which have ended, and when none can get better any more.
+
+Speaks of tokens and log-probabilities alone; the caller has each beam's next token scored, in whatever way. The rules
+are those of Transformers' beam search with early_stopping=False.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from quire.errors import ValidationError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BeamSearchParams:
+    """How to search. Results are ranked by cumulative log-probability / (generated tokens ** length_penalty).
+
+    The model's own log-probabilities count; `temperature` is there for those who give it, and changes no ranking.
+    """
+
+    beam_width: int
+    max_tokens: int
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    length_penalty: float = 1.0
+    include_stop_str_in_output: bool = False  # whether the token that ends a sequence is part of it
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        """Raise ValidationError for a search that finds nothing."""
+        for name in ("beam_width", "max_tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValidationError(f"{name} must be a whole number of at least 1, found {value!r}", name)
+
+
+@dataclass(slots=True)
+class BeamSearchSequence:
+    """One result. `tokens` begin with the prompt; `text` is that of all of them, prompt included."""
+
+    tokens: list[int]
+    cum_logprob: float
+    score: float  # what results are ranked by
+    finish_reason: Literal["stop", "length"]
+    stop_reason: int | None = None  # the token that ended it
+    text: str | None = None
+
+
+@dataclass(slots=True)
+class BeamSearchOutput:
+    """The results for one prompt, the best first."""
+
+    sequences: list[BeamSearchSequence]
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """A beam with one more token."""
+
+    beam: int
+    token: int
+    cum_logprob: float
+
+
+@dataclass(slots=True)
+class _Beam:
+    """A sequence that may go on."""
+
+    tokens: list[int]
+    cum_logprob: float
+
+
+@dataclass(slots=True)
+class BeamSearch:
+    """The search over one prompt: score what is in `running`, then advance(), until `running` is empty."""
+
+    prompt: Sequence[int]
+    params: BeamSearchParams
+    ends: frozenset[int]  # tokens that end a sequence; none to go on past them
+    limit: int  # tokens to generate, at most
+    running: list[_Beam] = field(init=False)
+    _done: list[BeamSearchSequence] = field(default_factory=list)
+    _steps: int = 0
+
+    def __post_init__(self) -> None:
+        """One beam to begin with."""
+        self.running = [_Beam(list(self.prompt), 0.0)]
+
+    @property
+    def wanted(self) -> int:
+        """How many of the best tokens of each beam must be known for the next step."""
+        return self.params.beam_width + len(self.ends)
+
+    def advance(self, scored: Sequence[Mapping[int, float]]) -> None:
+        """Go on by a token. `scored` are the log-probabilities of the best tokens of each running beam."""
+        width = self.params.beam_width
+        candidates = [
+            _Candidate(index, token, beam.cum_logprob + logprob)
+            for index, (beam, best) in enumerate(zip(self.running, scored, strict=True))
+            for token, logprob in best.items()
+        ]
+        candidates.sort(key=lambda item: (-item.cum_logprob, item.beam, item.token))
+        self._steps += 1
+        last = self._steps >= self.limit
+        for candidate in candidates[:width]:  # an end that is not among the best is no result
+            if last or candidate.token in self.ends:
+                self._finish(candidate)
+        self._done.sort(key=lambda sequence: -sequence.score)
+        del self._done[width:]
+        going = [] if last else [item for item in candidates if item.token not in self.ends][:width]
+        self.running = [_Beam([*self.running[item.beam].tokens, item.token], item.cum_logprob) for item in going]
+        if len(self._done) == width and not self._can_improve():
+            self.running = []
+
+    def sequences(self) -> list[BeamSearchSequence]:
+        """What was found, the best first."""
+        return self._done
+
+    def _finish(self, candidate: _Candidate) -> None:
+        tokens = self.running[candidate.beam].tokens
+        ended = candidate.token in self.ends
+        self._done.append(
+            BeamSearchSequence(
+                tokens=[*tokens]
+                if ended and not self.params.include_stop_str_in_output
+                else [*tokens, candidate.token],
+                cum_logprob=candidate.cum_logprob,
+                score=self._score(candidate.cum_logprob),
+                finish_reason="stop" if ended else "length",
+                stop_reason=candidate.token if ended else None,
+            )
+        )
+
+    def _score(self, cum_logprob: float) -> float:
+        """By the tokens generated so far, the one that ends a sequence included."""
+        return cum_logprob / self._steps**self.params.length_penalty
+
+    def _can_improve(self) -> bool:
+        """Whether the best running beam, as long as it is now, beats the worst result."""
+        return bool(self.running) and self._score(self.running[0].cum_logprob) > self._done[-1].score

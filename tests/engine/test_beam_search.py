@@ -1,0 +1,160 @@
+"""Beam search: the same sequences and scores as Transformers finds, pages shared, and wishes that cannot be met."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import quire
+from quire import LLM, BeamSearchParams
+from quire.engine.beams import BeamSearch
+from quire.errors import ConfigError, ValidationError
+
+BUNDLED = Path(quire.__file__).parent / "bundled" / "model"
+SETTINGS = {"device": "cpu", "threads": 1, "kv_cache_memory_bytes": 1 << 26, "max_model_len": 128, "max_num_seqs": 16}
+PROMPTS = ["The old man went to the", "Say again: mill blue London Clara.", "It was a dark night, and the captain said"]
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with LLM(**SETTINGS, dtype="float32") as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def reference() -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32).eval()
+
+
+def expected(
+    reference: Any, prompt: list[int], width: int, tokens: int, penalty: float, ends: list[int] | None
+) -> list[tuple[list[int], float]]:
+    """Sequences without their end, and their scores, as Transformers has them."""
+    found = reference.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+        num_beams=width,
+        num_return_sequences=width,
+        max_new_tokens=tokens,
+        length_penalty=penalty,
+        early_stopping=False,
+        do_sample=False,
+        eos_token_id=ends,
+        pad_token_id=4090,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+    sequences = []
+    for row, score in zip(found.sequences.tolist(), found.sequences_scores.tolist(), strict=True):
+        stops = [place for place, token in enumerate(row) if place >= len(prompt) and token in (ends or ())]
+        sequences.append((row[: stops[0]] if stops else row[: len(prompt) + tokens], score))
+    return sequences
+
+
+@pytest.mark.parametrize(
+    ("width", "tokens", "penalty", "ends"),
+    [
+        (2, 40, 1.0, None),
+        (3, 20, 1.0, "own"),
+        (4, 16, 0.0, "common"),
+        (4, 16, 1.0, "common"),
+        (5, 12, 2.0, "common"),
+        (2, 24, -1.0, "common"),
+    ],
+)
+def test_the_sequences_of_transformers(llm: LLM, reference: Any, width: int, tokens: int, penalty: float, ends: Any):
+    tokenizer = llm.get_tokenizer()
+    prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
+    settings = llm._engine.settings
+    if ends == "common":  # so that sequences end at different lengths, early and late
+        stops = tuple({tokenizer.encode(text)[-1] for text in (" the", ",", " and")})
+    else:
+        stops = settings.eos_token_ids
+    llm._engine.settings = type(settings)(**{**fields_of(settings), "eos_token_ids": stops})
+    try:
+        params = BeamSearchParams(beam_width=width, max_tokens=tokens, length_penalty=penalty, ignore_eos=ends is None)
+        outputs = llm.beam_search(prompts, params)
+    finally:
+        llm._engine.settings = settings
+    for prompt, output in zip(prompts, outputs, strict=True):
+        wanted = expected(reference, prompt, width, tokens, penalty, None if ends is None else list(stops))
+        assert [sequence.tokens for sequence in output.sequences] == [row for row, _ in wanted]
+        assert [sequence.score for sequence in output.sequences] == pytest.approx(
+            [score for _, score in wanted], rel=1e-4
+        )
+    if ends == "common":
+        assert {sequence.finish_reason for output in outputs for sequence in output.sequences} >= {"stop"}
+
+
+def fields_of(settings: Any) -> dict[str, Any]:
+    return {name: getattr(settings, name) for name in settings.__dataclass_fields__}
+
+
+def test_full_pages_are_computed_once(llm: LLM):
+    prompt = [5 + index % 40 for index in range(64)]
+    before = llm._engine.stats()
+    llm.beam_search([prompt], BeamSearchParams(beam_width=4, max_tokens=20, ignore_eos=True))
+    after = llm._engine.stats()
+    page = llm._engine._core._scheduler.options.groups[0].page_size
+    computed = after.computed_tokens - before.computed_tokens
+    assert computed <= len(prompt) + 4 * 20 * page, "a beam computes what lies in its last page, not its prompt"
+    assert after.cache_hits - before.cache_hits > 4 * 18 * (len(prompt) - page)
+
+
+def test_texts_and_limits(llm: LLM):
+    params = BeamSearchParams(beam_width=2, max_tokens=500, ignore_eos=True, include_stop_str_in_output=True)
+    text, ids = llm.beam_search([PROMPTS[0], [5, 6, 7]], params, concurrency_limit=1)
+    assert all(sequence.text.startswith(PROMPTS[0]) for sequence in text.sequences)
+    for output in (text, ids):
+        assert [len(sequence.tokens) for sequence in output.sequences] == [128, 128]
+        assert output.sequences[0].cum_logprob >= output.sequences[1].cum_logprob
+    assert ids.sequences[0].tokens[:3] == [5, 6, 7]
+
+
+def test_the_end_is_shown_when_asked_for():
+    params = BeamSearchParams(beam_width=1, max_tokens=5, include_stop_str_in_output=True)
+    search = BeamSearch([1], params, frozenset([9]), 5)
+    search.advance([{9: -0.1, 3: -2.0}])
+    assert search.running == []
+    found = search.sequences()[0]
+    assert (found.tokens, found.finish_reason, found.stop_reason) == ([1, 9], "stop", 9)
+
+
+def test_a_full_search_finds_the_best_sequence():
+    """With as many beams as sequences, the best of all is found, whatever the order of the scores."""
+    rng = random.Random(2)
+    scores: dict[tuple[int, ...], list[float]] = {}
+
+    def score(tokens: tuple[int, ...]) -> dict[int, float]:
+        weights = scores.setdefault(tokens, [rng.random() for _ in range(3)])
+        return {token: math.log(weight / sum(weights)) for token, weight in enumerate(weights)}
+
+    search = BeamSearch([0], BeamSearchParams(beam_width=81, max_tokens=4), frozenset(), 4)
+    while search.running:
+        search.advance([score(tuple(beam.tokens)) for beam in search.running])
+    every: dict[tuple[int, ...], float] = {(0,): 0.0}
+    for _ in range(4):
+        every = {(*seq, t): s + more for seq, s in every.items() for t, more in score(seq).items()}
+    assert len(search.sequences()) == 81
+    assert tuple(search.sequences()[0].tokens) == max(every, key=every.__getitem__)
+
+
+def test_wishes_that_cannot_be_met(llm: LLM):
+    with pytest.raises(ValidationError, match="max_logprobs=31"):
+        llm.beam_search("a", BeamSearchParams(beam_width=31, max_tokens=2, ignore_eos=True))
+    with pytest.raises(ValidationError, match="beam_width"):
+        BeamSearchParams(beam_width=0, max_tokens=2)
+    llm._logprobs_mode = "raw_logits"
+    try:
+        with pytest.raises(ConfigError, match="raw_logprobs"):
+            llm.beam_search("a", BeamSearchParams(beam_width=2, max_tokens=2))
+    finally:
+        llm._logprobs_mode = "raw_logprobs"
