@@ -64,8 +64,9 @@ class StructuredOutputs:
             except Exception as error:  # whatever a grammar does, it must not reach the neighbours
                 mask[index] = 0
                 self._slots.errors[slot] = f"{type(error).__name__}: {error}"
+        np.invert(mask, out=mask)
         bits = np.unpackbits(mask.view(np.uint8), axis=1, count=logits.shape[1], bitorder="little")
-        forbidden = self._device.to_device(torch.from_numpy(bits)) == 0
+        forbidden = self._device.to_device(torch.from_numpy(bits.view(np.bool_)))
         if len(using) == logits.shape[0]:
             logits.masked_fill_(forbidden, NEVER)
         else:
