@@ -220,6 +220,7 @@ class ServeOptions:
     engine_timeout: float = option(
         60.0, help="seconds without a word from the engine process after which it is started anew; 0: never"
     )
+    engine_spare: bool = option(True, help="keep a second process ready, with its imports done, to take over at once")
     shutdown_timeout: float = option(30.0, help="seconds that running requests get to finish after SIGTERM")
 
 

@@ -52,15 +52,18 @@ def server(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 
 def engine_pid(server_pid: int) -> int | None:
-    """The engine process of a server, if it has one now."""
+    """The engine process of a server, if it has one now. The spare one is always younger."""
+    found = []
     for path in Path(f"/proc/{server_pid}/task").glob("*/children"):
         for child in path.read_text().split():
             try:
                 if b"quire.engine.processes" in Path(f"/proc/{child}/cmdline").read_bytes():
-                    return int(child)
+                    found.append(
+                        (int(Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[19]), int(child))
+                    )
             except OSError:
                 continue
-    return None
+    return min(found)[1] if found else None
 
 
 @dataclass

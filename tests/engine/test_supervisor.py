@@ -292,6 +292,31 @@ def test_the_process_ends_with_its_parent() -> None:
     assert child._process.returncode == 0
 
 
+@pytest.mark.parametrize("spare_dies", [False, True])
+def test_the_spare_process_takes_over(spare_dies: bool) -> None:
+    async def main() -> None:
+        core = supervisor({"delay": 0.002}, Patience(spare_after=0.0))
+        async with engine_over(core) as engine:
+            heard = Heard()
+            params = SamplingParams(max_tokens=390, output_kind=DELTA)
+            reader = asyncio.create_task(listen(engine, "x", params, "x", heard))
+            await until(lambda: core._spare is not None and heard.tokens)
+            spare, before = core._spare, pid_of(core)
+            assert spare is not None and spare.pid != before
+            if spare_dies:
+                spare.kill()
+            os.kill(before or 0, signal.SIGKILL)
+            await until(lambda: pid_of(core) not in (None, before))
+            assert (pid_of(core) == spare.pid) is not spare_dies
+            await reader
+            assert heard.tokens == expected("x", 390) and core.restarts == 1
+            await until(lambda: core._spare is not None)
+            last = core._spare
+        assert last is not None and not last.is_alive
+
+    asyncio.run(main())
+
+
 def test_a_server_with_many_connections_restarts_its_engine() -> None:
     """Descriptors above 1023, which select() does not take."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

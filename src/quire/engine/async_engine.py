@@ -21,7 +21,7 @@ from quire.engine.observe import Observer
 from quire.engine.outputs import RequestOutput
 from quire.engine.prompts import Prompt
 from quire.engine.supervised import start_supervised
-from quire.engine.supervisor import SILENCE
+from quire.engine.supervisor import Patience
 from quire.errors import EngineDeadError
 from quire.text.tokenizer import Tokenizer
 
@@ -83,10 +83,10 @@ class AsyncEngine:
         options: EngineOptions,
         observer: Observer | None = None,
         on_phase: Callable[[str, float], None] | None = None,
-        silence: float = SILENCE,
+        patience: Patience | None = None,
     ) -> AsyncEngine:
         """The same with the model in a process of its own, which is replaced when it dies; see start_supervised."""
-        running = cls(start_supervised(options, observer, on_phase, silence))
+        running = cls(start_supervised(options, observer, on_phase, patience))
         running.start()
         return running
 

@@ -23,9 +23,9 @@ LAST_SECONDS = 5.0  # that a process gets to end before it is killed
 
 
 class ChildProcess:
-    """A started process. `options` are its first message."""
+    """A started process, which imports what it needs and waits for begin()."""
 
-    def __init__(self, options: EngineOptions, command: Sequence[str] = COMMAND) -> None:
+    def __init__(self, command: Sequence[str] = COMMAND) -> None:
         ours, theirs = socket.socketpair()
         memory = new_file()
         try:
@@ -41,12 +41,20 @@ class ChildProcess:
             theirs.close()
             os.close(memory)
         self.connection: wire.Connection[wire.FromEngine] = wire.Connection(ours, wire.FromEngine)
+
+    def begin(self, options: EngineOptions) -> None:
+        """Let it load a model."""
         self.connection.send(wire.Start(options))
 
     @property
     def pid(self) -> int:
         """The process's number."""
         return self._process.pid
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process is there."""
+        return self._process.poll() is None
 
     def kill(self) -> None:
         """End it now. What it sent before can still be received."""

@@ -53,17 +53,19 @@ Load = Callable[[EngineOptions, Tell], Served]
 def main(arguments: Sequence[str]) -> int:
     """Run the engine process over real models."""
     env.set_up_logging()
-    return run(load_model, arguments)
+    return run(load_model, arguments, import_heavy)
+
+
+def import_heavy() -> None:
+    """Import what every model needs, before it is known which one is to be loaded: torch above all."""
+    import quire.engine.start  # noqa: F401
 
 
 def load_model(options: EngineOptions, tell: Tell) -> Served:
     """Load what the options name; tells each phase, and where the tokenizer is as soon as that is known."""
     # Imported here: torch comes with it, and the tests' engines need none.
-    since = time.perf_counter()
     from quire.engine.start import load
     from quire.resolve import EngineConfig
-
-    tell(wire.Phase("importing torch", time.perf_counter() - since))
 
     def on_config(config: EngineConfig) -> None:
         files = config.files
@@ -74,8 +76,11 @@ def load_model(options: EngineOptions, tell: Tell) -> Served:
     return Served(loaded.executor, loaded.scheduler, loaded.settings, loaded.grammars)
 
 
-def run(load: Load, arguments: Sequence[str]) -> int:
-    """The life of the process: load, then serve until the other end of the socket is closed. Returns 0 then, else 1."""
+def run(load: Load, arguments: Sequence[str], prepare: Callable[[], None] | None = None) -> int:
+    """The life of the process: prepare, wait to be told what to load, load it, serve until the other end is closed.
+
+    Returns 0 then, 1 when the model cannot be loaded.
+    """
     for ending in (signal.SIGINT, signal.SIGTERM):
         signal.signal(ending, signal.SIG_IGN)
     end, memory = socket.socket(fileno=int(arguments[0])), int(arguments[1])
@@ -88,11 +93,16 @@ def run(load: Load, arguments: Sequence[str]) -> int:
         connection.send(message)
         connection.flush()
 
+    since = time.perf_counter()
+    if prepare is not None:
+        prepare()
+    prepared = time.perf_counter() - since
     messages = _wait(connection, None)
     if not messages:
         return 0
     first = messages[0]
     assert isinstance(first, wire.Start), "the API process sends the options first"
+    tell(wire.Phase("importing torch", prepared))
     try:
         served = load(first.options, tell)
     except Exception as error:

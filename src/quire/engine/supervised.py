@@ -11,7 +11,7 @@ from quire.config import EngineOptions
 from quire.engine import wire
 from quire.engine.engine import Engine
 from quire.engine.observe import Observer
-from quire.engine.supervisor import SILENCE, Patience, Supervisor
+from quire.engine.supervisor import Patience, Supervisor
 from quire.grammar import Grammars, Vocabulary
 from quire.text.chat import read_template
 from quire.text.tokenizer import Tokenizer, load_tokenizer
@@ -21,12 +21,12 @@ def start_supervised(
     options: EngineOptions,
     observer: Observer | None = None,
     on_phase: Callable[[str, float], None] | None = None,
-    silence: float = SILENCE,
+    patience: Patience | None = None,
 ) -> Engine:
     """Start the engine process; read the tokenizer while it loads the model. Raises ConfigError, ModelError or
-    CapacityError, as a start in this process would. `silence`: seconds until an engine that says nothing is replaced.
+    CapacityError, as a start in this process would.
     """
-    supervisor = Supervisor(options, patience=Patience(silence=silence))
+    supervisor = Supervisor(options, patience=patience)
     supervisor.launch()
     if not options.model.skip_tokenizer_init:
         # Imported here, while the engine process imports its own: it takes seconds, and brings torch.

@@ -30,7 +30,6 @@ from quire.errors import EngineDeadError, EngineError, QuireError, ValidationErr
 
 logger = logging.getLogger(__name__)
 
-SILENCE = 60.0  # seconds without a word from a started engine, until it counts as hung
 TICK = 0.5  # seconds after which a step without news ends, so that silence is noticed
 POISON = "this request ended the engine {deaths} times, the last time while it ran alone; it will not be tried again"
 
@@ -39,11 +38,12 @@ POISON = "this request ended the engine {deaths} times, the last time while it r
 class Patience:
     """How long to wait and how often to try. Times in seconds."""
 
-    silence: float = SILENCE  # until an engine that says nothing counts as hung; 0: for ever
+    silence: float = 60.0  # until an engine that says nothing counts as hung; 0: for ever
     failed_starts: int = 3  # in a row, until the engine counts as beyond repair
     vain_deaths: int = 24  # in a row without any token, the same
     first_pause: float = 0.1  # before the second restart in a row; doubled each time
     longest_pause: float = 10.0
+    spare_after: float | None = 10.0  # after a start, until a spare process is made ready; None: never
 
 
 class Supervisor:
@@ -65,6 +65,8 @@ class Supervisor:
         self._journal = Journal()
         self._suspects = Suspects(self._journal)
         self._child: ChildProcess | None = None
+        self._spare: ChildProcess | None = None  # has imported everything and loaded nothing
+        self._spare_at = 0.0
         self._ready: wire.Ready | None = None  # of the first start
         self._is_up = False  # the present child takes requests
         self._running: set[int] = set()  # tickets that the present child was given
@@ -89,7 +91,7 @@ class Supervisor:
     def launch(self) -> None:
         """Start the process without waiting for it. A second call changes nothing."""
         if self._child is None:
-            self._child = ChildProcess(self._options, self._command)
+            self._child = self._new_child()
 
     def start(
         self,
@@ -214,14 +216,15 @@ class Supervisor:
         return self._answers.pop(number)
 
     def close(self) -> None:
-        """End the engine process. A second call changes nothing."""
+        """End the engine process and the spare one. A second call changes nothing."""
         if self._rope < 0:
             return
         self.phase = "stopped"
         self._is_up = False
-        if self._child is not None:
-            self._child.close()
-            self._child = None
+        for child in (self._child, self._spare):
+            if child is not None:
+                child.close()
+        self._child = self._spare = None
         os.close(self._bell)
         rope, self._rope = self._rope, -1  # whoever rings later must not write to another file
         os.close(rope)
@@ -319,6 +322,7 @@ class Supervisor:
         self._is_up = True
         self._failed_starts = 0
         self._silent, self._looked = 0.0, self._clock()
+        self._spare_at = self._looked + (self._patience.spare_after or 0.0)
         self._totals.take(ready.stats)
         self._give_all()
 
@@ -350,15 +354,38 @@ class Supervisor:
             logger.error("the engine process %d has said nothing for %.1f s; it is ended", child.pid, self._silent)
             child.kill()
             self._bury(child, "said nothing and ")
+        elif self._is_up and self._wants_spare():
+            self._prepare_spare()
 
     def _start_again(self) -> None:
         self.restarts += 1
         self.phase = "starting"
         self._failure = None
         try:
-            self._child = ChildProcess(self._options, self._command)
+            self._child = self._new_child()
         except EngineError as error:
             self._count_failed_start(str(error))
+
+    def _new_child(self) -> ChildProcess:
+        """The spare process, if there is one, or a new one, told what to load."""
+        spare, self._spare = self._spare, None
+        if spare is not None and not spare.is_alive:
+            spare.close()
+            spare = None
+        child = spare or ChildProcess(self._command)
+        child.begin(self._options)
+        return child
+
+    def _wants_spare(self) -> bool:
+        return self._spare is None and self._patience.spare_after is not None and self._clock() >= self._spare_at
+
+    def _prepare_spare(self) -> None:
+        """Start the process that will take over one day: its imports take longer than loading a small model."""
+        try:
+            self._spare = ChildProcess(self._command)
+        except EngineError as error:
+            logger.warning("there is no spare engine process: %s", error)
+            self._spare_at = self._clock() + 60.0
 
     def _bury(self, child: ChildProcess, how: str) -> None:
         """The engine process is gone: everything that it sent is taken in, everything else will be done again."""

@@ -12,7 +12,7 @@ import re
 import socket
 import ssl
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import quire
 from quire.config import EngineOptions, ServeOptions
 from quire.engine.async_engine import AsyncEngine
 from quire.engine.metrics import Metrics
+from quire.engine.supervisor import Patience
 from quire.errors import ConfigError
 from quire.serve.app import create_app
 from quire.serve.auth import check_bind, read_keys
@@ -94,7 +95,10 @@ def run_server(engine_options: EngineOptions, options: ServeOptions, began: floa
 def start_service(engine_options: EngineOptions, options: ServeOptions, report: StartReport) -> Service:
     """Load the model and start its engine. Raises ConfigError, ModelError and CapacityError."""
     progress = Progress()
-    engine = AsyncEngine.supervised(engine_options, progress, report.add, options.engine_timeout)
+    patience = Patience(silence=options.engine_timeout)
+    if not options.engine_spare:
+        patience = replace(patience, spare_after=None)
+    engine = AsyncEngine.supervised(engine_options, progress, report.add, patience)
     settings = engine.engine.settings
     names = settings.model_names or (engine_options.model.model or "bundled",)
     metrics = None
