@@ -24,14 +24,13 @@ from quire.core.tables import PageTables
 from quire.engine import wire
 from quire.engine.child import COMMAND, ChildProcess
 from quire.engine.journal import Entry, Journal
-from quire.engine.suspects import Suspects
+from quire.engine.suspects import QUARANTINED, Suspects
 from quire.engine.totals import Totals
 from quire.errors import EngineDeadError, EngineError, QuireError, ValidationError
 
 logger = logging.getLogger(__name__)
 
 TICK = 0.5  # seconds after which a step without news ends, so that silence is noticed
-POISON = "this request ended the engine {deaths} times, the last time while it ran alone; it will not be tried again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -422,9 +421,8 @@ class Supervisor:
         )
 
     def _quarantine(self, entry: Entry) -> None:
-        message = POISON.format(deaths=entry.deaths)
-        logger.error("request %s: %s", entry.request.request_id, message)
-        self._early.append(Event(entry.request.request_id, finish_reason="error", error=message))
+        logger.error("request %s was in %d deaths, alone in the last", entry.request.request_id, entry.deaths)
+        self._early.append(Event(entry.request.request_id, finish_reason="error", error=QUARANTINED))
         self._end(entry)
 
     def _count_failed_start(self, how: str) -> None:

@@ -12,6 +12,10 @@ from collections.abc import Sequence
 
 from quire.engine.journal import Entry, Journal
 
+# Shown to whoever made the request, so it tells nothing of the inside.
+QUARANTINED = (
+    "This request ended the engine more than once, the last time while it ran alone. It will not be tried again."
+)
 DEATHS = 2  # from which on a request is suspected
 
 

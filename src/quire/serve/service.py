@@ -23,6 +23,7 @@ from quire.core.params import SamplingParams
 from quire.engine.async_engine import AsyncEngine
 from quire.engine.outputs import RequestOutput
 from quire.engine.prompts import TextPrompt, TokensPrompt
+from quire.engine.suspects import QUARANTINED
 from quire.errors import EngineDeadError, NotFoundError, OverloadedError, RequestFailedError, ValidationError
 from quire.serve.account import Account
 from quire.serve.live import Live, LiveRequest
@@ -274,6 +275,8 @@ def _raise_failed(output: RequestOutput) -> None:
     for completion in output.outputs:
         if completion.finish_reason == "error":
             logger.error("request %s failed while running: %s", output.request_id, completion.error)
+            if completion.error == QUARANTINED:
+                raise RequestFailedError(QUARANTINED)
             raise RequestFailedError("This request failed while it was running. The server's log says why.")
 
 
