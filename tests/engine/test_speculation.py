@@ -211,6 +211,20 @@ def test_the_same_answers_with_guesses(plain: list[object], guessing: dict[str, 
     assert stats.preemptions > 0 or way != "preempted"
 
 
+def test_a_grammar_and_guesses_in_one_batch():
+    """Requests that must keep to a form get no drafts, and those beside them do."""
+    forms = [None, StructuredOutputsParams(regex="(the river ){6}"), None]
+    found = []
+    for options in ({}, {"speculative_config": GUESSING}):
+        with LLM(**SETTINGS, **options) as llm:
+            params = [SamplingParams(max_tokens=40, temperature=0.0, structured_outputs=form) for form in forms]
+            found.append(told(llm.generate([TEXT, TEXT, "red blue red blue red"], params, use_tqdm=False)))
+            drafts = llm._engine.stats().drafts
+    assert found[0] == found[1]
+    assert found[0][1][0][0].text.startswith("the river the river")
+    assert drafts > 0
+
+
 def test_fewer_steps_where_the_output_repeats_its_input():
     steps = []
     for options in ({}, {"spec_method": "ngram", "spec_tokens": 6}):
