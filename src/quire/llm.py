@@ -26,6 +26,7 @@ from quire.engine.prompts import Prompt, ReadPrompt
 from quire.engine.reader import Counter, Gauge, Histogram, read_metrics
 from quire.errors import ConfigError, RequestFailedError, ValidationError
 from quire.text.chat import ChatOptions, prompt_text, read_template
+from quire.text.speech import ToolWish, speech_of, tool_wish
 from quire.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -104,9 +105,14 @@ class LLM:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answer a conversation, or each of several. Messages are in the form of the OpenAI API."""
+        """Answer a conversation, or each of several. Messages are in the form of the OpenAI API.
+
+        `tool_choice` "required", or an object that names one tool, lets the model say nothing but calls; they stay in
+        the text, as the model writes them.
+        """
         if self._engine.tokenizer is None:
             raise ValidationError("chat needs a tokenizer, and this engine runs without one", "messages")
         conversations: Sequence[Any] = [messages] if messages and isinstance(messages[0], Mapping) else messages
@@ -119,6 +125,8 @@ class LLM:
             content_format=chat_template_content_format,
         )
         prompts: list[Prompt] = [prompt_text(self._engine.tokenizer, talk, options) for talk in conversations]
+        if tool_choice is not None:
+            sampling_params = self._with_tools(tool_wish(tools, tool_choice, None), options.template, sampling_params)
         # The template has written the special tokens already.
         return self._run(self._prepare(prompts, sampling_params, priority, special=False), use_tqdm)
 
@@ -187,6 +195,20 @@ class LLM:
             still = [(search, first) for search, first in active if search.running]
             bar.ended(len(active) - len(still))
             active = still
+
+    def _with_tools(
+        self, wish: ToolWish, template: str | None, params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> SamplingParams | list[SamplingParams]:
+        """The parameters with what the tools need: a grammar of calls, or markers that are not hidden."""
+        tokenizer = self._engine.tokenizer
+        assert tokenizer is not None, "chat() needs one"
+
+        def spoken(one: SamplingParams) -> SamplingParams:
+            return speech_of(tokenizer, template, wish, one, "", None, None).params(one)
+
+        if params is None:
+            params = self._engine.settings.default_params
+        return spoken(params) if isinstance(params, SamplingParams) else [spoken(_whole(one)) for one in params]
 
     def _prepare(
         self,

@@ -14,6 +14,8 @@ import pytest
 from quire import LLM, SamplingParams
 from quire.errors import RequestFailedError, ValidationError
 from quire.grammar import Constraint
+from quire.text.format_parser import CallArguments, CallEnd, CallStart, FormatParser
+from quire.text.formats import tool_format
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "pure"))
 
@@ -174,3 +176,20 @@ def test_a_schema_that_cannot_be_had_is_refused_at_once(llm: LLM) -> None:
     with pytest.raises(ValidationError, match="uniqueItems"):
         one(llm, structured_outputs={"json": {"type": "array", "uniqueItems": True}})
     assert one(llm, structured_outputs={"choice": ["fine"]}).text == "fine"
+
+
+def test_a_conversation_can_be_held_to_tools(llm: LLM) -> None:
+    """LLM.chat with tools: forced calls are in the text as the model writes them, and the parser of formats reads them."""
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}, "required": ["a"]}
+    tools = [{"type": "function", "function": {"name": name, "parameters": schema}} for name in ("add", "take")]
+    talk = [{"role": "user", "content": "Tell me a tale."}]
+    for choice in ("required", {"type": "function", "function": {"name": "take"}}):
+        params = SamplingParams(max_tokens=200, temperature=1.2, seed=4)
+        text = llm.chat(talk, params, use_tqdm=False, tools=tools, tool_choice=choice)[0].outputs[0].text
+        parser = FormatParser(tool_format("hermes"))
+        starts = [delta for delta in parser.push(text) + parser.finish() if not isinstance(delta, CallArguments)]
+        assert starts and all(isinstance(delta, (CallStart, CallEnd)) for delta in starts), text
+        if choice != "required":
+            assert [delta.name for delta in starts if isinstance(delta, CallStart)] == ["take"]
+    with pytest.raises(ValidationError, match="tool_choice"):
+        llm.chat(talk, tools=tools, tool_choice="some", use_tqdm=False)

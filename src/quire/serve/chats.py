@@ -18,8 +18,8 @@ from quire.serve.protocol import ChatRequest
 from quire.serve.service import Service, new_id
 from quire.serve.sse import event, json_response, stream, until_left
 from quire.serve.talk import Talk
-from quire.serve.tools import AnswerReader, tool_wish
 from quire.serve.usage import Usage
+from quire.text.speech import AnswerReader, tool_wish
 
 router = APIRouter(route_class=JsonRoute)
 

@@ -29,7 +29,7 @@ from quire.serve.auth import check_bind, read_keys
 from quire.serve.logs import log_as_json
 from quire.serve.progress import Progress
 from quire.serve.service import ModelCard, Service, fingerprint
-from quire.serve.tools import check_formats
+from quire.text.speech import check_formats
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from quire.engine.outputs import RequestOutput
 from quire.serve.account import Account
 from quire.serve.protocol import ChatRequest
 from quire.serve.service import Service
-from quire.serve.tools import Speech, ToolWish, speech_of
 from quire.text import ChatOptions
+from quire.text.speech import Speech, ToolWish, speech_of
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""What a chat request says about tools and what its answer says of them: wishes, forced calls, and reading the text.
+"""Speech: what a conversation wishes of tools and what its answer says of them: forced calls, and reading the text.
 
 Knows the formats and the shape of calls in the OpenAI API; knows no engine and no route.
 """
