@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from typing import Any
 
 import httpx
 import pytest
+
+import quire.bundled
 
 pytestmark = pytest.mark.slow
 
@@ -170,3 +173,21 @@ def test_a_second_signal_ends_at_once() -> None:
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
         assert engine is not None and not Path(f"/proc/{engine}").exists()
+
+
+def test_an_engine_beyond_repair_ends_the_server_with_status_1(tmp_path: Path) -> None:
+    """So that whoever supervises the server starts it again, or tells somebody."""
+    model = tmp_path / "model"
+    shutil.copytree(Path(quire.bundled.__file__).parent / "model", model)
+    body = {"prompt": "Once", "max_tokens": 1900, "ignore_eos": True, "stream": True}
+    with (
+        server(str(model), "--no-engine-spare") as (process, url),
+        httpx.stream("POST", url + "/v1/completions", json=body, timeout=120) as response,
+    ):
+        lines = response.iter_lines()
+        next(lines)
+        shutil.rmtree(model)
+        os.kill(engine_pid(process.pid) or 0, signal.SIGKILL)
+        rest = [line for line in lines if line]
+        assert any("error" in line for line in rest[-2:]), rest[-2:]
+        assert process.wait(60) == 1
