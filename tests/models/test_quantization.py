@@ -89,6 +89,7 @@ def test_verify_shows_the_divergence(method: str) -> None:
     report = compare(options, VerifyOptions(), TEXTS[:1])
     assert 1e-4 < report.mean_kl < report.kl_tolerance
     assert report.passed
+    assert report.dtype == f"bfloat16 with {method} weights"
 
 
 # ---------------------------------------------------------------- rounding

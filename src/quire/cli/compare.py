@@ -192,7 +192,7 @@ def report_of(config: EngineConfig, model: ServedModel, wanted: VerifyOptions, o
         top1_limit = TOP1_INT8 if method.startswith("int8") else TOP1_INT4
     return Report(
         model=config.files.name,
-        dtype=str(config.dtype).removeprefix("torch."),
+        dtype=str(config.dtype).removeprefix("torch.") + (f" with {method} weights" if method else ""),
         path=config.model_impl,
         tier=model.layout.tier,
         positions=a.shape[0],
