@@ -11,8 +11,8 @@
 
 enum { QUIRE_FLOAT32 = 0, QUIRE_BFLOAT16 = 1 };
 
-// ---- the team (threads.cpp). gomp_parallel: address of GOMP_parallel in the libgomp to borrow, or null.
-QUIRE_API void quire_set_threads(int32_t size, void* gomp_parallel);
+// ---- the team (threads.cpp)
+QUIRE_API void quire_set_threads(int32_t size);
 QUIRE_API void quire_fork_join(void);
 
 // ---- linear.cpp. Elements of packed weights; both layouts are drawn there.

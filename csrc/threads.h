@@ -8,7 +8,8 @@
 
 namespace quire {
 
-// Runs `body(context)` once on every thread of the team and returns when all are done.
+// Runs `body(context)` on this thread and on those of the team that come while it lasts; returns when all have left it.
+// A body takes its work item by item, so it does not matter how many come.
 void run_on_team(void (*body)(void*), void* context);
 int team_size();
 

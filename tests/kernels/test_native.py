@@ -86,14 +86,12 @@ def some_work(ops: Ops) -> list[torch.Tensor]:
 
 
 @built
-@pytest.mark.parametrize("gomp", [True, False])
-def test_both_kinds_of_team_give_the_same_bits(gomp: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch's team and our own threads, against one thread; ours is begun and ended on the way."""
+@pytest.mark.parametrize("threads", [2, 3, 8])
+def test_a_team_gives_the_same_bits(threads: int) -> None:
+    """Threads against one thread; the team is begun and ended on the way, and may be larger than the machine."""
     level = native.choose_level()
     alone = some_work(ops_of(CpuOps(level, threads=1)))
-    if not gomp:
-        monkeypatch.setattr(native, "gomp_parallel", lambda: None)
-    team = CpuOps(level, threads=3)
+    team = CpuOps(level, threads=threads)
     for _ in range(3):
         for got, want in zip(some_work(ops_of(team)), alone, strict=True):
             assert torch.equal(got, want)

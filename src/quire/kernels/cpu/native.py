@@ -40,7 +40,7 @@ LONG_FUNCTIONS = {
     "quire_multiply_registers": (_L,),
 }
 SHORT_FUNCTIONS = {
-    "quire_set_threads": (_I, _P),
+    "quire_set_threads": (_I,),
     "quire_fork_join": (),
     "quire_packed_size": (_I, _L, _L),
     "quire_quantized_size": (_P,),
@@ -147,8 +147,8 @@ class Library:
                 setattr(self, name, function)
 
     def set_threads(self, count: int) -> None:
-        """Work on `count` threads: on PyTorch's own team where its OpenMP library is found, else on threads of ours."""
-        self.quire_set_threads(count, gomp_parallel())
+        """Work on `count` threads, the caller's among them."""
+        self.quire_set_threads(count)
 
     def read_bandwidth(self, megabytes: int = 128, passes: int = 8) -> float:
         """Bytes per second that the team reads from memory: the best of some passes over so many megabytes."""
@@ -198,15 +198,6 @@ def choose_level() -> str | None:
             f"It can run: {', '.join(allowed)}."
         )
     return wanted
-
-
-def gomp_parallel() -> int | None:
-    """Address of GOMP_parallel in the OpenMP library that PyTorch brought along, or None."""
-    for folder in (Path(torch.__file__).parent / "lib", Path(torch.__file__).parent.parent / "torch.libs"):
-        for path in sorted(folder.glob("libgomp*.so*")):
-            # PyTorch has loaded it already, so this finds that very library and its team.
-            return ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, c_void_p).value
-    return None
 
 
 def default_threads() -> int:
