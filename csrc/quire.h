@@ -13,7 +13,6 @@ enum { QUIRE_FLOAT32 = 0, QUIRE_BFLOAT16 = 1 };
 
 // ---- the team (threads.cpp)
 QUIRE_API void quire_set_threads(int32_t size);
-QUIRE_API void quire_fork_join(void);
 
 // ---- linear.cpp. Elements of packed weights; both layouts are drawn there.
 QUIRE_API int64_t quire_packed_size(int32_t dtype, int64_t n, int64_t k);

@@ -122,7 +122,3 @@ extern "C" void quire_set_threads(int32_t size) {
     delete team.pool;
     team = Team{size, size > 1 ? new Pool(size) : nullptr};
 }
-
-extern "C" void quire_fork_join(void) {
-    quire::run_on_team([](void*) {}, nullptr);
-}

@@ -41,7 +41,6 @@ LONG_FUNCTIONS = {
 }
 SHORT_FUNCTIONS = {
     "quire_set_threads": (_I,),
-    "quire_fork_join": (),
     "quire_packed_size": (_I, _L, _L),
     "quire_quantized_size": (_P,),
     "quire_page_size": (_I, _L, _L, _L, _L),
@@ -118,7 +117,6 @@ class Library:
     quire_read_memory: Callable[..., float]
     quire_multiply_registers: Callable[..., float]
     quire_set_threads: Callable[..., None]
-    quire_fork_join: Callable[..., None]
     quire_packed_size: Callable[..., int]
     quire_quantized_size: Callable[..., int]
     quire_page_size: Callable[..., int]
