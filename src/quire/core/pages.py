@@ -91,6 +91,10 @@ class PagePool:
         """The page with this name, or NULL_PAGE."""
         return self._page_of.get(name, NULL_PAGE)
 
+    def kept_pages(self) -> Iterable[int]:
+        """Free pages whose content is still known, the next to be evicted first."""
+        return self._kept.keys()
+
     def is_kept(self, page: int) -> bool:
         """True for a free page whose content is still known."""
         return page in self._kept

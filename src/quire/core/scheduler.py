@@ -11,24 +11,23 @@ import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from itertools import pairwise
 
 from quire.core.landing import append, contradiction, last_event, next_event, step_on, take_drafts, times, unsent
 from quire.core.options import SchedulerOptions
 from quire.core.params import SamplingParams
+from quire.core.picture import Picture, draw
 from quire.core.plan import (
     NO_TIMES,
     Admission,
     Event,
     FinishReason,
-    PageCopy,
-    PageGrant,
     Span,
     SpanResult,
     StepPlan,
     StepResult,
 )
+from quire.core.planning import Blocked, Flight, Sketch
 from quire.core.queue import ORDERS, WaitingLine
 from quire.core.request import GONE, NOWHERE, CoreRequest, Request
 from quire.core.stats import Stats
@@ -37,34 +36,6 @@ from quire.core.tables import PageTables
 from quire.errors import ValidationError
 
 __all__ = ["CoreRequest", "Scheduler", "SchedulerOptions"]
-
-
-@dataclass(slots=True)
-class _Draft:
-    """The plan in the making; `rows` are the requests of `spans`, in the same order."""
-
-    left: int  # positions of the budget not yet spent
-    admitted: list[Admission] = field(default_factory=list)
-    grants: list[PageGrant] = field(default_factory=list)
-    copies: list[PageCopy] = field(default_factory=list)
-    spans: list[Span] = field(default_factory=list)
-    rows: list[Request] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class _Flight:
-    """A plan that was handed out and whose result has not come back."""
-
-    plan: StepPlan
-    rows: list[Request]
-
-
-@dataclass(frozen=True, slots=True)
-class _Blocked:
-    """The front of the line could not be admitted when so many pages were to be had; fewer need not be tried."""
-
-    request: Request
-    slack: list[int]
 
 
 class Scheduler:
@@ -91,8 +62,8 @@ class Scheduler:
         self._waiting = WaitingLine()
         self._slots = list(range(options.max_num_seqs - 1, -1, -1))
         self._released: list[int] = []
-        self._flights: deque[_Flight] = deque()
-        self._blocked: _Blocked | None = None
+        self._flights: deque[Flight] = deque()
+        self._blocked: Blocked | None = None
         self._steps = 0
         self._arrivals = 0
         self._totals = Stats()
@@ -168,6 +139,10 @@ class Scheduler:
             finished=dict(self._totals.finished),
         )
 
+    def picture(self) -> Picture:
+        """Whose each page is at this moment, and who waits."""
+        return draw(self._steps, self._tables.groups, self._running, self._waiting)
+
     def reset_prefix_cache(self) -> bool:
         """Forget all cached content. False if running requests go on with pages computed before this call."""
         self._tables.forget()
@@ -204,7 +179,7 @@ class Scheduler:
         """The next step; None when there is nothing to compute before a plan in flight has been applied, or at all."""
         if len(self._flights) >= self.options.max_in_flight:
             return None
-        draft = _Draft(self.options.max_num_batched_tokens)
+        draft = Sketch(self.options.max_num_batched_tokens)
         if self._serve_running(draft):
             self._admit_waiting(draft)
         if not draft.spans:
@@ -218,12 +193,12 @@ class Scheduler:
             tuple(draft.spans),
         )
         self._released.clear()
-        self._flights.append(_Flight(plan, draft.rows))
+        self._flights.append(Flight(plan, draft.rows))
         self._steps += 1
         self._totals.computed_tokens += self.options.max_num_batched_tokens - draft.left
         return plan
 
-    def _serve_running(self, draft: _Draft) -> bool:
+    def _serve_running(self, draft: Sketch) -> bool:
         """A span for each running request that is behind, first in order first. False if one had to be preempted."""
         running = self._running
         preemptions = self._totals.preemptions
@@ -259,7 +234,7 @@ class Scheduler:
         draft.left = left
         return self._totals.preemptions == preemptions
 
-    def _catch_up(self, request: Request, share: int, draft: _Draft) -> None:
+    def _catch_up(self, request: Request, share: int, draft: Sketch) -> None:
         """Plan at most `share` positions of a running request, taking pages from those behind it if need be."""
         tables = self._tables
         end = self._span_end(request, share)
@@ -290,7 +265,7 @@ class Scheduler:
             end = request.snapshot_at
         return end
 
-    def _plan_span(self, request: Request, end: int, draft: _Draft) -> None:
+    def _plan_span(self, request: Request, end: int, draft: Sketch) -> None:
         """Take the pages up to `end` plus the request's drafts, and add the span to the plan."""
         start, drafts = request.planned, request.drafts
         draft.grants += self._tables.extend(request, end + len(drafts))
@@ -327,7 +302,7 @@ class Scheduler:
         request.slot, request.epoch, request.in_flight = NOWHERE, GONE, 0
         request.drafts, request.drafting = (), False
 
-    def _admit_waiting(self, draft: _Draft) -> None:
+    def _admit_waiting(self, draft: Sketch) -> None:
         """Let requests in from the front of the line while slots, budget and pages last.
 
         One whose next page another is just computing is set aside for a step, with slot and pages kept for it.
@@ -344,7 +319,7 @@ class Scheduler:
                 break  # it waits for a step that can take it whole
             spoken_for = self._find_pages(request, slack)
             if spoken_for is None:
-                self._blocked = _Blocked(request, slack)
+                self._blocked = Blocked(request, slack)
                 break
             if not self._running:
                 slack = [free - reserve for free, reserve in zip(slack, self._reserve, strict=True)]
@@ -400,7 +375,7 @@ class Scheduler:
             return most if request.logprobs_sent == request.rules.prompt_len - 1 else request.logprobs_sent
         return 0 if params.skip_reading_prefix_cache else most
 
-    def _admit(self, request: Request, draft: _Draft) -> None:
+    def _admit(self, request: Request, draft: Sketch) -> None:
         """Give a request, whose shared pages are found, a slot and its first span."""
         bisect.insort(self._running, request, key=lambda other: other.key)
         given, hit = request.given, request.planned

@@ -10,6 +10,7 @@ import logging
 from collections import deque
 from typing import Any, Protocol
 
+from quire.core.picture import Picture
 from quire.core.plan import Event, SpanResult, StepPlan, StepResult
 from quire.core.request import CoreRequest
 from quire.core.scheduler import Scheduler
@@ -45,6 +46,10 @@ class Core(Protocol):
 
     def stats(self) -> Stats:
         """Counters and gauges."""
+        ...
+
+    def picture(self) -> Picture | None:
+        """How the pages lie, now or a moment ago; None while that is not known."""
         ...
 
     def reset_prefix_cache(self) -> bool:
@@ -120,6 +125,10 @@ class EngineCore:
     def stats(self) -> Stats:
         """Counters of the scheduler."""
         return self._scheduler.stats()
+
+    def picture(self) -> Picture:
+        """How the pages lie now."""
+        return self._scheduler.picture()
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached pages. False when requests still hold some."""

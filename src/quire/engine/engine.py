@@ -15,6 +15,7 @@ from itertools import count
 
 from quire.config import EngineOptions
 from quire.core.params import SamplingParams
+from quire.core.picture import Picture
 from quire.core.plan import Event
 from quire.core.request import CoreRequest
 from quire.core.stats import Stats
@@ -329,6 +330,10 @@ class Engine:
     def stats(self) -> Stats:
         """Counters of the scheduler."""
         return self._core.stats()
+
+    def picture(self) -> Picture | None:
+        """How the pages lie, now or a moment ago; None while that is not known."""
+        return self._core.picture()
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached pages. False when requests still hold some."""

@@ -21,6 +21,7 @@ from typing import Any
 from quire import env
 from quire.config import EngineOptions
 from quire.core.options import SchedulerOptions
+from quire.core.picture import Picture
 from quire.core.plan import Event, StepPlan, StepResult
 from quire.core.scheduler import Scheduler
 from quire.engine import wire
@@ -33,6 +34,8 @@ from quire.grammar import Grammars
 logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 1.0  # an idle engine says so often that it lives
+LOOK_SECONDS = 3.0  # a look at the pages lasts so long
+PICTURE_SECONDS = 0.2  # between two pictures
 GRAMMAR_SECONDS = 0.005  # an idle engine looks so often whether a grammar is compiled
 
 
@@ -150,6 +153,8 @@ class EngineLoop:
         self._grammars = grammars
         self._waiting: list[wire.Add] = []
         self._taken = 0
+        self._watched_until = 0.0
+        self._picture_at = 0.0
 
     def serve(self, messages: Sequence[wire.ToEngine] = ()) -> None:
         """Until the other end is closed."""
@@ -163,7 +168,7 @@ class EngineLoop:
             if self._core.has_work():
                 events += self._core.step()
                 self._executor.settle()
-            self._connection.send(wire.step_message(self._taken, events, self._core.stats()))
+            self._connection.send(wire.step_message(self._taken, events, self._core.stats(), self._picture()))
             self._connection.flush()
             idle = GRAMMAR_SECONDS if self._waiting else BEAT_SECONDS
             messages = self._connection.receive() if self._core.has_work() else _wait(self._connection, idle)
@@ -177,6 +182,16 @@ class EngineLoop:
             self._core.abort(wire.core_id(message.ticket, message.request_id))
         elif isinstance(message, wire.Call):
             self._connection.send(wire.Answer(message.number, self._core.reset_prefix_cache()))
+        elif isinstance(message, wire.Look):
+            self._watched_until = time.monotonic() + LOOK_SECONDS
+
+    def _picture(self) -> Picture | None:
+        """How the pages lie, now and then, while somebody looks."""
+        now = time.monotonic()
+        if now > self._watched_until or now < self._picture_at:
+            return None
+        self._picture_at = now + PICTURE_SECONDS
+        return self._core.picture()
 
     def _add(self, message: wire.Add, events: list[Event]) -> None:
         """A request that cannot be taken in fails alone. One that has ended already says so at once."""

@@ -20,6 +20,7 @@ import msgspec
 from quire.config import EngineOptions
 from quire.core.options import SchedulerOptions
 from quire.core.params import PoolingParams, SamplingParams
+from quire.core.picture import Picture
 from quire.core.plan import Event, FinishReason, TokenLogprobs
 from quire.core.request import CoreRequest
 from quire.core.stats import Stats
@@ -77,7 +78,11 @@ class Call(msgspec.Struct, tag="call", frozen=True):
     name: CallName
 
 
-ToEngine = Start | Add | Abort | Call
+class Look(msgspec.Struct, tag="look", frozen=True):
+    """Somebody looks at the pages: send pictures with the steps of the next seconds."""
+
+
+ToEngine = Start | Add | Abort | Call | Look
 
 
 # ---------------------------------------------------------------- from the engine process
@@ -136,6 +141,7 @@ class Stepped(msgspec.Struct, tag="step", frozen=True):
     singles: list[tuple[int, int]]  # (ticket, token): events that say nothing else
     events: list[WireEvent]
     stats: Stats
+    picture: Picture | None = None  # now and then, while somebody looks
 
 
 class Answer(msgspec.Struct, tag="answer", frozen=True):
@@ -187,6 +193,12 @@ def ticket_of(found: str) -> int:
     return int(found.rpartition("#")[2])
 
 
+def named(picture: Picture) -> Picture:
+    """A picture whose requests have the ids that they have outside of the engine process."""
+    requests = tuple(replace(found, request_id=found.request_id.rpartition("#")[0]) for found in picture.requests)
+    return replace(picture, requests=requests)
+
+
 def core_request(add: Add) -> CoreRequest:
     """The request that the scheduler of the engine process gets."""
     params = add.sampling if add.sampling is not None else add.pooling
@@ -208,7 +220,7 @@ def core_request(add: Add) -> CoreRequest:
     )
 
 
-def step_message(taken: int, events: Sequence[Event], stats: Stats) -> Stepped:
+def step_message(taken: int, events: Sequence[Event], stats: Stats, picture: Picture | None = None) -> Stepped:
     """The message for the events of a step."""
     singles: list[tuple[int, int]] = []
     full: list[WireEvent] = []
@@ -219,7 +231,7 @@ def step_message(taken: int, events: Sequence[Event], stats: Stats) -> Stepped:
             singles.append((ticket, event.tokens[0]))
         else:
             full.append(WireEvent(ticket, *event[1:-1], dict(event.times)))
-    return Stepped(taken, singles, full, stats)
+    return Stepped(taken, singles, full, stats, picture)
 
 
 def event_of(request_id: str, found: WireEvent) -> Event:
