@@ -12,7 +12,7 @@ from quire.core.request import CoreRequest
 from quire.core.stats import Stats
 from quire.engine.blackbox import MOST_TICKETS, BlackBox, new_file
 from quire.engine.journal import Journal
-from quire.engine.suspects import Suspects
+from quire.engine.suspects import CRASH, KILLED, Suspects
 from quire.engine.totals import Totals
 
 
@@ -54,14 +54,42 @@ def test_a_token_clears_of_suspicion() -> None:
     entries = [journal.open(request(name)) for name in "abc"]
     suspects = Suspects(journal)
     for _ in range(10):
-        assert suspects.died([entry.ticket for entry in entries]) is None and suspects.on_trial is None
+        assert suspects.died([entry.ticket for entry in entries], CRASH) is None and not suspects.searching
         for entry in entries:
             entry.take(Event(entry.request.request_id, (1,)))
-    assert suspects.died([]) is None and suspects.died([99]) is None
+    assert suspects.died([], CRASH) is None and suspects.died([99], CRASH) is None
 
 
+def test_kills_from_outside_weigh_less_than_crashes() -> None:
+    for blame, deaths in ((CRASH, 2), (KILLED, 3)):
+        journal = Journal()
+        tickets = [journal.open(request(name)).ticket for name in "abcd"]
+        suspects = Suspects(journal)
+        for _ in range(deaths - 1):
+            suspects.died(tickets, blame)
+            assert not suspects.searching
+        suspects.died(tickets, blame)
+        assert (
+            suspects.on_trial == {1, 2} and [suspects.may_run(entry) for entry in journal] == [True] * 2 + [False] * 2
+        )
+        assert not suspects.acquit(1) and suspects.acquit(2) and suspects.on_trial == {3, 4}
+        assert all(suspects.may_run(entry) for entry in journal), "those that are cleared go on beside the others"
+        suspects.died([1, 2, 3], blame)  # only one of them is on trial
+        assert suspects.on_trial == {3} and [suspects.may_run(entry) for entry in journal] == [
+            False,
+            False,
+            True,
+            False,
+        ]
+        assert suspects.died([], blame) is None
+        for _ in range(2 if blame == KILLED else 0):
+            assert suspects.died([3], blame) is None
+        assert suspects.died([3], blame) is journal.get(3)
+
+
+@pytest.mark.parametrize("blame", [CRASH, KILLED])
 @pytest.mark.parametrize("seed", range(30))
-def test_the_guilty_are_found_and_nobody_else(seed: int) -> None:
+def test_the_guilty_are_found_and_nobody_else(seed: int, blame: int) -> None:
     draw = random.Random(seed)
     journal = Journal()
     entries = [journal.open(request(str(index))) for index in range(draw.randint(1, 70))]
@@ -74,7 +102,7 @@ def test_the_guilty_are_found_and_nobody_else(seed: int) -> None:
         batch = running[:most]  # as many as there are rows
         if any(entry.ticket in guilty for entry in batch):
             deaths += 1
-            culprit = suspects.died([entry.ticket for entry in batch])
+            culprit = suspects.died([entry.ticket for entry in batch], blame)
             if culprit is not None:
                 convicted.add(culprit.ticket)
                 journal.close(culprit)
@@ -82,12 +110,35 @@ def test_the_guilty_are_found_and_nobody_else(seed: int) -> None:
         else:
             for entry in batch:
                 entry.take(Event(entry.request.request_id, (1,)))
-                if draw.random() < 0.8:
+                if len(batch) == most or draw.random() < 0.8:
                     journal.close(entry)  # it has ended
                 suspects.acquit(entry.ticket)
-        assert deaths < 40
+        assert deaths < 60
     assert convicted == guilty
-    assert deaths <= len(guilty) * 10
+    assert deaths <= len(guilty) * (2 if blame == CRASH else 5) + 7 * len(guilty)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_kills_at_random_convict_nobody(seed: int) -> None:
+    """Nobody is guilty; kills come so fast that most requests are suspected again and again."""
+    draw = random.Random(seed)
+    journal = Journal()
+    entries = [journal.open(request(str(index))) for index in range(64)]
+    suspects = Suspects(journal)
+    for _ in range(200):
+        running = [entry for entry in journal if suspects.may_run(entry)]
+        assert running
+        if draw.random() < 0.1:
+            assert suspects.died([entry.ticket for entry in running], KILLED) is None
+            continue
+        for entry in draw.sample(running, (len(running) + 1) // 2):
+            entry.take(Event(entry.request.request_id, (1,)))
+            suspects.acquit(entry.ticket)
+    for _ in range(100):
+        for entry in list(journal):
+            if suspects.may_run(entry):
+                suspects.acquit(entry.ticket)
+    assert all(suspects.may_run(entry) for entry in entries) and not suspects.searching
 
 
 def test_the_black_box_outlives_a_writer() -> None:

@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fake_child import MAX_MODEL_LEN, microseconds
 from quire.config import EngineOptions
 from quire.core.params import RequestOutputKind, SamplingParams
 from quire.engine.async_engine import AsyncEngine
+from quire.engine.child import ChildProcess
 from quire.engine.engine import Engine
 from quire.engine.executor import FakeExecutor
 from quire.engine.supervisor import Patience, Supervisor
@@ -33,7 +35,7 @@ DELTA = RequestOutputKind.DELTA
 
 
 def supervisor(setup: dict[str, Any], patience: Patience | None = None) -> Supervisor:
-    return Supervisor(EngineOptions.from_flat({"model": json.dumps(setup)}), CHILD, patience)
+    return Supervisor(EngineOptions.from_flat({"model": json.dumps(setup)}), partial(ChildProcess, CHILD), patience)
 
 
 def engine_over(core: Supervisor) -> AsyncEngine:

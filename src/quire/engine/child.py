@@ -1,6 +1,6 @@
 """ChildProcess: one engine process as its parent sees it: started with inherited descriptors, listened to, ended.
 
-Knows the messages' socket and the black box; decides nothing.
+Knows the messages' socket and the black box; decides nothing. Child is what a supervisor needs of it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import Protocol
 
 from quire.config import EngineOptions
 from quire.engine import wire
@@ -20,6 +21,36 @@ from quire.errors import EngineError
 
 COMMAND = (sys.executable, "-m", "quire.engine.processes")
 LAST_SECONDS = 5.0  # that a process gets to end before it is killed
+OUTSIDE = frozenset((signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT))
+
+
+class Child(Protocol):
+    """An engine on the other end of a connection, which may die."""
+
+    connection: wire.Connection[wire.FromEngine]
+    box: BlackBox
+
+    @property
+    def pid(self) -> int:
+        """Its number, for people."""
+        ...
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it is there."""
+        ...
+
+    def begin(self, options: EngineOptions) -> None:
+        """Let it load a model."""
+        ...
+
+    def kill(self) -> None:
+        """End it now. What it sent before can still be received."""
+        ...
+
+    def close(self) -> int:
+        """Make sure that it is gone and give back what it held. Returns its status; negative: ended by that signal."""
+        ...
 
 
 class ChildProcess:
@@ -61,8 +92,8 @@ class ChildProcess:
         self._process.kill()
         self._process.wait()
 
-    def close(self) -> str:
-        """Make sure that it is gone and give back what it held. Returns how it ended, in words."""
+    def close(self) -> int:
+        """Make sure that it is gone and give back what it held. Returns its status; negative: ended by that signal."""
         self.connection.close()
         try:
             status = self._process.wait(LAST_SECONDS)
@@ -70,7 +101,12 @@ class ChildProcess:
             self.kill()
             status = self._process.returncode
         self.box.close()  # a second time changes nothing
-        return ending(status)
+        return status
+
+
+def came_from_outside(status: int) -> bool:
+    """Whether others may have ended the process: by a kill, or by the system when memory runs out."""
+    return -status in OUTSIDE
 
 
 def ending(status: int) -> str:

@@ -22,7 +22,7 @@ class Entry:
     emitted: array[int] = field(default_factory=lambda: array("I"))
     prompt_logprobs: int = 0  # handed out so far
     cached_tokens: int = 0  # as told with the first token
-    deaths: int = 0  # engines that died while computing it, since its last token
+    blame: int = 0  # what the deaths weigh that it was in since its last token; see suspects.py
     restarts: int = 0  # times it was given to another engine
     repeated: int = 0  # prompt log-probabilities that will come again, since its restart
 
@@ -42,7 +42,7 @@ class Entry:
                 self.cached_tokens = event.cached_tokens
         if event.tokens:
             self.emitted.extend(event.tokens)
-            self.deaths = 0
+            self.blame = 0
         return event
 
     def restart(self) -> None:

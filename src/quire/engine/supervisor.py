@@ -10,21 +10,22 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from quire import errors
 from quire.config import EngineOptions
 from quire.core.options import SchedulerOptions
+from quire.core.picture import Picture
 from quire.core.plan import Event
 from quire.core.request import CoreRequest
 from quire.core.stats import Stats
 from quire.core.stop import stop_rules
 from quire.core.tables import PageTables
 from quire.engine import wire
-from quire.engine.child import COMMAND, ChildProcess
+from quire.engine.child import Child, ChildProcess, came_from_outside, ending
 from quire.engine.journal import Entry, Journal
-from quire.engine.suspects import QUARANTINED, Suspects
+from quire.engine.suspects import CRASH, KILLED, QUARANTINED, Suspects
 from quire.engine.totals import Totals
 from quire.errors import EngineDeadError, EngineError, QuireError, ValidationError
 
@@ -51,20 +52,20 @@ class Supervisor:
     def __init__(
         self,
         options: EngineOptions,
-        command: Sequence[str] = COMMAND,
+        new_process: Callable[[], Child] = ChildProcess,
         patience: Patience | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.phase = "starting"  # what the engine is doing, for people: the phase of its start, "ready", "stopped"
         self.restarts = 0
         self._options = options
-        self._command = command
+        self._new_process = new_process
         self._patience = patience or Patience()
         self._clock = clock
         self._journal = Journal()
         self._suspects = Suspects(self._journal)
-        self._child: ChildProcess | None = None
-        self._spare: ChildProcess | None = None  # has imported everything and loaded nothing
+        self._child: Child | None = None
+        self._spare: Child | None = None  # has imported everything and loaded nothing
         self._spare_at = 0.0
         self._ready: wire.Ready | None = None  # of the first start
         self._is_up = False  # the present child takes requests
@@ -81,6 +82,7 @@ class Supervisor:
         self._failure: wire.Failed | None = None
         self._answers: dict[int, bool] = {}
         self._calls = 0
+        self._picture: Picture | None = None
         self._bell, self._rope = os.pipe()
         os.set_blocking(self._bell, False)
         os.set_blocking(self._rope, False)
@@ -117,7 +119,7 @@ class Supervisor:
                         self._come_up(message)
                         return message
                 if child.connection.ended:
-                    raise EngineError(f"the engine process {child.close()} while it was starting")
+                    raise EngineError(f"the engine process {ending(child.close())} while it was starting")
         except BaseException:
             self.close()
             raise
@@ -189,6 +191,7 @@ class Supervisor:
     def stats(self) -> Stats:
         """Counters over all engine processes; gauges as of the latest step, with the requests on their way."""
         stats = self._totals.stats
+        stats.restarts = self.restarts
         held = len(self._journal) - len(self._running)
         tokens = sum(self._unread)
         if held:
@@ -200,11 +203,17 @@ class Supervisor:
             stats.waiting_tokens = self._totals.waiting_tokens + tokens
         return stats
 
+    def picture(self) -> Picture | None:
+        """How the pages lay a moment ago; the engine sends pictures for some seconds after each call."""
+        if self._is_up and self._child is not None:
+            self._child.connection.send(wire.Look())
+        return self._picture
+
     def reset_prefix_cache(self) -> bool:
         """Forget all cached pages. False when requests still hold some."""
         self._calls += 1
         number = self._calls
-        asked: ChildProcess | None = None
+        asked: Child | None = None
         while number not in self._answers:
             if self._is_up and self._child is not None and self._child is not asked:
                 asked = self._child  # another one after a death
@@ -271,6 +280,8 @@ class Supervisor:
             self._unread.popleft()
             self._taken += 1
         self._totals.take(message.stats)
+        if message.picture is not None:
+            self._picture = wire.named(message.picture)
         for ticket, token in message.singles:
             entry = self._journal.get(ticket)
             if entry is not None and ticket in self._running:
@@ -286,18 +297,18 @@ class Supervisor:
                     self._end(entry)
                 else:
                     self._after(entry, bool(event.tokens))
-        if message.singles or any(found.tokens for found in message.events):
+        if message.singles or message.events:
             self._vain_deaths = 0
 
     def _after(self, entry: Entry, has_token: bool) -> None:
         """A request that got a token is not to blame for anything."""
         if has_token and self._suspects.acquit(entry.ticket):
-            self._next_trial()
+            self._give_all()
 
     def _end(self, entry: Entry) -> None:
         self._journal.close(entry)
         if self._suspects.acquit(entry.ticket):
-            self._next_trial()
+            self._give_all()
 
     # ---------------------------------------------------------------- requests and the present process
 
@@ -326,18 +337,12 @@ class Supervisor:
         self._give_all()
 
     def _give_all(self) -> None:
+        """Give the engine, if it is there, everything that may run and does not yet."""
+        if not self._is_up:
+            return
         for entry in self._journal:
             if entry.ticket not in self._running and self._suspects.may_run(entry):
                 self._give(entry)
-
-    def _next_trial(self) -> None:
-        """Those tried before wait while the next group runs; with nobody left to try, everybody runs."""
-        for entry in self._journal:
-            if not self._suspects.may_run(entry) and entry.ticket in self._running:
-                self._take_back(entry)
-                entry.restart()
-        if self._is_up:
-            self._give_all()
 
     # ---------------------------------------------------------------- life and death
 
@@ -352,7 +357,7 @@ class Supervisor:
         elif self._is_up and 0 < self._patience.silence <= self._silent:
             logger.error("the engine process %d has said nothing for %.1f s; it is ended", child.pid, self._silent)
             child.kill()
-            self._bury(child, "said nothing and ")
+            self._bury(child, "said nothing and ", CRASH)
         elif self._is_up and self._wants_spare():
             self._prepare_spare()
 
@@ -365,13 +370,13 @@ class Supervisor:
         except EngineError as error:
             self._count_failed_start(str(error))
 
-    def _new_child(self) -> ChildProcess:
+    def _new_child(self) -> Child:
         """The spare process, if there is one, or a new one, told what to load."""
         spare, self._spare = self._spare, None
         if spare is not None and not spare.is_alive:
             spare.close()
             spare = None
-        child = spare or ChildProcess(self._command)
+        child = spare or self._new_process()
         child.begin(self._options)
         return child
 
@@ -381,19 +386,20 @@ class Supervisor:
     def _prepare_spare(self) -> None:
         """Start the process that will take over one day: its imports take longer than loading a small model."""
         try:
-            self._spare = ChildProcess(self._command)
+            self._spare = self._new_process()
         except EngineError as error:
             logger.warning("there is no spare engine process: %s", error)
             self._spare_at = self._clock() + 60.0
 
-    def _bury(self, child: ChildProcess, how: str) -> None:
+    def _bury(self, child: Child, how: str, blame: int | None = None) -> None:
         """The engine process is gone: everything that it sent is taken in, everything else will be done again."""
         while not child.connection.ended:
             self._listen()
         was_up, self._is_up = self._is_up, False
         in_flight = child.box.in_flight()
         self._child = None
-        how += child.close()
+        status = child.close()
+        how += ending(status)
         self.phase = "restarting"
         self._totals.bury()
         self._unread.clear()
@@ -404,13 +410,16 @@ class Supervisor:
             return
         for entry in self._journal:
             entry.restart()
-        culprit = self._suspects.died(in_flight)
+        self._vain_deaths += 1
+        if blame is None:
+            blame = KILLED if came_from_outside(status) else CRASH
+        culprit = self._suspects.died(in_flight, blame)
         if culprit is not None:
             self._quarantine(culprit)
-        self._vain_deaths += 1
         if self._vain_deaths > self._patience.vain_deaths:
             self._give_up(f"it died {self._vain_deaths} times without any token in between, the last time it {how}")
-        pause = self._pause(self._vain_deaths)
+        # Where each death brings the search further, waiting helps nobody.
+        pause = self._pause(min(self._vain_deaths, 2) if self._suspects.searching else self._vain_deaths)
         self._start_at = self._clock() + pause
         logger.error(
             "the engine process %d %s; %d requests go on in a new one%s",
@@ -421,7 +430,8 @@ class Supervisor:
         )
 
     def _quarantine(self, entry: Entry) -> None:
-        logger.error("request %s was in %d deaths, alone in the last", entry.request.request_id, entry.deaths)
+        logger.error("request %s ended the engine, at last alone; it is ended", entry.request.request_id)
+        self._vain_deaths = 1  # the others have not been tried without it
         self._early.append(Event(entry.request.request_id, finish_reason="error", error=QUARANTINED))
         self._end(entry)
 
