@@ -27,6 +27,7 @@ class Stats:
     cache_hits: int = 0  # tokens found, at every admission
     generated_tokens: int = 0
     preemptions: int = 0
+    restarts: int = 0  # of the engine's process
     drafts: int = 0  # spans that carried drafts
     draft_tokens: int = 0
     accepted_tokens: int = 0

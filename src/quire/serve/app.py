@@ -12,7 +12,7 @@ from starlette.responses import Response
 import quire
 from quire.config import ServeOptions
 from quire.errors import ConfigError
-from quire.serve import admin, chats, completions, errors, messages, requests, responses
+from quire.serve import admin, chats, completions, errors, messages, page, requests, responses
 from quire.serve.auth import KeyCheck
 from quire.serve.layers import BodyLimit, ErrorShield, HeaderLimit, RequestIds
 from quire.serve.service import Service
@@ -25,7 +25,7 @@ def create_app(service: Service, keys: Sequence[str] = ()) -> FastAPI:
     options = service.options
     app = FastAPI(title="quire", version=quire.__version__)
     app.state.service = service
-    for module in (completions, chats, responses, messages, requests, admin):
+    for module in (completions, chats, responses, messages, requests, admin, page):
         app.include_router(module.router)
     errors.install(app)
     app.add_exception_handler(ClientLeft, _left)

@@ -19,10 +19,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from quire import env
 from quire.config import ServeOptions
 from quire.errors import ConfigError
+from quire.serve import web
 from quire.serve.errors import Failure
 
-# Asked by load balancers and by monitoring, which seldom carry keys; they tell nothing of any request's content.
-PUBLIC = frozenset(("/health", "/livez", "/readyz", "/ping", "/version", "/metrics"))
+# Asked by load balancers and by monitoring, which seldom carry keys, and the files of the page, which asks for a key;
+# they tell nothing of any request's content.
+PUBLIC = frozenset(("/health", "/livez", "/readyz", "/ping", "/version", "/metrics", *web.FILES))
 
 
 TENANT = "quire.tenant"  # where the scope of a request says whose it is
