@@ -38,9 +38,9 @@ def _part(logits: torch.Tensor, chosen: torch.Tensor, wanted: list[int], mode: L
     vocab = scores.shape[1]
     counts = [vocab if count == -1 else min(count, vocab) for count in wanted]
     most = max(counts)
-    best = scores.topk(most, dim=-1) if most else None
-    ids = best.indices.tolist() if best is not None else [[]] * len(counts)
-    values = best.values.tolist() if best is not None else [[]] * len(counts)
+    best = _best(scores, most) if most else None
+    ids = best.tolist() if best is not None else [[]] * len(counts)
+    values = scores.gather(1, best).tolist() if best is not None else [[]] * len(counts)
     tokens, firsts = chosen.tolist(), picked[:, 0].tolist()
     return [
         TokenLogprobs(
@@ -50,6 +50,21 @@ def _part(logits: torch.Tensor, chosen: torch.Tensor, wanted: list[int], mode: L
         )
         for row, count in enumerate(counts)
     ]
+
+
+def _best(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """The ids [R, count] of the largest of each row [V], of equals the lowest id first.
+
+    The ids of topk will not do: how it breaks ties depends on `count`, and so on what the neighbours in the batch want.
+    """
+    least = scores.topk(count, dim=-1).values[:, -1:]
+    # Row by row, ids in order; more than `count` where there are ties. In a row with NaN they count as the largest.
+    rows, ids = (scores < least).logical_not_().nonzero(as_tuple=True)
+    order = scores[rows, ids].sort(descending=True, stable=True).indices
+    order = order[rows[order].sort(stable=True).indices]
+    rows, ids = rows[order], ids[order]
+    places = torch.arange(len(rows), device=rows.device) - torch.searchsorted(rows, rows)
+    return ids[places < count].view(len(scores), count)
 
 
 def filtered(

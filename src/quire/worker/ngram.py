@@ -43,7 +43,7 @@ class NgramDrafter:
         rows, width = tokens.shape
         places = np.arange(width)
         match = np.broadcast_to(places < lengths[:, None] - 1, (rows, width)).copy()
-        for size in range(1, self._longest + 1):
+        for size in range(1, min(self._longest, width - 1) + 1):
             back = np.maximum(lengths - size, 0)
             last = tokens[np.arange(rows), back]
             # The token at `size - 1` before column i must be the row's own at that distance from its end.
