@@ -105,7 +105,7 @@ def draw_scenario(rng: random.Random) -> Scenario:
         max_num_seqs=slots,
         max_num_batched_tokens=budget,
         max_model_len=LONGEST,
-        policy=rng.choice(("fcfs", "fcfs", "priority", "deadline")),
+        policy=rng.choice(("fcfs", "fcfs", "priority", "deadline", "fair", "fair")),
         enable_prefix_caching=rng.random() < 0.85,
         chunked_prefill=chunked,
         long_prefill_token_threshold=rng.choice((0, 0, 0, 3, 7)),
@@ -229,6 +229,7 @@ class Simulation:
             arrival=self.clock,
             salt=b"%d" % salt,
             adapter=salt,
+            tenant=rng.choice(("", "a", "a", "a", "b")),
             deadline=self.clock + rng.random() * 50 if rng.random() < 0.5 else None,
             encoder_tokens=rng.randint(1, 5),
         )
@@ -308,6 +309,7 @@ class Simulation:
                 old.salt,
                 old.adapter,
                 tuple(case.tokens),
+                tenant=old.tenant,
                 deadline=old.deadline,
                 encoder_tokens=old.encoder_tokens,
             )

@@ -1,18 +1,23 @@
 """The waiting line. An order is a function from a request to a key; the smallest key goes first.
 
 The same key decides who runs first in a step and who is preempted (the largest), so that a preempted request comes back
-to the front by itself. A new order, such as a fair share per tenant, is one more function in ORDERS.
+to the front by itself. The policy "fair" serves tenants by virtual token counters: each turn goes to the tenant that has
+been given least, and the number of the turn becomes the request's key.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 
 from quire.core.request import CoreRequest, Request
 
 Key = tuple[float, ...]
+Entry = tuple[Key, Request]
+
+OUTPUT_WEIGHT = 2.0  # of a token that was made, beside one of a prompt that was computed
 
 
 def first_come(request: CoreRequest, number: int) -> Key:
@@ -30,53 +35,134 @@ def by_deadline(request: CoreRequest, number: int) -> Key:
     return (math.inf if request.deadline is None else request.deadline, request.arrival, number)
 
 
+FAIR = "fair"
 ORDERS: dict[str, Callable[[CoreRequest, int], Key]] = {
+    FAIR: by_priority,  # among the requests of one tenant
     "fcfs": first_come,
     "priority": by_priority,
     "deadline": by_deadline,
 }
 
 
+@dataclass(slots=True)
+class Share:
+    """One tenant: its requests that wait for their first turn, and what it has been given, in weighted tokens."""
+
+    line: list[Entry] = field(default_factory=list)
+    given: float = 0.0
+
+
 class WaitingLine:
-    """Requests that wait, smallest key first. Removal from the middle is lazy: the entry dies when it reaches the front."""
+    """Requests that wait, in the order of a policy. Removal from the middle is lazy: the entry dies at the front.
 
-    __slots__ = ("_dead", "_heap", "tokens")
+    Unless the policy is fair, all tenants are one. There are as many shares as tenants were ever seen, which is to say
+    API keys. A tenant that comes, or comes back, begins where the others are: idle time earns nothing.
+    """
 
-    def __init__(self) -> None:
-        self._heap: list[tuple[Key, Request]] = []
+    __slots__ = ("_back", "_count", "_dead", "_fair", "_level", "_numbers", "_order", "_shares", "_turns", "tokens")
+
+    def __init__(self, policy: str = "fcfs") -> None:
+        self._order = ORDERS[policy]
+        self._fair = policy == FAIR
+        self._shares: dict[str, Share] = {}
+        self._back: list[Entry] = []  # fair: those that have had their turn and lost it; they go before all others
         self._dead: set[Request] = set()
+        self._numbers = 0  # requests seen
+        self._turns = 0
+        self._level = 0.0  # what the tenant that had the last turn had been given by then
+        self._count = 0
         self.tokens = 0  # known tokens of all waiting requests
 
     def __len__(self) -> int:
-        return len(self._heap) - len(self._dead)
+        return self._count
 
     def __iter__(self) -> Iterator[Request]:
-        return (request for _, request in self._heap if request not in self._dead)
+        lines = [self._back, *(share.line for share in self._shares.values())]
+        return (request for line in lines for _, request in line if request not in self._dead)
+
+    def key_of(self, request: CoreRequest) -> Key:
+        """The key of a new request."""
+        self._numbers += 1
+        return self._order(request, self._numbers)
 
     def push(self, request: Request) -> None:
-        """Let a request wait. It must not be in the line."""
-        heapq.heappush(self._heap, (request.key, request))
-        self.tokens += len(request.tokens)
+        """Let a request wait that has had no turn yet. It must not be in the line."""
+        tenant = request.given.tenant if self._fair else ""
+        share = self._shares.setdefault(tenant, Share())
+        if not share.line:
+            others = [other.given for other in self._shares.values() if self._alive(other.line)]
+            share.given = max(share.given, min(others, default=self._level))
+        self._enter(share.line, request)
+
+    def push_back(self, request: Request) -> None:
+        """Let a request wait that was taken with pop() before."""
+        self._enter(self._back if self._fair else self._shares[""].line, request)
 
     def front(self) -> Request | None:
         """The next request, without taking it."""
-        while self._heap and self._heap[0][1] in self._dead:
-            self._dead.discard(heapq.heappop(self._heap)[1])
-        return self._heap[0][1] if self._heap else None
+        line = self._next_line()
+        return line[0][1] if line else None
 
     def pop(self) -> Request:
         """Take the next request; the line must not be empty."""
-        request = self.front()
-        assert request is not None, "the waiting line is empty"
-        heapq.heappop(self._heap)
+        line = self._next_line()
+        assert line, "the waiting line is empty"
+        _, request = heapq.heappop(line)
+        if self._fair and line is not self._back:
+            self._level = self._shares[request.given.tenant].given
+            self._turns += 1
+            request.key = (self._turns,)
+        self._count -= 1
         self.tokens -= len(request.tokens)
         return request
 
     def remove(self, request: Request) -> None:
         """Take a request out of the middle, for good: the same object never comes back."""
         self._dead.add(request)
+        self._count -= 1
         self.tokens -= len(request.tokens)
-        if len(self._dead) > 64 and 2 * len(self._dead) > len(self._heap):
-            self._heap = [entry for entry in self._heap if entry[1] not in self._dead]
-            heapq.heapify(self._heap)
+        if len(self._dead) > 64 and len(self._dead) > self._count:
+            for line in (self._back, *(share.line for share in self._shares.values())):
+                line[:] = [entry for entry in line if entry[1] not in self._dead]
+                heapq.heapify(line)
             self._dead.clear()
+
+    def charge_prompt(self, request: Request, hit: int) -> None:
+        """A request runs for the first time: its tenant is given its tokens, less those found in the cache."""
+        request.charged = len(request.tokens)
+        self._share_of(request).given += request.charged - hit
+
+    def charge_output(self, requests: Iterable[Request]) -> None:
+        """What these requests have made since the last call is given to their tenants."""
+        if not self._fair:
+            return
+        for request in requests:
+            if request.charged and len(request.tokens) > request.charged:
+                made = len(request.tokens) - request.charged
+                request.charged += made
+                self._share_of(request).given += OUTPUT_WEIGHT * made
+
+    def _share_of(self, request: Request) -> Share:
+        return self._shares[request.given.tenant if self._fair else ""]
+
+    def _enter(self, line: list[Entry], request: Request) -> None:
+        heapq.heappush(line, (request.key, request))
+        self._count += 1
+        self.tokens += len(request.tokens)
+
+    def _next_line(self) -> list[Entry] | None:
+        """The line whose first request is next; None when nobody waits."""
+        if self._alive(self._back):
+            return self._back
+        waiting = [share for share in self._shares.values() if self._alive(share.line)]
+        return min(waiting, key=_given).line if waiting else None
+
+    def _alive(self, line: list[Entry]) -> bool:
+        """Whether somebody waits in this line, whose first entry is alive then."""
+        while line and line[0][1] in self._dead:
+            self._dead.discard(heapq.heappop(line)[1])
+        return bool(line)
+
+
+def _given(share: Share) -> float:
+    return share.given

@@ -80,6 +80,7 @@ class Request:
     drafting: bool = False  # the worker proposes drafts for it, so it is not planned ahead of a sample
     logprobs_sent: int = 0  # prompt log-probabilities handed out so far, which a recomputation must not repeat
     cached_tokens: int = NOWHERE  # positions found in the prefix cache when it was first admitted
+    charged: int = 0  # tokens that its tenant has been charged for; 0 until it first runs
     preemptions: int = 0
     scheduled: float | None = None
     first_token: float | None = None

@@ -28,7 +28,7 @@ from quire.core.plan import (
     StepResult,
 )
 from quire.core.planning import Blocked, Flight, Sketch
-from quire.core.queue import ORDERS, WaitingLine
+from quire.core.queue import WaitingLine
 from quire.core.request import GONE, NOWHERE, CoreRequest, Request
 from quire.core.stats import Stats
 from quire.core.stop import check_stop, stop_rules
@@ -49,7 +49,6 @@ class Scheduler:
     def __init__(self, options: SchedulerOptions, clock: Callable[[], float] = time.monotonic) -> None:
         self.options = options
         self._clock = clock
-        self._order = ORDERS[options.policy]
         # A hit, like a draft, is a span of several positions that does not begin at 0: some models cannot do that.
         caching = options.enable_prefix_caching and options.chunked_prefill
         self._tables = PageTables(options.groups, options.max_num_batched_tokens, caching)
@@ -59,13 +58,12 @@ class Scheduler:
         self._reserve = [max(1, group.pool.num_pages // 100) if group.grows else 0 for group in self._tables.groups]
         self._requests: dict[str, Request] = {}
         self._running: list[Request] = []
-        self._waiting = WaitingLine()
+        self._waiting = WaitingLine(options.policy)
         self._slots = list(range(options.max_num_seqs - 1, -1, -1))
         self._released: list[int] = []
         self._flights: deque[Flight] = deque()
         self._blocked: Blocked | None = None
         self._steps = 0
-        self._arrivals = 0
         self._totals = Stats()
 
     # ---- requests in and out
@@ -89,7 +87,7 @@ class Scheduler:
         self.options.refuse_pages(request, rules.limit, least)
         known = Request(
             request,
-            key=self._order(request, self._arrivals),
+            key=self._waiting.key_of(request),
             tokens=tokens,
             rules=rules,
             limit=rules.limit,
@@ -99,7 +97,6 @@ class Scheduler:
             known=len(tokens),
             logprobs_sent=len(request.prompt_token_ids) - 1 if request.generated else 0,
         )
-        self._arrivals += 1
         stop = check_stop(tokens, rules) if request.generated else None
         if stop is not None:
             return last_event(known, stop.reason, self._clock(), stop_token=stop.token)
@@ -292,7 +289,7 @@ class Scheduler:
         request.preemptions += 1
         request.known = len(request.tokens)
         self._totals.preemptions += 1
-        self._waiting.push(request)
+        self._waiting.push_back(request)
 
     def _vacate(self, request: Request) -> None:
         """Slot and pages go back; whatever is in flight for the request will be dropped because of its epoch."""
@@ -309,6 +306,7 @@ class Scheduler:
         """
         if not (len(self._waiting) and self._slots and draft.left):
             return
+        self._waiting.charge_output(self._running)
         slack = self._slack()
         aside: list[Request] = []
         while len(self._slots) > len(aside) and draft.left:
@@ -331,7 +329,7 @@ class Scheduler:
             else:
                 self._admit(request, draft)
         for request in aside:
-            self._waiting.push(request)
+            self._waiting.push_back(request)
 
     def _slack(self) -> list[int]:
         """Free pages per group that no running request will want in order to catch up."""
@@ -388,6 +386,7 @@ class Scheduler:
             request.scheduled = self._clock()
             self._totals.prompt_tokens += request.rules.prompt_len
             self._totals.cached_tokens += request.cached_tokens
+            self._waiting.charge_prompt(request, hit)
         draft.admitted.append(
             Admission(
                 request.slot,
@@ -469,6 +468,7 @@ class Scheduler:
     def _remove(self, request: Request, reason: FinishReason) -> None:
         """The request has ended: nothing of it stays but a count. The caller takes it out of its list or line."""
         del self._requests[request.given.request_id]
+        self._waiting.charge_output((request,))
         if request.slot != NOWHERE:
             self._vacate(request)
         self._totals.finished[reason] = self._totals.finished.get(reason, 0) + 1
