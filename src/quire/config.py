@@ -62,6 +62,9 @@ class ModelOptions:
     logprobs_mode: Literal["raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"] = option(
         "raw_logprobs", help="what is reported: before or after penalties, temperature and filters"
     )
+    logits_processors: tuple[str, ...] = option(
+        (), help="module:name of functions that change scores for requests that ask; see docs/sampling.md"
+    )
 
 
 @dataclass(frozen=True, slots=True)

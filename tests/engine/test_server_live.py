@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,9 +17,7 @@ from served import Running, Setup, refused, served, until
 from quire.config import ServeOptions
 from quire.core.stats import Stats
 from quire.engine.observe import StepFigures
-from quire.engine.outputs import CompletionOutput, RequestOutput
 from quire.serve.live import Live, LiveRequest
-from quire.serve.merge import every
 from quire.serve.progress import Progress
 
 ENDLESS = {"prompt": "x|", "max_tokens": 400, "stream": True}
@@ -154,27 +151,6 @@ def test_tokens_are_sent_together() -> None:
         assert pieces(stream_interval=1) == list("abcdefghij")
         assert pieces(stream_interval=100) == ["a", "bcdefghij"]
         assert sorted(pieces(n=2, temperature=1)) == sorted(["a", "bcde", "fghi", "j"] * 2)
-
-
-def test_merging_keeps_everything() -> None:
-    def output(texts: dict[int, str], finished: bool = False) -> RequestOutput:
-        outputs = [CompletionOutput(index, text, [ord(text)], logprobs=[{}]) for index, text in texts.items()]
-        return RequestOutput("r", None, [1], None, outputs, finished)
-
-    async def source() -> AsyncGenerator[RequestOutput]:
-        for texts in ({0: "a", 1: "A"}, {0: "b"}, {1: "B"}, {0: "c"}, {1: "C"}):
-            yield output(texts)
-        yield output({0: "d"}, True)
-
-    async def run() -> list[RequestOutput]:
-        return [found async for found in every(3, source())]
-
-    found = asyncio.run(run())
-    assert [[(part.index, part.text) for part in each.outputs] for each in found] == [
-        [(0, "a"), (1, "A")],
-        [(0, "bcd"), (1, "BC")],
-    ]
-    assert found[1].outputs[0].token_ids == [98, 99, 100] and len(found[1].outputs[0].logprobs or []) == 3
 
 
 def test_a_silent_stream_says_that_it_is_still_there() -> None:

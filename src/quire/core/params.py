@@ -23,10 +23,28 @@ logger = logging.getLogger(__name__)
 
 MAX_SEQUENCES = 16384
 MAX_BAD_WORDS = 128
+MAX_LOGPROB_TOKEN_IDS = 128
 LEAST_TEMPERATURE = 0.01  # below it float32 softmax loses everything but the first token
 GREEDY_BELOW = 1e-5
 
 _Params = TypeVar("_Params")
+
+# Fields of other engines that quire does not have: the values that ask for nothing, and what to do instead.
+_ELSEWHERE: dict[str, tuple[tuple[object, ...], str]] = {
+    "best_of": ((None, 1), "Ask for n and choose by cumulative_logprob."),
+    "use_beam_search": ((None, False), "LLM.beam_search searches with beams."),
+    "length_penalty": ((None, 1, 1.0), "It belongs to BeamSearchParams."),
+    "early_stopping": ((None, False), "It belongs to BeamSearchParams."),
+    "logits_processors": ((None, [], ()), "Processors are plugins of the engine; requests reach them by extra_args."),
+    "guided_decoding": ((None,), "Use structured_outputs."),
+    "truncate_prompt_tokens": ((None,), "Cut the prompt before it is given, or use the field of the HTTP routes."),
+    "flat_logprobs": ((None, False), "Log-probabilities come as one dict for each position."),
+    "prompt_logprob_token_ids": ((None, [], ()), "prompt_logprobs=-1 brings all tokens of each position."),
+    "prompt_logprob_start": ((None, 0), "prompt_logprobs brings every position; leave out what is not wanted."),
+    "watermarking": ((None, False), "Write a logits processor as a plugin."),
+    "trace_decode_token_ids": ((None,), "Give the tokens as a part of the prompt."),
+    "routed_experts_prompt_start": ((None, 0), "Routed experts are not reported."),
+}
 
 
 class RequestOutputKind(enum.IntEnum):
@@ -44,8 +62,13 @@ def _suggesting(cls: type[_Params]) -> type[_Params]:
 
     @functools.wraps(made)
     def checked(self: _Params, *args: object, **values: object) -> None:
-        for name in values:
-            if name not in known:
+        for name in [name for name in values if name not in known]:
+            nothing, instead = _ELSEWHERE.get(name, ((), ""))
+            if values[name] in nothing:
+                del values[name]
+            elif instead:
+                raise ValidationError(f"{cls.__name__} has no field {name!r} here. {instead}", name)
+            else:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
                 raise ValidationError(f"{cls.__name__} has no field {name!r}.{hint}", name)
@@ -74,6 +97,15 @@ class RepetitionDetection:
         _integer("repetition_detection.min_count", self.min_count, 2)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThinkingMarks:
+    """The token ids by which a model's thoughts begin and end. `implied`: every output begins inside of them."""
+
+    opener: tuple[int, ...]
+    closers: tuple[tuple[int, ...], ...]
+    implied: bool = False
+
+
 @_suggesting
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
@@ -81,7 +113,7 @@ class SamplingParams:
 
     Values are normalized: lists become tuples, `stop` is always a tuple, `logit_bias` a tuple of (token id, bias) pairs
     clamped to [-100, 100], a temperature of 0 switches top_p, top_k and min_p off. A wrong value raises ValidationError
-    with the field's name. The last two fields are filled in by the engine, see resolved().
+    with the field's name. The last three fields are filled in by the text side and the engine, see resolved().
     """
 
     n: int = 1
@@ -100,20 +132,24 @@ class SamplingParams:
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    logprob_token_ids: tuple[int, ...] | None = None  # report these tokens' log-probabilities instead of the best ones
     detokenize: bool = True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    stream_interval: int | None = None  # tokens that a stream's outputs bring at a time; the first one comes at once
     logit_bias: tuple[tuple[int, float], ...] = ()
     allowed_token_ids: tuple[int, ...] | None = None
     bad_words: tuple[str, ...] = ()
     skip_reading_prefix_cache: bool | None = None
     repetition_detection: RepetitionDetection | None = None
+    thinking_token_budget: int | None = None  # tokens of thoughts, at most; then they are ended
     structured_outputs: StructuredOutputsParams | None = None
     extra_args: dict[str, Any] | None = field(default=None, hash=False)
     eos_token_ids: tuple[int, ...] = ()  # the tokenizer's own first, then those of the generation config
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    thinking: ThinkingMarks | None = None
 
     def __post_init__(self) -> None:
         """Check and normalize every field."""
@@ -182,9 +218,33 @@ class SamplingParams:
             elif value is not None:
                 _integer(name, value, -1)
             self._set(name, value)
+        if self.logprob_token_ids is not None:
+            self._check_logprob_ids()
+        if self.stream_interval is not None:
+            _integer("stream_interval", self.stream_interval, 1)
+        if self.thinking_token_budget is not None:
+            _integer("thinking_token_budget", self.thinking_token_budget, -1)
+            if self.thinking_token_budget == -1:
+                self._set("thinking_token_budget", None)
         if self.skip_reading_prefix_cache is None:
             # A hit computes no logits for the prompt positions that it skips.
             self._set("skip_reading_prefix_cache", self.prompt_logprobs is not None)
+
+    def _check_logprob_ids(self) -> None:
+        ids = _token_ids("logprob_token_ids", self.logprob_token_ids)
+        if len(ids) > MAX_LOGPROB_TOKEN_IDS:
+            raise ValidationError(
+                f"logprob_token_ids may hold {MAX_LOGPROB_TOKEN_IDS} ids at most, found {len(ids)}", "logprob_token_ids"
+            )
+        if self.logprobs is not None and ids and self.logprobs != len(ids):
+            raise ValidationError(
+                f"logprobs must be the number of logprob_token_ids, which is {len(ids)}, or be left out",
+                "logprobs",
+                self.logprobs,
+            )
+        self._set("logprob_token_ids", ids or None)
+        if ids:
+            self._set("logprobs", len(ids))
 
     def _check_words(self) -> None:
         for name in (
@@ -238,6 +298,7 @@ class SamplingParams:
         seed: int | None = None,
         eos_token_ids: Iterable[int] = (),
         bad_words_token_ids: Iterable[Iterable[int]] = (),
+        thinking: ThinkingMarks | None = None,
     ) -> SamplingParams:
         """The same wishes with what only the engine knows: the limit, the seed, the model's ids."""
         limit = self.max_tokens if max_tokens is None else max_tokens
@@ -248,6 +309,7 @@ class SamplingParams:
             seed=self.seed if seed is None else seed,
             eos_token_ids=tuple(eos_token_ids),
             bad_words_token_ids=tuple(tuple(ids) for ids in bad_words_token_ids),
+            thinking=self.thinking if thinking is None else thinking,
         )
 
     def check(self, vocab_size: int, max_logprobs: int = -1) -> None:
@@ -255,6 +317,7 @@ class SamplingParams:
         for name, ids in (
             ("stop_token_ids", self.stop_token_ids),
             ("allowed_token_ids", self.allowed_token_ids or ()),
+            ("logprob_token_ids", self.logprob_token_ids or ()),
             ("logit_bias", tuple(token for token, _ in self.logit_bias)),
         ):
             outside = [token for token in ids if token >= vocab_size]
@@ -264,7 +327,7 @@ class SamplingParams:
                 )
         for name in ("logprobs", "prompt_logprobs"):
             asked = getattr(self, name)
-            if asked is None or max_logprobs == -1:
+            if asked is None or max_logprobs == -1 or (name == "logprobs" and self.logprob_token_ids):
                 continue
             wanted = vocab_size if asked == -1 else asked
             if wanted > max_logprobs:

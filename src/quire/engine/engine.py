@@ -14,7 +14,7 @@ from functools import lru_cache
 from itertools import count
 
 from quire.config import EngineOptions
-from quire.core.params import SamplingParams
+from quire.core.params import SamplingParams, ThinkingMarks
 from quire.core.picture import Picture
 from quire.core.plan import Event
 from quire.core.request import CoreRequest
@@ -26,6 +26,7 @@ from quire.engine.outputs import RequestOutput
 from quire.engine.prompts import Prompt, PromptLimits, ReadPrompt, check_length, read_prompt
 from quire.errors import OverloadedError, ValidationError
 from quire.grammar import Grammars
+from quire.text.speech import thinking_marks
 from quire.text.tokenizer import Tokenizer
 
 
@@ -144,9 +145,23 @@ class Engine:
                 params = replace(params, detokenize=False)
         return params.resolved(
             max_tokens=limit,
+            thinking=self._thinking_marks(params),
             eos_token_ids=self.settings.eos_token_ids,
             bad_words_token_ids=self._bad_word_ids(params.bad_words),
         )
+
+    def _thinking_marks(self, params: SamplingParams) -> ThinkingMarks | None:
+        """How thoughts are marked where a budget needs that and nobody has said it: as the chat template shows."""
+        if params.thinking_token_budget is None or params.thinking is not None:
+            return params.thinking
+        found = None if self.tokenizer is None else thinking_marks(self.tokenizer)
+        if found is None:
+            raise ValidationError(
+                "thinking_token_budget needs a model whose chat template shows how thoughts are marked, or the option "
+                "reasoning_parser",
+                "thinking_token_budget",
+            )
+        return found
 
     def _bad_word_ids(self, words: Sequence[str]) -> list[tuple[int, ...]]:
         """Token sequences that spell the words, at the start of a text and after a space."""

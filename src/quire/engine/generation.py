@@ -32,6 +32,7 @@ class Completion:
         "token_ids",
         "_lazy",
         "_sent_tokens",
+        "_shown_tokens",
         "_stream",
         "_tokenizer",
         "_untold",
@@ -57,7 +58,8 @@ class Completion:
         # Nobody looks at the text before the end, so it is made there in one go.
         self._lazy = params.output_kind is RequestOutputKind.FINAL_ONLY and not params.stop
         self._untold: list[int] = []
-        self._sent_tokens = 0
+        self._sent_tokens = 0  # by outputs that hold what is new
+        self._shown_tokens = 0  # by any output
 
     def push(self, event: Event) -> bool:
         """Take in an event. True when a stop string ended the completion, which the core does not know yet."""
@@ -100,9 +102,15 @@ class Completion:
                 del self.logprobs[-count:]
                 self.cumulative_logprob = sum(next(iter(entry.values())).logprob for entry in self.logprobs)
 
+    def is_due(self, interval: int) -> bool:
+        """Whether there is enough to show: the first token, `interval` of them, or the end."""
+        fresh = len(self.token_ids) - self._shown_tokens
+        return fresh >= interval or not self._shown_tokens or self.finish_reason is not None
+
     def output(self, delta: bool) -> CompletionOutput:
         """What to show now: everything, or only what is new since the last call with delta=True."""
         first_token = self._sent_tokens if delta else 0
+        self._shown_tokens = len(self.token_ids)
         if delta:
             self._sent_tokens = len(self.token_ids)
         text = ""
@@ -161,6 +169,8 @@ class Generation:
             if not finished:
                 return None
             changed = self.completions
+        elif self.params.stream_interval is not None:
+            changed = [completion for completion in changed if completion.is_due(self.params.stream_interval)]
         delta = kind is RequestOutputKind.DELTA
         outputs = [completion.output(delta) for completion in changed]
         if delta and not finished:

@@ -135,6 +135,10 @@ class _Answer:
             return None
         return chat_logprobs(completion.token_ids, completion.logprobs, self.body.top, self._names())
 
+    @property
+    def _shows_thoughts(self) -> bool:
+        return self.body.include_reasoning is not False
+
     def _reader(self, number: int) -> AnswerReader:
         """What reads the choice of that number."""
         if number not in self.readers:
@@ -153,7 +157,7 @@ class _Answer:
             "annotations": None,
             "audio": None,
             "function_call": None,
-            "reasoning": said.reasoning or None,
+            "reasoning": said.reasoning or None if self._shows_thoughts else None,
         }
         if said.calls:
             message["tool_calls"] = [{key: call[key] for key in ("id", "type", "function")} for call in said.calls]
@@ -176,7 +180,7 @@ class _Answer:
         reader = self._reader(new.index)
         said = reader.read(new.text, new.finish_reason is not None)
         delta: dict[str, Any] = {}
-        if said.reasoning:
+        if said.reasoning and self._shows_thoughts:
             delta["reasoning"] = said.reasoning
         if said.calls:
             delta["tool_calls"] = list(said.calls)

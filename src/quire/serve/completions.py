@@ -36,7 +36,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
         service,
         body,
         new_id("cmpl", request.headers.get("x-request-id"), body.request_id),
-        body.params(service.card.defaults, service.card.limit),
+        service.with_marks(body.params(service.card.defaults, service.card.limit)),
         tenant_of(request.scope),
     )
     if not body.stream:
@@ -161,7 +161,7 @@ class _Answer:
             else:
                 text = self._prompt_text(output) + text
                 token_ids, entries = [*output.prompt_token_ids, *token_ids], [*before, *entries]
-        most = self.body.logprobs
+        most = self.params.logprobs
         shown = None if most is None else completion_logprobs(token_ids, entries, most, self._names())
         wants_ids = bool(self.body.return_token_ids)
         return {
@@ -187,8 +187,8 @@ class _Answer:
             token_ids = [*output.prompt_token_ids, *([] if self.body.only_echo else token_ids)]
             entries = [*before, *([] if self.body.only_echo else entries)]
         shown = None
-        if self.body.logprobs is not None and token_ids:
-            shown = completion_logprobs(token_ids, entries, self.body.logprobs, self._names(), state.offset)
+        if self.params.logprobs is not None and token_ids:
+            shown = completion_logprobs(token_ids, entries, self.params.logprobs, self._names(), state.offset)
             state.offset += sum(len(token) for token in shown["tokens"])
         wants_ids = bool(self.body.return_token_ids)
         begun, state.begun = state.begun, True

@@ -27,7 +27,7 @@ MOST_STOPS = 64
 LONGEST_STOP = 4096  # characters
 LONGEST_SALT = 128
 MOST_CHOICES = 1024
-MOST_ITEMS = {"logit_bias": 1024, "stop_token_ids": 1024, "bad_words": 1024, "allowed_token_ids": 2**20}
+MOST_ITEMS = {"vllm_xargs": 64, "logit_bias": 1024, "stop_token_ids": 1024, "bad_words": 1024, "allowed_token_ids": 2**20}
 MOST_TOOLS = 128
 LONGEST_SCHEMAS = 256 * 1024  # characters of all tools, or of all documents, as JSON
 MOST_DOCUMENTS = 1024
@@ -36,6 +36,7 @@ DEFAULT_COMPLETION_TOKENS = 16
 Int32 = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
 Limit = Callable[[int | None], int | None]  # the wanted number of tokens -> the allowed one
 Penalty = Annotated[float, Field(ge=1e-4, le=1e4)]  # beyond, float32 logits turn into infinities
+XArg = str | int | float | bool
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 
 # What quire knows and cannot do yet, with the values that ask for nothing.
@@ -51,12 +52,8 @@ _REFUSED: dict[str, tuple[object, ...]] = {
     "guided_choice": (None,),
     "guided_grammar": (None,),
     "grammar": (None,),
-    "logprob_token_ids": (None, []),
-    "thinking_token_budget": (None, -1),
-    "include_reasoning": (None, True),
     "kv_transfer_params": (None,),
     "ec_transfer_params": (None,),
-    "vllm_xargs": (None, {}),
     "logits_processors": (None, []),
     "watermarking": (None, False),
     "mm_processor_kwargs": (None, {}),
@@ -147,7 +144,11 @@ class GenerationRequest(ApiRequest):
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
     include_account: bool | None = None
+    logprobs: Any = None
     stream_interval: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    logprob_token_ids: list[Int32] | None = None
+    thinking_token_budget: Int32 | None = None
+    vllm_xargs: dict[str, XArg | list[XArg]] | None = None  # for plugins that process scores
 
     def check(self) -> None:
         """What one field cannot tell alone. Raises ValidationError."""
@@ -162,6 +163,8 @@ class GenerationRequest(ApiRequest):
             self.truncate_prompt_tokens < -1 or self.truncate_prompt_tokens == 0
         ):
             raise ValidationError("truncate_prompt_tokens must be -1 or at least 1.", "truncate_prompt_tokens")
+        if self.logprob_token_ids and not self.logprobs and self.logprobs != 0:
+            raise ValidationError("logprob_token_ids needs logprobs.", "logprob_token_ids")
         self._check_stop()
         self._check_salt()
         self._check_lists()
@@ -213,7 +216,8 @@ class GenerationRequest(ApiRequest):
         return SamplingParams(
             **chosen,
             max_tokens=max_tokens,
-            logprobs=logprobs,
+            logprobs=None if self.logprob_token_ids else logprobs,
+            extra_args=self.vllm_xargs,
             prompt_logprobs=prompt_logprobs,
             logit_bias=_biases(self.logit_bias or {}),
             structured_outputs=wished_form(self.response_format, self.structured_outputs),
@@ -237,6 +241,9 @@ _PASSED_ON = (
     "allowed_token_ids",
     "bad_words",
     "repetition_detection",
+    "logprob_token_ids",
+    "thinking_token_budget",
+    "stream_interval",
 )
 
 
@@ -295,6 +302,7 @@ class ChatRequest(GenerationRequest):
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     return_prompt_text: bool | None = None
+    include_reasoning: bool | None = None
 
     def check(self) -> None:
         """What one field cannot tell alone. Raises ValidationError."""
@@ -311,7 +319,9 @@ class ChatRequest(GenerationRequest):
 
     @property
     def top(self) -> int | None:
-        """How many alternatives to report with each token; None for no log-probabilities at all."""
+        """How many alternatives to report with each token; None for no log-probabilities at all, -1 for all there are."""
+        if self.logprobs and self.logprob_token_ids:
+            return -1
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property

@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -27,13 +27,13 @@ from quire.engine.suspects import QUARANTINED
 from quire.errors import EngineDeadError, NotFoundError, OverloadedError, RequestFailedError, ValidationError
 from quire.serve.account import Account
 from quire.serve.live import Live, LiveRequest
-from quire.serve.merge import every
 from quire.serve.progress import Progress
 from quire.serve.protocol import GenerationRequest
 from quire.serve.renderer import RenderPool
 from quire.serve.store import Store
 from quire.text import ChatOptions, Tokenizer, prompt_text
 from quire.text.chat import render_job
+from quire.text.speech import thinking_marks
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +107,13 @@ class Service:
         if found is None:
             raise ValidationError("This server runs without a tokenizer; send prompts as token ids.", "prompt")
         return found
+
+    def with_marks(self, params: SamplingParams) -> SamplingParams:
+        """The parameters with the marks of thoughts that the option names, where a request limits its thoughts."""
+        parser = self.options.reasoning_parser
+        if params.thinking_token_budget is None or parser is None:
+            return params
+        return replace(params, thinking=thinking_marks(self.tokenizer, parser))
 
     def check_model(self, name: str | None) -> None:
         """Raise NotFoundError for a model that is not served."""
@@ -254,9 +261,9 @@ class Service:
     ) -> AsyncGenerator[RequestOutput]:
         """The outputs of one prompt, several tokens at a time where that is wanted."""
         engine_id = f"{live.id}-{index}-{uuid.uuid4().hex[:8]}"
-        source = self._tracked(live, engine_id, job, params, body.priority or 0, special)
-        interval = self.options.stream_interval if body.stream_interval is None else body.stream_interval
-        return every(interval, source) if body.stream and interval > 1 else source
+        if params.stream_interval is None and self.options.stream_interval > 1:
+            params = replace(params, stream_interval=self.options.stream_interval)
+        return self._tracked(live, engine_id, job, params, body.priority or 0, special)
 
     async def _tracked(
         self, live: LiveRequest, engine_id: str, job: Job, params: SamplingParams, priority: int, special: bool

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal
 
-from quire.core.params import SamplingParams
+from quire.core.params import SamplingParams, ThinkingMarks
 from quire.core.structured import StructuredOutputsParams
 from quire.errors import ValidationError
 from quire.text.format_parser import CallArguments, CallStart, Content, Delta, FormatParser, Reasoning
@@ -97,10 +97,19 @@ class Speech:
     reasoning: ReasoningFormat | None = None
     thinking: bool = False  # the prompt ends inside of a thought
     form: StructuredOutputsParams | None = None  # that calls are forced into
+    marks: ThinkingMarks | None = None  # for a request that limits its thoughts
     shows_special: bool = False  # special tokens must be seen to read the answer
 
     def params(self, params: SamplingParams) -> SamplingParams:
         """The request's parameters with what reading its answer needs. Raises ValidationError."""
+        if params.thinking_token_budget is not None:
+            if self.marks is None:
+                raise ValidationError(
+                    "thinking_token_budget needs to know how the model marks its thoughts, and its chat template does "
+                    "not show that. Start the server with --reasoning-parser.",
+                    "thinking_token_budget",
+                )
+            params = replace(params, thinking=self.marks)
         if self.form is not None:
             if params.structured_outputs is not None:
                 raise ValidationError(
@@ -132,10 +141,13 @@ def speech_of(
     except ValidationError:  # a tokenizer that renders by its own code needs no template
         used = ""
     formats = _formats(used, tool_parser, reasoning_parser)
+    limits = params.thinking_token_budget is not None and formats.reasoning is not None
+    marks = _marks(tokenizer, formats.reasoning) if limits and formats.reasoning is not None else None
     special = [tokenizer.added_tokens.get(token_id, "") for token_id in tokenizer.special_ids]
     if wish.choice == "required":
         written = _forced_format(formats.tools, special)
-        return Speech(wish, written, form=StructuredOutputsParams(grammar=_forced_grammar(wish, written)))
+        form = StructuredOutputsParams(grammar=_forced_grammar(wish, written))
+        return Speech(wish, written, form=form, marks=marks)
     if wish.choice == "auto" and formats.tools is None:
         raise ValidationError(
             'tool_choice "auto" needs to know how the model writes calls, and its chat template does not show that. '
@@ -147,7 +159,24 @@ def speech_of(
     reasoning = formats.reasoning if params.structured_outputs is None else None
     markers = (*(tools.markers if tools else ()), *(reasoning.markers if reasoning else ()))
     thinking = reasoning is not None and prompt.rstrip().endswith(reasoning.opener)
-    return Speech(wish, tools, reasoning, thinking, None, hidden_markers(markers, special))
+    return Speech(wish, tools, reasoning, thinking, None, marks, hidden_markers(markers, special))
+
+
+def thinking_marks(tokenizer: Tokenizer, parser: str | None = None) -> ThinkingMarks | None:
+    """The tokens around thoughts, as the option says or the chat template shows; None where neither does."""
+    try:
+        template = tokenizer.template_for()
+    except ValidationError:
+        template = ""
+    found = _formats(template, None, parser).reasoning
+    return None if found is None else _marks(tokenizer, found)
+
+
+def _marks(tokenizer: Tokenizer, reasoning: ReasoningFormat) -> ThinkingMarks:
+    opener, *closers = (
+        tuple(tokenizer.encode(marker, add_special_tokens=False)) for marker in (reasoning.opener, *reasoning.closers)
+    )
+    return ThinkingMarks(opener=opener, closers=tuple(closers), implied=reasoning.implied)
 
 
 def check_formats(tool_parser: str | None, reasoning_parser: str | None) -> None:

@@ -5,6 +5,7 @@ Functions of logits alone; which rows want them, and from which logits, is decid
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -17,22 +18,40 @@ ROWS_AT_ONCE = 64  # bounds the float32 copies when a long prompt asks for all o
 
 
 def token_logprobs(
-    logits: torch.Tensor, chosen: torch.Tensor, wanted: list[int], mode: LogprobsMode
+    logits: torch.Tensor,
+    chosen: torch.Tensor,
+    wanted: list[int],
+    mode: LogprobsMode,
+    named: Mapping[int, Sequence[int]] | None = None,
 ) -> list[TokenLogprobs]:
     """For each row of `logits` [R, V]: the chosen token (int64 [R]), then the wanted[row] best (-1: all of them).
 
-    In the two logits modes the raw scores take the place of log-probabilities. The rank of the chosen token is the
-    number of tokens that are at least as likely, itself included.
+    `named` has the rows that want certain tokens instead of the best. In the two logits modes the raw scores take the
+    place of log-probabilities. The rank of a token is the number of those at least as likely, itself included.
     """
     found: list[TokenLogprobs] = []
     for first in range(0, logits.shape[0], ROWS_AT_ONCE):
         part = slice(first, first + ROWS_AT_ONCE)
-        found.extend(_part(logits[part].float(), chosen[part], wanted[part], mode))
+        scores = _scores(logits[part], mode)
+        found.extend(_part(scores, chosen[part], wanted[part]))
+        for row in range(first, first + scores.shape[0]):
+            if named and row in named:
+                found[row] = _of_ids(scores[row - first], [int(chosen[row]), *named[row]])
     return found
 
 
-def _part(logits: torch.Tensor, chosen: torch.Tensor, wanted: list[int], mode: LogprobsMode) -> list[TokenLogprobs]:
-    scores = logits if mode.endswith("logits") else torch.log_softmax(logits, dim=-1)
+def _scores(logits: torch.Tensor, mode: LogprobsMode) -> torch.Tensor:
+    return logits.float() if mode.endswith("logits") else torch.log_softmax(logits.float(), dim=-1)
+
+
+def _of_ids(scores: torch.Tensor, ids: list[int]) -> TokenLogprobs:
+    """The entry of a row [V] for these tokens."""
+    picked = scores[ids]
+    ranks = (scores[None, :] >= picked[:, None]).sum(-1)
+    return TokenLogprobs(tuple(ids), tuple(picked.tolist()), tuple(ranks.tolist()))
+
+
+def _part(scores: torch.Tensor, chosen: torch.Tensor, wanted: list[int]) -> list[TokenLogprobs]:
     picked = scores.gather(1, chosen[:, None])
     ranks = (scores >= picked).sum(-1).tolist()
     vocab = scores.shape[1]

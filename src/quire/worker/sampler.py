@@ -1,7 +1,8 @@
 """Sampler: from logits to tokens, each row by its own parameters and its own random numbers.
 
-Order: snapshot for raw log-probabilities, the steps of logit_steps.py, temperature, min-p, top-k, top-p, the draw. What
-is drawn depends on the row's logits, its seed and the position of the token, on nothing else.
+Order: snapshot for raw log-probabilities, the grammar, the steps of logit_steps.py, plugins, the budget of thoughts,
+temperature, min-p, top-k, top-p, the draw. What is drawn depends on the row's logits, its seed and the position of the
+token, on nothing else.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from quire.worker.batch import PromptRows, Rows
 from quire.worker.device import Device
 from quire.worker.logit_steps import LOGIT_STEPS, LogitStep
 from quire.worker.logprobs import LogprobsMode, filtered, token_logprobs
+from quire.worker.processors import LogitsProcessor, Processors
 from quire.worker.slots import Slots
 from quire.worker.structured import StructuredOutputs
+from quire.worker.thinking import ThinkingBudget
 
 
 @dataclass(slots=True)
@@ -38,7 +41,13 @@ class Sampler:
     """Knows the parameters of every row of the Slots."""
 
     def __init__(
-        self, slots: Slots, ops: Ops, device: Device, logprobs_mode: LogprobsMode, grammars: Grammars | None = None
+        self,
+        slots: Slots,
+        ops: Ops,
+        device: Device,
+        logprobs_mode: LogprobsMode,
+        grammars: Grammars | None = None,
+        processors: Sequence[LogitsProcessor] = (),
     ) -> None:
         count, where = slots.num_slots, device.torch_device
         self._slots = slots
@@ -48,10 +57,13 @@ class Sampler:
         self._steps: list[LogitStep] = [
             StructuredOutputs(slots, device, grammars),
             *(make(slots, device) for make in LOGIT_STEPS),
+            *([Processors(slots, device, processors)] if processors else ()),
+            ThinkingBudget(slots, device),
         ]
         self._uses = np.zeros((len(self._steps), count), dtype=bool)
         self._random = np.zeros(count, dtype=bool)  # rows that are not greedy
         self._logprobs = np.full(count, -2, dtype=np.int64)  # how many are wanted; -1 all, -2 not asked for
+        self._logprob_ids: dict[int, tuple[int, ...]] = {}  # rows that name the tokens to report
         self._temperature = torch.zeros(count, dtype=torch.float32, device=where)
         self._top_k = torch.zeros(count, dtype=torch.int32, device=where)
         self._top_p = torch.ones(count, dtype=torch.float32, device=where)
@@ -68,6 +80,8 @@ class Sampler:
             self._uses[index, slot] = step.admit(new, params)
         self._random[slot] = not params.greedy
         self._logprobs[slot] = -2 if params.logprobs is None else params.logprobs
+        if params.logprob_token_ids is not None:
+            self._logprob_ids[slot] = params.logprob_token_ids
         self._temperature[slot] = 0.0 if params.greedy else params.temperature
         self._top_k[slot] = params.top_k
         self._top_p[slot] = params.top_p
@@ -79,6 +93,7 @@ class Sampler:
         self._uses[:, slot] = False
         self._random[slot] = False
         self._logprobs[slot] = -2
+        self._logprob_ids.pop(slot, None)
 
     def choose(self, logits: torch.Tensor, rows: Rows) -> Choices:
         """One token for each row of `logits` [R, V]. Leaves `logits` as they are.
@@ -150,8 +165,13 @@ class Sampler:
                 scores.index_select(0, picked).float(), *(item.index_select(0, slots) for item in settings)
             )
         chosen = tokens.index_select(0, picked).clamp_(min=0)
-        entries = token_logprobs(source, chosen, wanted[asking].tolist(), self._mode)
+        named = self._named(rows.slots_host[asking].tolist()) if self._logprob_ids else None
+        entries = token_logprobs(source, chosen, wanted[asking].tolist(), self._mode, named)
         return dict(zip(asking.tolist(), entries, strict=True))
+
+    def _named(self, slots: list[int]) -> dict[int, tuple[int, ...]]:
+        """The tokens to report, for those of these rows that name them."""
+        return {row: self._logprob_ids[slot] for row, slot in enumerate(slots) if slot in self._logprob_ids}
 
     def prompt_logprobs(self, logits: torch.Tensor, part: PromptRows) -> tuple[TokenLogprobs, ...]:
         """Of the prompt tokens at positions start + 1 .. start + count, from the logits before any step."""

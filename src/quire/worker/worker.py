@@ -28,6 +28,7 @@ from quire.worker.drafter import Drafter, History
 from quire.worker.governor import Governor
 from quire.worker.kvstore import KVStore
 from quire.worker.ngram import NgramDrafter
+from quire.worker.processors import find_processors
 from quire.worker.runner import Runner
 from quire.worker.sampler import Sampler
 from quire.worker.slots import Slots
@@ -92,7 +93,8 @@ class Worker:
         with self._device.stream():
             store = KVStore(self._model.layout, groups, setup.cache_dtype, self._ops, self._device)
         slots = Slots(setup.max_num_seqs, setup.max_model_len, groups, self._device)
-        sampler = Sampler(slots, self._ops, self._device, setup.options.logprobs_mode, grammars)
+        processors = find_processors(setup.options.logits_processors)
+        sampler = Sampler(slots, self._ops, self._device, setup.options.logprobs_mode, grammars, processors)
         with self._device.stream():
             speculator = self._speculator(slots, sampler)
         self._runner = Runner(
