@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from quire.core.request import CoreRequest, Request
+from quire.core.stats import Queue
 
 Key = tuple[float, ...]
 Entry = tuple[Key, Request]
@@ -50,6 +51,7 @@ class Share:
 
     line: list[Entry] = field(default_factory=list)
     given: float = 0.0
+    queue: Queue = Queue()  # what of the line is alive
 
 
 class WaitingLine:
@@ -92,11 +94,15 @@ class WaitingLine:
         if not share.line:
             others = [other.given for other in self._shares.values() if self._alive(other.line)]
             share.given = max(share.given, min(others, default=self._level))
+        share.queue = share.queue.plus(1, len(request.tokens))
         self._enter(share.line, request)
 
     def push_back(self, request: Request) -> None:
         """Let a request wait that was taken with pop() before."""
-        self._enter(self._back if self._fair else self._shares[""].line, request)
+        if self._fair:
+            self._enter(self._back, request)
+        else:
+            self.push(request)
 
     def front(self) -> Request | None:
         """The next request, without taking it."""
@@ -108,24 +114,43 @@ class WaitingLine:
         line = self._next_line()
         assert line, "the waiting line is empty"
         _, request = heapq.heappop(line)
+        self._leave(request)
         if self._fair and line is not self._back:
             self._level = self._shares[request.given.tenant].given
             self._turns += 1
             request.key = (self._turns,)
-        self._count -= 1
-        self.tokens -= len(request.tokens)
         return request
 
     def remove(self, request: Request) -> None:
         """Take a request out of the middle, for good: the same object never comes back."""
         self._dead.add(request)
-        self._count -= 1
-        self.tokens -= len(request.tokens)
+        self._leave(request)
         if len(self._dead) > 64 and len(self._dead) > self._count:
             for line in (self._back, *(share.line for share in self._shares.values())):
                 line[:] = [entry for entry in line if entry[1] not in self._dead]
                 heapq.heapify(line)
             self._dead.clear()
+
+    def queues(self) -> dict[str, Queue]:
+        """What waits for its first turn, by tenant; under the name "" unless the policy is fair."""
+        return {tenant: share.queue for tenant, share in self._shares.items() if share.queue.requests}
+
+    def in_order(self) -> Iterator[Request]:
+        """All that wait, in the order of their turns if nothing came, ended or was made meanwhile."""
+        yield from (request for _, request in sorted(self._back) if request not in self._dead)
+        lines = [
+            (share.given, number, iter([request for _, request in sorted(share.line) if request not in self._dead]))
+            for number, share in enumerate(self._shares.values())
+        ]
+        heapq.heapify(lines)
+        while lines:
+            given, number, line = lines[0]
+            request = next(line, None)
+            if request is None:
+                heapq.heappop(lines)
+            else:
+                heapq.heapreplace(lines, (given + len(request.tokens), number, line))
+                yield request
 
     def charge_prompt(self, request: Request, hit: int) -> None:
         """A request runs for the first time: its tenant is given its tokens, less those found in the cache."""
@@ -149,6 +174,17 @@ class WaitingLine:
         heapq.heappush(line, (request.key, request))
         self._count += 1
         self.tokens += len(request.tokens)
+
+    def _leave(self, request: Request) -> None:
+        if not self._had_turn(request):
+            share = self._share_of(request)
+            share.queue = share.queue.plus(-1, -len(request.tokens))
+        self._count -= 1
+        self.tokens -= len(request.tokens)
+
+    def _had_turn(self, request: Request) -> bool:
+        """Whether the key of a request is the number of its turn."""
+        return self._fair and len(request.key) == 1
 
     def _next_line(self) -> list[Entry] | None:
         """The line whose first request is next; None when nobody waits."""

@@ -30,7 +30,7 @@ from quire.core.plan import (
 from quire.core.planning import Blocked, Flight, Sketch
 from quire.core.queue import WaitingLine
 from quire.core.request import GONE, NOWHERE, CoreRequest, Request
-from quire.core.stats import Stats
+from quire.core.stats import Queue, Stats
 from quire.core.stop import check_stop, stop_rules
 from quire.core.tables import PageTables
 from quire.errors import ValidationError
@@ -128,6 +128,7 @@ class Scheduler:
             running=len(self._running),
             waiting=len(self._waiting),
             waiting_tokens=self._waiting.tokens,
+            queues=self._waiting.queues(),
             in_flight=len(self._flights),
             pages=tuple(pool.num_pages - 1 for pool in pools),
             free_pages=tuple(pool.free for pool in pools),
@@ -139,6 +140,15 @@ class Scheduler:
     def picture(self) -> Picture:
         """Whose each page is at this moment, and who waits."""
         return draw(self._steps, self._tables.groups, self._running, self._waiting)
+
+    def before(self, request_id: str) -> Queue | None:
+        """What has its turn before a request that waits; None for one that does not."""
+        found = Queue()
+        for request in self._waiting.in_order():
+            if request.given.request_id == request_id:
+                return found
+            found = found.plus(1, len(request.tokens))
+        return None
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached content. False if running requests go on with pages computed before this call."""

@@ -5,6 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """Requests that wait, and their known tokens."""
+
+    requests: int = 0
+    tokens: int = 0
+
+    def plus(self, requests: int, tokens: int) -> Queue:
+        """A queue with more in it."""
+        return Queue(self.requests + requests, self.tokens + tokens)
+
+
 @dataclass(slots=True)
 class Stats:
     """Counters since the start, and gauges of this moment (running, waiting, pages). Token counts unless said otherwise.
@@ -15,6 +27,7 @@ class Stats:
     running: int = 0  # requests
     waiting: int = 0  # requests
     waiting_tokens: int = 0
+    queues: dict[str, Queue] = field(default_factory=dict)  # fair: what waits for its first turn, by tenant; else by ""
     in_flight: int = 0  # plans
     pages: tuple[int, ...] = ()  # per group, the null page left out
     free_pages: tuple[int, ...] = ()  # per group; those that hold known content included

@@ -6,7 +6,9 @@ from dataclasses import fields, replace
 
 from quire.core.stats import Stats
 
-GAUGES = {"running", "waiting", "waiting_tokens", "in_flight", "pages", "free_pages", "named_pages", "finished"}
+GAUGES = {
+    *("running", "waiting", "waiting_tokens", "queues", "in_flight", "pages", "free_pages", "named_pages", "finished"),
+}
 COUNTERS = tuple(field.name for field in fields(Stats) if field.name not in GAUGES)
 
 
