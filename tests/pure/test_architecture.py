@@ -48,7 +48,8 @@ LAYERS: dict[str, set[str]] = {
     "resolve": {
         *("errors", "env", "config", "sizing", "core.plan", "models", "layers.spec", "kernels.table", "worker.device"),
     },
-    "engine": {"errors", "env", "core", "text", "grammar", "config", "sizing", "resolve"},
+    "roofline": {"config", "core.picture", "kernels", "models", "resolve"},
+    "engine": {"errors", "env", "core", "text", "grammar", "config", "sizing", "resolve", "roofline"},
     "llm": {"errors", "env", "config", "core", "text", "engine", "resolve"},
     "serve": {"errors", "env", "config", "core", "text", "engine", "resolve", "llm"},
 }

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from quire.cli import chat, roofline
+from quire import roofline
+from quire.cli import chat
 from quire.cli.main import COMMANDS, main
 from quire.cli.options import SampleOptions, split_model
 from quire.cli.session import Figures, RemoteSession

@@ -13,8 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quire import env
-from quire.cli import roofline
+from quire import env, roofline
 from quire.cli.flags import FlagParser
 from quire.cli.options import add_engine_flags, engine_options, section_of
 from quire.cli.workloads import Item, WorkloadOptions, make_items
@@ -176,14 +175,13 @@ def timed(engine: Engine, items: list[Item], n: int, detokenize: bool) -> float:
 def ceiling(config: EngineConfig, items: list[Item], n: int, seconds: float) -> Ceiling:
     """How long the same work would take at the limits of this machine, as they are now."""
     from quire import sizing
-    from quire.cli.plan import load_of
     from quire.kernels.table import load_ops
 
     costs = sizing.group_costs(
         config.layout, config.block_size, config.cache_dtype, load_ops(config.device).cache_bytes
     )
-    speed = roofline.measure_cuda() if config.device == "cuda" else roofline.measure_cpu(config.threads)
-    load = load_of(config)
+    speed = roofline.measure(config)
+    load = roofline.load_of(config)
     prompt = sum(len(item.prompt_token_ids) for item in items)
     out = sum(item.output_len for item in items) * n
     context = prompt // len(items) + out // (2 * len(items) * n)

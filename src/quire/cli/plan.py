@@ -6,13 +6,11 @@ The same rules decide as when an engine starts, so what is printed is what would
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
-from quire import env
-from quire.cli import roofline
+from quire import env, roofline
 from quire.cli.flags import FlagParser
 from quire.cli.options import add_engine_flags, engine_options
 
@@ -21,7 +19,6 @@ if TYPE_CHECKING:
 
 USUAL_CONTEXT = 2048
 BATCH = 32
-EMBEDDING_NAMES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +92,8 @@ def make_plan(config: EngineConfig) -> Plan:
     costs = sizing.group_costs(
         config.layout, config.block_size, config.cache_dtype, load_ops(config.device).cache_bytes
     )
-    speed = roofline.measure_cuda() if config.device == "cuda" else roofline.measure_cpu(config.threads)
-    load = load_of(config)
+    speed = roofline.measure(config)
+    load = roofline.load_of(config)
     at_2k = min(USUAL_CONTEXT, config.max_model_len)
     fits = sizing.concurrent_requests(config.groups, costs, at_2k)
     concurrent = min(fits, config.max_num_seqs)
@@ -137,32 +134,6 @@ def page_groups(config: EngineConfig, page_bytes: list[int]) -> tuple[PageGroup,
         layers = sum(layer.group == index for layer in config.layout.layers)
         found.append(PageGroup(group.kind, layers, group.page_size, size, group.num_pages))
     return tuple(found)
-
-
-def load_of(config: EngineConfig) -> roofline.Load:
-    """What a step reads and multiplies: all weights but the embedding table, and only the experts that are chosen."""
-    from quire.models.footprint import bytes_per_weight, head_bytes
-    from quire.models.headers import weight_headers
-    from quire.resolve import count_parameters
-
-    files, layout = config.files, config.layout
-
-    if files.weight_format == "safetensors":
-        sizes = {name: math.prod(header.shape) for name, header in weight_headers(files).items()}
-    else:
-        sizes = {"": count_parameters(files)}
-    head = 0 if any(name.endswith("lm_head.weight") for name in sizes) else layout.vocab_size * layout.hidden_size
-    text = files.text_config.to_dict()
-    experts = text.get("num_experts") or text.get("num_local_experts") or text.get("n_routed_experts") or 1
-    share = (text.get("num_experts_per_tok") or experts) / experts
-    active = head
-    for name, size in sizes.items():
-        if name.endswith(EMBEDDING_NAMES) or not name:
-            size -= layout.vocab_size * layout.hidden_size
-        active += int(size * share) if ".experts." in name else size
-    method = config.options.model.quantization
-    read = (active - head) * bytes_per_weight(method, config.dtype) + head * head_bytes(method, config.dtype)
-    return roofline.Load(int(read), active)
 
 
 def binding_limit(

@@ -38,12 +38,23 @@ class PictureGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class Ceiling:
+    """What the machine allows: bytes and operations per second, and what a step reads and a position multiplies."""
+
+    bandwidth: float
+    flops: float
+    read_bytes: int
+    active_weights: int
+
+
+@dataclass(frozen=True, slots=True)
 class Picture:
-    """Running requests come first, in the order that the marks of pages count."""
+    """Running requests come first, in the order that the marks of pages count. The ceiling is measured elsewhere."""
 
     step: int
     groups: tuple[PictureGroup, ...]
     requests: tuple[PictureRequest, ...]
+    ceiling: Ceiling | None = None
 
 
 def draw(step: int, groups: Sequence[PageGroup], running: Sequence[Request], waiting: Iterable[Request]) -> Picture:

@@ -5,6 +5,7 @@ for does. Knows nothing of what they look like.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ async def live_picture(request: Request) -> dict[str, Any]:
 
 def _pages(picture: Picture | None, live: Live, tenant: str) -> dict[str, Any]:
     if picture is None:
-        return {"first_owner": FIRST_OWNER, "groups": [], "requests": []}
+        return {"first_owner": FIRST_OWNER, "groups": [], "requests": [], "ceiling": None}
     names = {
         engine_id: found.id
         for found in live.requests.values()
@@ -96,6 +97,7 @@ def _pages(picture: Picture | None, live: Live, tenant: str) -> dict[str, Any]:
         "first_owner": FIRST_OWNER,
         "groups": [{"page_size": group.page_size, "runs": group.runs} for group in picture.groups],
         "requests": [_request(found, names) for found in picture.requests],
+        "ceiling": None if picture.ceiling is None else asdict(picture.ceiling),
     }
 
 

@@ -1,22 +1,29 @@
 """What this machine can do, measured in a fraction of a second, and what that allows a model at best.
 
-A decode step reads all weights once, whatever the batch; a position costs two operations per weight. Knows sizes and
-speeds only.
+A decode step reads all weights once, whatever the batch; a position costs two operations per weight.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from quire.core.picture import Ceiling
+
+if TYPE_CHECKING:
+    from quire.resolve import EngineConfig
 
 READ_BYTES = 128 << 20  # far beyond any cache
 SIDE = 1024
 REPEATS = 4
 ROUNDS = 200_000
+EMBEDDING_NAMES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +40,44 @@ class Load:
 
     read_bytes: int
     active_weights: int
+
+
+def ceiling_of(config: EngineConfig) -> Ceiling:
+    """What this machine allows the model of an engine; measures for a moment."""
+    speed, load = measure(config), load_of(config)
+    return Ceiling(speed.bandwidth, speed.flops, load.read_bytes, load.active_weights)
+
+
+def measure(config: EngineConfig) -> Speed:
+    """The limits of the device that an engine runs on."""
+    return measure_cuda() if config.device == "cuda" else measure_cpu(config.threads)
+
+
+def load_of(config: EngineConfig) -> Load:
+    """What a step reads and multiplies: all weights but the embedding table, and only the experts that are chosen."""
+    # Imported here: PyTorch comes with them, and the command line's flags do without.
+    from quire.models.footprint import bytes_per_weight, head_bytes
+    from quire.models.headers import weight_headers
+    from quire.resolve import count_parameters
+
+    files, layout = config.files, config.layout
+
+    if files.weight_format == "safetensors":
+        sizes = {name: math.prod(header.shape) for name, header in weight_headers(files).items()}
+    else:
+        sizes = {"": count_parameters(files)}
+    head = 0 if any(name.endswith("lm_head.weight") for name in sizes) else layout.vocab_size * layout.hidden_size
+    text = files.text_config.to_dict()
+    experts = text.get("num_experts") or text.get("num_local_experts") or text.get("n_routed_experts") or 1
+    share = (text.get("num_experts_per_tok") or experts) / experts
+    active = head
+    for name, size in sizes.items():
+        if name.endswith(EMBEDDING_NAMES) or not name:
+            size -= layout.vocab_size * layout.hidden_size
+        active += int(size * share) if ".experts." in name else size
+    method = config.options.model.quantization
+    read = (active - head) * bytes_per_weight(method, config.dtype) + head * head_bytes(method, config.dtype)
+    return Load(int(read), active)
 
 
 def measure_cpu(threads: int) -> Speed:
