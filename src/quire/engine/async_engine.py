@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import threading
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -28,6 +29,7 @@ from quire.text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 LONG_TEXT = 20_000  # characters; tokenizing more than this in the event loop would hold up everybody's streams
+MOST_FAILURES = 3  # steps in a row that raise, until the engine counts as dead
 
 _Answer = TypeVar("_Answer")
 
@@ -38,6 +40,9 @@ class _Waiter:
 
     loop: asyncio.AbstractEventLoop
     queue: asyncio.Queue[RequestOutput | Exception]
+
+
+_Mail = deque[tuple[_Waiter, "RequestOutput | Exception"]]  # for one event loop, which empties it from the left
 
 
 @dataclass(slots=True)
@@ -61,6 +66,7 @@ class AsyncEngine:
         self._wake = threading.Condition()
         self._commands: list[_Command] = []  # guarded by _wake; run by the engine's thread between steps
         self._waiters: dict[str, _Waiter] = {}  # the engine's thread alone
+        self._mail: dict[asyncio.AbstractEventLoop, _Mail] = {}  # filled by the engine's thread
         self._closing = False
         self._dead: BaseException | None = None
         self._thread: threading.Thread | None = None
@@ -206,8 +212,20 @@ class AsyncEngine:
 
     def _run(self) -> None:
         try:
-            while self._wait():
-                self._deliver(self._engine.step())
+            failures = 0
+            while failures <= MOST_FAILURES:
+                try:
+                    if not self._wait():
+                        break
+                    self._deliver(self._engine.step())
+                    failures = 0
+                except EngineDeadError:
+                    raise
+                except Exception:
+                    failures += 1
+                    if not self._engine.resumable or failures > MOST_FAILURES:
+                        raise
+                    logger.exception("a step failed; the engine goes on")
             self._engine.abort(list(self._waiters))
             self._deliver(self._engine.step())
         except BaseException as error:
@@ -248,15 +266,17 @@ class AsyncEngine:
         self._put(found)
 
     def _put(self, items: list[tuple[_Waiter, RequestOutput | Exception]]) -> None:
-        """Hand items to their coroutines, waking each event loop once."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Waiter, RequestOutput | Exception]]] = {}
+        """Hand items to their coroutines, waking each event loop once. What could not be handed over goes next time."""
         for item in items:
-            by_loop.setdefault(item[0].loop, []).append(item)
-        for loop, theirs in by_loop.items():
+            self._mail.setdefault(item[0].loop, deque()).append(item)
+        for loop, mail in list(self._mail.items()):
+            if not mail:
+                continue
             try:
-                loop.call_soon_threadsafe(_fill, theirs)
+                loop.call_soon_threadsafe(_fill, mail)
             except RuntimeError:  # that event loop is closed: nobody waits there
-                for waiter, _ in theirs:
+                del self._mail[loop]
+                for waiter, _ in mail:
                     self._forget(waiter)
 
     def _forget(self, waiter: _Waiter) -> None:
@@ -277,9 +297,11 @@ class AsyncEngine:
             command.fail(reason)
 
 
-def _fill(items: list[tuple[_Waiter, RequestOutput | Exception]]) -> None:
-    for waiter, item in items:
+def _fill(mail: _Mail) -> None:
+    while mail:
+        waiter, item = mail[0]
         waiter.queue.put_nowait(item)
+        mail.popleft()
 
 
 def _settle(future: asyncio.Future[_Answer], answer: _Answer) -> None:

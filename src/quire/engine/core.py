@@ -14,7 +14,7 @@ from quire.core.picture import Picture
 from quire.core.plan import Event, SpanResult, StepPlan, StepResult
 from quire.core.request import CoreRequest
 from quire.core.scheduler import Scheduler
-from quire.core.stats import Stats
+from quire.core.stats import Queue, Stats
 from quire.engine.executor import Executor, Handle
 from quire.errors import EngineError
 
@@ -22,7 +22,12 @@ logger = logging.getLogger(__name__)
 
 
 class Core(Protocol):
-    """What an Engine drives: the EngineCore of this file, or one in another process (supervisor.py)."""
+    """What an Engine drives: the EngineCore of this file, or one in another process (supervisor.py).
+
+    `resumable`: whether step() may be called again after it has raised anything but EngineDeadError.
+    """
+
+    resumable: bool
 
     def add(self, request: CoreRequest) -> Event | None:
         """Take in a request; its last event if it has ended already."""
@@ -48,6 +53,10 @@ class Core(Protocol):
         """Counters and gauges."""
         ...
 
+    def before(self, request_id: str) -> Queue | None:
+        """What has its turn before a request that waits; None for one that does not."""
+        ...
+
     def picture(self) -> Picture | None:
         """How the pages lie, now or a moment ago; None while that is not known."""
         ...
@@ -62,12 +71,19 @@ class Core(Protocol):
 
 
 class EngineCore:
-    """The loop over one scheduler and one executor. Not thread-safe: one thread calls it."""
+    """The loop over one scheduler and one executor. Not thread-safe: one thread calls it.
 
-    def __init__(self, scheduler: Scheduler, executor: Executor, max_in_flight: int = 1) -> None:
+    `mortal`: somebody starts the engine anew and gives it all requests again, so a step that fails as a whole raises.
+    Otherwise it ends the requests that were in it.
+    """
+
+    resumable = False  # who knows how far the scheduler came
+
+    def __init__(self, scheduler: Scheduler, executor: Executor, max_in_flight: int = 1, mortal: bool = False) -> None:
         self._scheduler = scheduler
         self._executor = executor
         self._max_in_flight = max_in_flight
+        self._mortal = mortal
         self._in_flight: deque[tuple[StepPlan, Handle]] = deque()
 
     def add(self, request: CoreRequest) -> Event | None:
@@ -107,7 +123,7 @@ class EngineCore:
             return _Failed(error)
 
     def _collect(self, plan: StepPlan, handle: Handle) -> StepResult:
-        """The result of the plan. A step that failed as a whole fails the requests in it and nobody else.
+        """The result of the plan. A step that failed as a whole fails the requests in it and nobody else, or raises.
 
         A worker already runs the requests of a failed step one by one to find the culprit, so what arrives here as an
         exception is beyond one request: the executor itself.
@@ -118,6 +134,8 @@ class EngineCore:
                 raise EngineError(f"the result of step {result.step} has {len(result.spans)} entries")
             return result
         except Exception as error:
+            if self._mortal:
+                raise
             logger.exception("step %d failed; its %d requests end with an error", plan.step, len(plan.spans))
             message = f"the step failed: {type(error).__name__}: {error}"
             return StepResult(plan.step, tuple(SpanResult(span.slot, error=message) for span in plan.spans))
@@ -129,6 +147,10 @@ class EngineCore:
     def picture(self) -> Picture:
         """How the pages lie now."""
         return self._scheduler.picture()
+
+    def before(self, request_id: str) -> Queue | None:
+        """What has its turn before a request that waits; None for one that does not."""
+        return self._scheduler.before(request_id)
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached pages. False when requests still hold some."""

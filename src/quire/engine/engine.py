@@ -7,7 +7,9 @@ the batch drivers (async_engine.py, llm.py) only call what is here.
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -28,6 +30,8 @@ from quire.errors import OverloadedError, ValidationError
 from quire.grammar import Grammars
 from quire.text.speech import thinking_marks
 from quire.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +90,11 @@ class Engine:
         self._limits = PromptLimits(settings.max_model_len, settings.vocab_size)
         self._generations: dict[str, Generation] = {}
         self._completions: dict[str, Completion] = {}  # live ones, by their id in the core
-        self._ready: list[RequestOutput] = []  # outputs that came about outside of a step
-        self._aborted: list[FinishedRequest] = []  # since the last step, for the observer
+        # What is on its way through a step, kept here so that nothing is lost when one raises in its middle.
+        self._events: deque[Event] = deque()
+        self._changed: dict[str, dict[int, Completion]] = {}  # completions with news, by request and index
+        self._ready: list[RequestOutput] = []
+        self._notes = _StepNotes()
         self._told: Stats | None = None  # what the observer heard last
         self._numbers = count()
         # Many requests bring the same wishes; making them costs as much as a token of a small model.
@@ -244,21 +251,23 @@ class Engine:
             generation = self._generations.get(request_id)
             if generation is None:
                 continue
-            changed = []
             for completion in generation.completions:
                 if completion.finish_reason is None:
                     self._core.abort(completion.core_id)
                     completion.push(Event(completion.core_id, finish_reason="abort"))
-                    self._end(completion)
-                    self._aborted.append(_finished(completion, self._clock()))
-                    changed.append(completion)
-            self._ready.extend(self._outputs({request_id: changed}))
+                    self._end(completion, self._clock())
+                    self._changed.setdefault(request_id, {})[completion.index] = completion
 
     # ---------------------------------------------------------------- outputs out
 
+    @property
+    def resumable(self) -> bool:
+        """Whether step() may be called again after it has raised anything but EngineDeadError."""
+        return self._core.resumable
+
     def has_work(self) -> bool:
         """Whether step() would bring anything."""
-        return bool(self._ready) or self._core.has_work()
+        return bool(self._events or self._changed or self._ready) or self._core.has_work()
 
     def interrupt(self) -> None:
         """Let a step() that waits in another thread return. Safe in any thread."""
@@ -266,75 +275,96 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Run one step of the engine and return what changed. A failed request ends with finish_reason "error"."""
-        events = self._core.step()
+        self._events.extend(self._core.step())
         now = self._clock()
-        notes = _StepNotes(self._aborted)
-        self._aborted = []
-        changed: dict[str, list[Completion]] = {}
-        completions = self._completions
-        for event in events:
-            completion = completions.get(event.request_id)
-            if completion is None:  # ended by a stop string or an abort while the step ran
-                continue
-            self._take(completion, event, now, notes)
-            parent = completion.parent
-            if parent.streams or not parent.unfinished:
-                changed.setdefault(parent.request_id, []).append(completion)
+        while self._events:
+            self._take(self._events[0], now)
+            self._events.popleft()
+        while self._changed:
+            request_id, completions = next(iter(self._changed.items()))
+            output = self._output(self._generations[request_id], completions)
+            if output is not None:
+                self._ready.append(output)
+            del self._changed[request_id]
+        self._observe()
         outputs, self._ready = self._ready, []
-        outputs.extend(self._outputs(changed))
-        if self.observer is not None:
-            stats = self._core.stats()
-            if notes.finished or stats != self._told:  # a core in another process may have nothing new to say
-                self._told = stats
-                self.observer.observe(stats, notes.figures())
         return outputs
 
-    def _take(self, completion: Completion, event: Event, now: float, notes: _StepNotes) -> None:
-        """One event of one completion."""
+    def _take(self, event: Event, now: float) -> None:
+        """One event. Whatever goes wrong on the way to its text ends its completion and no other."""
+        completion = self._completions.get(event.request_id)
+        if completion is None:  # ended by a stop string or an abort while the step ran
+            return
+        parent = completion.parent
+        try:
+            self._absorb(completion, event, now)
+        except Exception as error:
+            logger.exception("request %s failed on the way from tokens to text", event.request_id)
+            self._fail(completion, error, now)
+        if parent.streams or not parent.unfinished:
+            self._changed.setdefault(parent.request_id, {})[completion.index] = completion
+
+    def _absorb(self, completion: Completion, event: Event, now: float) -> None:
         parent = completion.parent
         if event.prompt_logprobs and completion.index == 0:
             parent.note_prompt_logprobs(event.prompt_logprobs, self.tokenizer)
         if event.tokens:
-            notes.tokens(completion, event, now)
+            self._notes.tokens(completion, event, now)
             completion.last_token = now
         if event.times:
             parent.scheduled_ts = parent.scheduled_ts or event.times.get("scheduled", 0.0)
             if completion.index == 0:
                 parent.cached_tokens = event.cached_tokens
-        stopped = self._push(completion, event)
+        stopped = completion.push(event)
         if completion.finish_reason is not None:
             parent.preemptions += event.preemptions
             if stopped:
                 self._core.abort(completion.core_id)
-            self._end(completion)
-            notes.finished.append(_finished(completion, now))
+            self._end(completion, now)
 
-    def _push(self, completion: Completion, event: Event) -> bool:
-        """Text of an event. A tokenizer that fails on a request's tokens ends that request and no other."""
-        try:
-            return completion.push(event)
-        except Exception as error:
-            completion.finish_reason, completion.stop_reason = "error", None
-            completion.error = f"turning tokens into text failed: {type(error).__name__}: {error}"
-            return event.finish_reason is None
+    def _fail(self, completion: Completion, error: Exception, now: float) -> None:
+        """End a completion with an error, unless it has ended."""
+        if completion.core_id not in self._completions:
+            return
+        completion.finish_reason, completion.stop_reason = "error", None
+        completion.error = f"turning tokens into text failed: {type(error).__name__}: {error}"
+        self._core.abort(completion.core_id)
+        self._end(completion, now)
 
-    def _end(self, completion: Completion) -> None:
+    def _end(self, completion: Completion, now: float) -> None:
         """The completion takes no more events."""
         del self._completions[completion.core_id]
         completion.parent.unfinished -= 1
+        self._notes.finished.append(_finished(completion, now))
 
-    def _outputs(self, changed: dict[str, list[Completion]]) -> list[RequestOutput]:
-        found = []
-        for request_id, completions in changed.items():
-            generation = self._generations[request_id]
-            if len(completions) > 1:
-                completions.sort(key=_index)
-            output = generation.output(completions, self.settings.with_metrics)
-            if generation.unfinished == 0:
-                del self._generations[request_id]
-            if output is not None:
-                found.append(output)
-        return found
+    def _output(self, generation: Generation, completions: dict[int, Completion]) -> RequestOutput | None:
+        """What a request has to tell. One whose output cannot be made ends with an error."""
+        changed = (
+            [completions[index] for index in sorted(completions)] if len(completions) > 1 else completions.values()
+        )
+        try:
+            output = generation.output(list(changed), self.settings.with_metrics)
+        except Exception as error:
+            logger.exception("the output of request %s cannot be made", generation.request_id)
+            for completion in generation.completions:
+                self._fail(completion, error, self._clock())
+            output = generation.failure(f"{type(error).__name__}: {error}")
+        if generation.unfinished == 0:
+            del self._generations[generation.request_id]
+        return output
+
+    def _observe(self) -> None:
+        """Tell the observer, whose mistakes are its own."""
+        notes, self._notes = self._notes, _StepNotes()
+        if self.observer is None:
+            return
+        try:
+            stats = self._core.stats()
+            if notes.finished or stats != self._told:  # a core in another process may have nothing new to say
+                self._told = stats
+                self.observer.observe(stats, notes.figures())
+        except Exception:
+            logger.exception("the figures of a step are lost")
 
     # ---------------------------------------------------------------- the rest
 
@@ -366,13 +396,13 @@ class _StepNotes:
 
     __slots__ = ("between", "cached", "finished", "first", "generated", "prompt")
 
-    def __init__(self, finished: list[FinishedRequest]) -> None:
+    def __init__(self) -> None:
         self.prompt = 0
         self.cached = 0
         self.generated = 0
         self.first: list[float] = []
         self.between: list[float] = []
-        self.finished = finished
+        self.finished: list[FinishedRequest] = []
 
     def tokens(self, completion: Completion, event: Event, now: float) -> None:
         """Note tokens that came, before the completion takes them in."""
@@ -408,10 +438,6 @@ def _finished(completion: Completion, now: float) -> FinishedRequest:
         prefill=max(0.0, first - scheduled) if first and scheduled else 0.0,
         decode=last - first if first else 0.0,
     )
-
-
-def _index(completion: Completion) -> int:
-    return completion.index
 
 
 def _wrap(seed: int) -> int:

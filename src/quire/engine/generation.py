@@ -189,6 +189,11 @@ class Generation:
             self.cached_tokens,
         )
 
+    def failure(self, error: str) -> RequestOutput:
+        """The last output of a request whose outputs cannot be made."""
+        lost = [CompletionOutput(index, "", [], None, None, "error", None, error) for index in range(self.params.n)]
+        return RequestOutput(self.request_id, self.prompt.text, self.prompt_token_ids, None, lost, True)
+
     def metrics(self) -> RequestMetrics:
         """The times so far."""
         firsts = [completion.first_token for completion in self.completions if completion.first_token]

@@ -15,15 +15,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from quire import env
 from quire.config import EngineOptions
 from quire.core.options import SchedulerOptions
-from quire.core.picture import Picture
+from quire.core.picture import Ceiling, Picture
 from quire.core.plan import Event, StepPlan, StepResult
 from quire.core.scheduler import Scheduler
+from quire.core.stats import Queue
 from quire.engine import wire
 from quire.engine.blackbox import REGIONS, BlackBox
 from quire.engine.core import EngineCore
@@ -47,6 +48,7 @@ class Served:
     scheduler: SchedulerOptions
     settings: EngineSettings
     grammars: Grammars | None = None
+    ceiling: Callable[[], Ceiling] | None = None  # measures for a moment what the machine allows the model
 
 
 Tell = Callable[[wire.FromEngine], None]
@@ -69,14 +71,18 @@ def load_model(options: EngineOptions, tell: Tell) -> Served:
     # Imported here: torch comes with it, and the tests' engines need none.
     from quire.engine.start import load
     from quire.resolve import EngineConfig
+    from quire.roofline import ceiling_of
+
+    ceilings: list[Callable[[], Ceiling]] = []
 
     def on_config(config: EngineConfig) -> None:
+        ceilings.append(lambda: ceiling_of(config))
         files = config.files
         if not options.model.skip_tokenizer_init:
             tell(wire.Tokenizing(str(files.tokenizer), files.trust_remote_code, files.tokenizer_revision))
 
     loaded = load(options, lambda name, seconds: tell(wire.Phase(name, seconds)), on_config)
-    return Served(loaded.executor, loaded.scheduler, loaded.settings, loaded.grammars)
+    return Served(loaded.executor, loaded.scheduler, loaded.settings, loaded.grammars, *ceilings)
 
 
 def run(load: Load, arguments: Sequence[str], prepare: Callable[[], None] | None = None) -> int:
@@ -91,6 +97,17 @@ def run(load: Load, arguments: Sequence[str], prepare: Callable[[], None] | None
     threading.Thread(target=_end_with, args=(end.fileno(),), daemon=True).start()
     box = BlackBox(memory)
     os.close(memory)
+
+    return live(load, connection, box, prepare)
+
+
+def live(
+    load: Load,
+    connection: wire.Connection[wire.ToEngine],
+    box: BlackBox,
+    prepare: Callable[[], None] | None = None,
+) -> int:
+    """What run() does behind its descriptors. Raises whatever makes going on impossible."""
 
     def tell(message: wire.FromEngine) -> None:
         connection.send(message)
@@ -113,9 +130,9 @@ def run(load: Load, arguments: Sequence[str], prepare: Callable[[], None] | None
         tell(wire.Failed(type(error).__name__, str(error)))
         return 1
     executor = NotedExecutor(served.executor, box)
-    core = EngineCore(Scheduler(served.scheduler), executor, served.scheduler.max_in_flight)
+    core = EngineCore(Scheduler(served.scheduler), executor, served.scheduler.max_in_flight, mortal=True)
     tell(wire.Ready(served.scheduler, served.settings, core.stats()))
-    EngineLoop(core, executor, connection, served.grammars).serve(messages[1:])
+    EngineLoop(core, executor, connection, served.grammars, served.ceiling).serve(messages[1:])
     return 0
 
 
@@ -146,6 +163,7 @@ class EngineLoop:
         executor: NotedExecutor,
         connection: wire.Connection[wire.ToEngine],
         grammars: Grammars | None = None,
+        ceiling: Callable[[], Ceiling] | None = None,
     ) -> None:
         self._core = core
         self._executor = executor
@@ -155,6 +173,8 @@ class EngineLoop:
         self._taken = 0
         self._watched_until = 0.0
         self._picture_at = 0.0
+        self._measure = ceiling  # until it has been measured
+        self._ceiling: Ceiling | None = None
 
     def serve(self, messages: Sequence[wire.ToEngine] = ()) -> None:
         """Until the other end is closed."""
@@ -181,9 +201,14 @@ class EngineLoop:
             self._waiting = [held for held in self._waiting if held.ticket != message.ticket]
             self._core.abort(wire.core_id(message.ticket, message.request_id))
         elif isinstance(message, wire.Call):
-            self._connection.send(wire.Answer(message.number, self._core.reset_prefix_cache()))
+            self._connection.send(wire.Answer(message.number, self._called(message)))
         elif isinstance(message, wire.Look):
             self._watched_until = time.monotonic() + LOOK_SECONDS
+
+    def _called(self, message: wire.Call) -> bool | Queue | None:
+        if message.name == "before":
+            return self._core.before(wire.core_id(message.ticket, message.request_id))
+        return self._core.reset_prefix_cache()
 
     def _picture(self) -> Picture | None:
         """How the pages lie, now and then, while somebody looks."""
@@ -191,7 +216,10 @@ class EngineLoop:
         if now > self._watched_until or now < self._picture_at:
             return None
         self._picture_at = now + PICTURE_SECONDS
-        return self._core.picture()
+        if self._measure is not None and not self._core.has_work():
+            measure, self._measure = self._measure, None
+            self._ceiling = measure()
+        return replace(self._core.picture(), ceiling=self._ceiling)
 
     def _add(self, message: wire.Add, events: list[Event]) -> None:
         """A request that cannot be taken in fails alone. One that has ended already says so at once."""

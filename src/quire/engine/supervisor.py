@@ -18,8 +18,9 @@ from quire.config import EngineOptions
 from quire.core.options import SchedulerOptions
 from quire.core.picture import Picture
 from quire.core.plan import Event
+from quire.core.queue import FAIR
 from quire.core.request import CoreRequest
-from quire.core.stats import Stats
+from quire.core.stats import Queue, Stats, joined
 from quire.core.stop import stop_rules
 from quire.core.tables import PageTables
 from quire.engine import wire
@@ -49,6 +50,8 @@ class Patience:
 class Supervisor:
     """One engine process at a time. Not thread-safe, except for interrupt() and the figures: one thread calls it."""
 
+    resumable = True  # the journal knows what was handed out
+
     def __init__(
         self,
         options: EngineOptions,
@@ -70,7 +73,8 @@ class Supervisor:
         self._ready: wire.Ready | None = None  # of the first start
         self._is_up = False  # the present child takes requests
         self._running: set[int] = set()  # tickets that the present child was given
-        self._unread: deque[int] = deque()  # prompt lengths of those that it has not yet taken in
+        self._unread: deque[dict[str, Queue]] = deque()  # those that it has not yet taken in, each as a queue
+        self._coming: dict[str, Queue] = {}  # all of them together
         self._taken = 0
         self._early: list[Event] = []  # events that came about outside of a step
         self._totals = Totals()
@@ -80,7 +84,7 @@ class Supervisor:
         self._vain_deaths = 0
         self._start_at = 0.0  # when to start the next child
         self._failure: wire.Failed | None = None
-        self._answers: dict[int, bool] = {}
+        self._answers: dict[int, bool | Queue | None] = {}
         self._calls = 0
         self._picture: Picture | None = None
         self._bell, self._rope = os.pipe()
@@ -183,25 +187,54 @@ class Supervisor:
         """
         if not self._early:
             self._wait()
-        self._listen()
-        self._look_after()
+        self._go_on()
         events, self._early = self._early, []
         return events
+
+    def _go_on(self) -> None:
+        """Take in the news, look after the process. What cannot be taken in is asked for again, of another process."""
+        try:
+            self._listen()
+            self._look_after()
+        except EngineDeadError:
+            raise
+        except Exception:
+            logger.exception("what the engine process sent cannot be taken in; it is ended")
+            child = self._child
+            if child is not None:
+                child.kill()
+                child.connection.close()  # what it sent is not asked for any more
+                self._bury(child, "was not understood and ", CRASH)
 
     def stats(self) -> Stats:
         """Counters over all engine processes; gauges as of the latest step, with the requests on their way."""
         stats = self._totals.stats
         stats.restarts = self.restarts
-        held = len(self._journal) - len(self._running)
-        tokens = sum(self._unread)
-        if held:
-            tokens += sum(
-                len(entry.request.prompt_token_ids) for entry in self._journal if entry.ticket not in self._running
-            )
-        if held or self._unread:
-            stats.waiting = self._totals.waiting + held + len(self._unread)
-            stats.waiting_tokens = self._totals.waiting_tokens + tokens
+        held: dict[str, Queue] = {}
+        if len(self._journal) > len(self._running):
+            for entry in self._journal:
+                if entry.ticket not in self._running:
+                    held = joined(held, self._queue_of(entry))
+        for more in (self._coming, held):
+            if more:
+                stats.queues = joined(stats.queues, more)
+                stats.waiting += sum(queue.requests for queue in more.values())
+                stats.waiting_tokens += sum(queue.tokens for queue in more.values())
         return stats
+
+    def before(self, request_id: str) -> Queue | None:
+        """What has its turn before a request that waits; None for one that does not, or while there is no engine."""
+        entry = self._journal.find(request_id)
+        if entry is None or not self._is_up or entry.ticket not in self._running:
+            return None
+        found = self._ask("before", entry.ticket, request_id)
+        return found if isinstance(found, Queue) else None
+
+    def _queue_of(self, entry: Entry) -> dict[str, Queue]:
+        """A queue of nobody but this request, as the scheduler would count it."""
+        assert self._ready is not None, "requests come after the start"
+        name = entry.request.tenant if self._ready.scheduler.policy == FAIR else ""
+        return {name: Queue(1, len(entry.request.prompt_token_ids))}
 
     def picture(self) -> Picture | None:
         """How the pages lay a moment ago; the engine sends pictures for some seconds after each call."""
@@ -211,16 +244,19 @@ class Supervisor:
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached pages. False when requests still hold some."""
+        return bool(self._ask("reset_prefix_cache"))
+
+    def _ask(self, name: wire.CallName, ticket: int = 0, request_id: str = "") -> bool | Queue | None:
+        """Call a method of the core and wait for its answer; an engine that dies meanwhile is followed by another."""
         self._calls += 1
         number = self._calls
         asked: Child | None = None
         while number not in self._answers:
             if self._is_up and self._child is not None and self._child is not asked:
                 asked = self._child  # another one after a death
-                asked.connection.send(wire.Call(number, "reset_prefix_cache"))
+                asked.connection.send(wire.Call(number, name, ticket, request_id))
             self._wait()
-            self._listen()
-            self._look_after()
+            self._go_on()
         return self._answers.pop(number)
 
     def close(self) -> None:
@@ -277,7 +313,8 @@ class Supervisor:
 
     def _stepped(self, message: wire.Stepped) -> None:
         while self._taken < message.taken:
-            self._unread.popleft()
+            for tenant, queue in self._unread.popleft().items():
+                self._coming = joined(self._coming, {tenant: Queue(-queue.requests, -queue.tokens)})
             self._taken += 1
         self._totals.take(message.stats)
         if message.picture is not None:
@@ -317,7 +354,8 @@ class Supervisor:
         assert self._child is not None, "there is a child when it is up"
         self._child.connection.send(wire.add_message(entry.ticket, entry.request, entry.emitted))
         self._running.add(entry.ticket)
-        self._unread.append(len(entry.request.prompt_token_ids))
+        self._unread.append(self._queue_of(entry))
+        self._coming = joined(self._coming, self._unread[-1])
 
     def _take_back(self, entry: Entry) -> None:
         """The engine shall not go on with a request."""
@@ -403,6 +441,7 @@ class Supervisor:
         self.phase = "restarting"
         self._totals.bury()
         self._unread.clear()
+        self._coming = {}
         self._taken = 0
         self._running.clear()
         if not was_up:
