@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from quire.errors import ConfigError
 
-SPECULATION_METHODS = ("ngram", "draft_model")
+SPECULATION_METHODS = ("ngram", "suffix", "draft_model")
 
 
 def option(default: Any = None, *, help: str, factory: Any = None, aliases: tuple[str, ...] = ()) -> Any:
@@ -87,7 +87,10 @@ class ScheduleOptions:
 
     max_num_batched_tokens: int | None = option(None, help="positions computed in one step, at most")
     max_num_seqs: int | None = option(None, help="requests running at once, at most")
-    scheduling_policy: Literal["fcfs", "priority"] = option("fcfs", help="first come first served, or by priority")
+    scheduling_policy: Literal["fair", "fcfs", "priority"] = option(
+        "fair",
+        help="fair between API keys, then by priority and arrival; by arrival alone; or by priority, then arrival",
+    )
     enable_chunked_prefill: bool = option(True, help="let a long prompt be computed over several steps")
     long_prefill_token_threshold: int = option(0, help="most positions of one prompt in a step; 0 sets no limit")
     async_scheduling: bool | None = option(None, help="plan the next step while one runs; chosen by device")
@@ -113,8 +116,10 @@ class Speculation:
     method: str  # one of SPECULATION_METHODS
     model: str | None = None  # draft_model: which
     num_speculative_tokens: int = 4  # guesses for a step, at most
-    prompt_lookup_min: int = 2  # ngram: how many tokens must have come before, at least
-    prompt_lookup_max: int = 5  # and how many are looked for, at most
+    prompt_lookup_min: int = 2  # ngram and suffix: how many tokens must have come before, at least
+    prompt_lookup_max: int = 5  # ngram: and how many are looked for, at most
+    suffix_decoding_max_tree_depth: int = 64  # suffix: the same
+    suffix_decoding_max_spec_factor: float = 1.0  # suffix: guesses for each token that has come before
     adaptive: bool = True  # leave off where it does not pay
 
 
@@ -124,14 +129,16 @@ class SpeculateOptions:
 
     speculative_config: dict[str, Any] = option(
         factory=dict,
-        help="JSON object: method, model, num_speculative_tokens, prompt_lookup_min, prompt_lookup_max, adaptive",
+        help="JSON object: method, model, num_speculative_tokens, prompt_lookup_min, prompt_lookup_max, "
+        "suffix_decoding_max_tree_depth, suffix_decoding_max_spec_factor, adaptive",
         aliases=("-sc",),
     )
     spec_method: str | None = option(
-        None, help="how to guess: ngram looks up what followed the same tokens before, draft_model asks a small model"
+        None,
+        help="how to guess: ngram and suffix look up what followed the same tokens before, draft_model asks a small model",
     )
     spec_model: str | None = option(None, help="folder or hub id of the small model; the bundled model has one")
-    spec_tokens: int | None = option(None, help="tokens to guess for a step, at most; 4 when not given")
+    spec_tokens: int | None = option(None, help="tokens to guess for a step, at most; 4 when not given, 8 for suffix")
 
     def chosen(self) -> Speculation | None:
         """What is wanted, None for no guessing. Raises ConfigError for what does not exist or makes no sense."""
@@ -147,6 +154,8 @@ class SpeculateOptions:
             known = ", ".join(SPECULATION_METHODS)
             asked = "names no method" if method is None else f"asks for the method {method!r}"
             raise ConfigError(f"speculative_config {asked}; quire has {known}.")
+        if method == "suffix":
+            values.setdefault("num_speculative_tokens", 8)
         if "prompt_lookup_max" in values and "prompt_lookup_min" not in values:
             values["prompt_lookup_min"] = min(2, values["prompt_lookup_max"])
         if "prompt_lookup_min" in values and "prompt_lookup_max" not in values:

@@ -7,7 +7,9 @@ what was found, what was tried and what to do. Nothing here imports another part
     ├── ClientError (400)            the request is wrong; nothing else is touched
     │   ├── ValidationError (400)    a field's value; also a ValueError, as callers of such libraries expect
     │   ├── NotFoundError (404)      a model, adapter or request that does not exist
+    │   ├── TimeOverError (408)      the time that the request allowed is over
     │   └── OverloadedError (503)    the queue is full or the server drains; says when to come back
+    │       └── DeadlineError (429)  the time that the request allows is too short for the present queue
     ├── ConfigError                  options that cannot work together, or an unknown option; also a ValueError
     ├── ModelError                   a model that cannot be found, read or run
     │   ├── ModelNotFoundError
@@ -62,6 +64,18 @@ class OverloadedError(ClientError):
     def __init__(self, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class DeadlineError(OverloadedError):
+    """The request was refused at once: its time would be over before its turn came."""
+
+    status = 429
+
+
+class TimeOverError(ClientError):
+    """The request's time was over before its answer was complete; what it held is free again."""
+
+    status = 408
 
 
 class ConfigError(QuireError, ValueError):

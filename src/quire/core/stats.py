@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
@@ -15,6 +16,14 @@ class Queue:
     def plus(self, requests: int, tokens: int) -> Queue:
         """A queue with more in it."""
         return Queue(self.requests + requests, self.tokens + tokens)
+
+
+def joined(queues: Mapping[str, Queue], more: Mapping[str, Queue]) -> dict[str, Queue]:
+    """Queues by tenant with others added to them; empty ones are left out."""
+    found = dict(queues)
+    for tenant, queue in more.items():
+        found[tenant] = found.get(tenant, Queue()).plus(queue.requests, queue.tokens)
+    return {tenant: queue for tenant, queue in found.items() if queue.requests > 0}
 
 
 @dataclass(slots=True)

@@ -17,7 +17,7 @@ from typing import TypeVar
 from quire.config import EngineOptions
 from quire.core.params import SamplingParams
 from quire.core.stats import Stats
-from quire.engine.engine import Engine, Prepared
+from quire.engine.engine import Engine, Place, Prepared
 from quire.engine.observe import Observer
 from quire.engine.outputs import RequestOutput
 from quire.engine.prompts import Prompt
@@ -140,9 +140,14 @@ class AsyncEngine:
         request_id: str,
         priority: int = 0,
         add_special_tokens: bool = True,
+        tenant: str = "",
+        timeout: float | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Outputs of one request as they come; the last one has `finished` set. Leaving the iterator aborts it."""
-        arguments = (request_id, prompt, params, priority, add_special_tokens)
+        """Outputs of one request as they come; the last one has `finished` set. Leaving the iterator aborts it.
+
+        `tenant` and `timeout` are as in Engine.prepare. A request that is not done in time ends like one that failed.
+        """
+        arguments = (request_id, prompt, params, priority, add_special_tokens, tenant, timeout)
         compiles = params is not None and params.structured_outputs is not None
         if compiles or (isinstance(prompt, str) and len(prompt) > LONG_TEXT):
             prepared = await asyncio.to_thread(self._engine.prepare, *arguments)
@@ -172,6 +177,12 @@ class AsyncEngine:
     async def stats(self) -> Stats:
         """Counters of the scheduler, taken between two steps."""
         return await self.call(self._engine.stats)
+
+    async def place(self, request_ids: Iterable[str]) -> Place | None:
+        """The foremost place in the queue of these requests; None when none of them waits."""
+        ids = list(request_ids)
+        places = await self.call(lambda: [self._engine.place(request_id) for request_id in ids])
+        return min((place for place in places if place is not None), key=_number, default=None)
 
     async def reset_prefix_cache(self) -> bool:
         """Forget all cached pages. False when requests still hold some."""
@@ -302,6 +313,10 @@ def _fill(mail: _Mail) -> None:
         waiter, item = mail[0]
         waiter.queue.put_nowait(item)
         mail.popleft()
+
+
+def _number(place: Place) -> int:
+    return place.number
 
 
 def _settle(future: asyncio.Future[_Answer], answer: _Answer) -> None:

@@ -7,7 +7,9 @@ the batch drivers (async_engine.py, llm.py) only call what is here.
 from __future__ import annotations
 
 import hashlib
+import heapq
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -18,15 +20,16 @@ from itertools import count
 from quire.config import EngineOptions
 from quire.core.params import SamplingParams, ThinkingMarks
 from quire.core.picture import Picture
-from quire.core.plan import Event
+from quire.core.plan import Event, FinishReason
 from quire.core.request import CoreRequest
-from quire.core.stats import Stats
+from quire.core.stats import Queue, Stats
+from quire.engine.admission import LATE, Admission, Limits
 from quire.engine.core import Core
 from quire.engine.generation import Completion, Generation
 from quire.engine.observe import FinishedRequest, Observer, StepFigures
 from quire.engine.outputs import RequestOutput
 from quire.engine.prompts import Prompt, PromptLimits, ReadPrompt, check_length, read_prompt
-from quire.errors import OverloadedError, ValidationError
+from quire.errors import ValidationError
 from quire.grammar import Grammars
 from quire.text.speech import thinking_marks
 from quire.text.tokenizer import Tokenizer
@@ -47,6 +50,7 @@ class EngineSettings:
     max_num_queued_reqs: int | None = None
     max_num_queued_tokens: int | None = None
     with_metrics: bool = True  # fill RequestOutput.metrics
+    fair: bool = False  # tenants share the engine
     model_names: tuple[str, ...] = ()  # under which clients know the model; the first one is reported
 
 
@@ -60,6 +64,16 @@ class Prepared:
     priority: int
     arrival_time: float
     arrival: float
+    tenant: str = ""
+    deadline: float | None = None  # on the clock of `arrival`
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A place in the queue: 1 is next. `wait`: seconds until its turn, as far as that can be known."""
+
+    number: int
+    wait: float | None
 
 
 class Engine:
@@ -97,6 +111,8 @@ class Engine:
         self._notes = _StepNotes()
         self._told: Stats | None = None  # what the observer heard last
         self._numbers = count()
+        self._deadlines: list[tuple[float, str]] = []  # of requests that have one, the earliest first
+        self._admission = Admission(Limits(settings.max_num_queued_reqs, settings.max_num_queued_tokens, settings.fair))
         # Many requests bring the same wishes; making them costs as much as a token of a small model.
         self._resolve = lru_cache(256)(self._resolved)
 
@@ -125,9 +141,16 @@ class Engine:
         params: SamplingParams | None = None,
         priority: int = 0,
         add_special_tokens: bool = True,
+        tenant: str = "",
+        timeout: float | None = None,
     ) -> Prepared:
-        """Check and tokenize a request without touching the engine; safe in any thread. Raises ValidationError."""
+        """Check and tokenize a request without touching the engine; safe in any thread. Raises ValidationError.
+
+        `tenant`: with whom the engine is shared fairly. `timeout`: seconds from now on that the request may take.
+        """
         now, today = self._clock(), time.time()
+        if timeout is not None and not 0 < timeout < math.inf:
+            raise ValidationError("timeout must be a number of seconds above 0", "timeout", timeout)
         if params is None:
             params = self.settings.default_params
         elif not isinstance(params, SamplingParams):
@@ -139,7 +162,8 @@ class Engine:
         read = read_prompt(prompt, self.tokenizer, self._limits, add_special_tokens)
         room = self.settings.max_model_len - len(read.token_ids)
         limit = room if params.max_tokens is None else min(params.max_tokens, room)
-        return Prepared(request_id, read, self._resolve(params, limit), priority, today, now)
+        deadline = None if timeout is None else now + timeout
+        return Prepared(request_id, read, self._resolve(params, limit), priority, today, now, tenant, deadline)
 
     def _resolved(self, params: SamplingParams, limit: int) -> SamplingParams:
         """Fill in what only the engine knows: ids of stops and bad words, the longest output."""
@@ -189,7 +213,10 @@ class Engine:
         self.submit(self.prepare(request_id, prompt, params, priority))
 
     def submit(self, prepared: Prepared) -> None:
-        """Take in a prepared request. Raises ValidationError for an id in use, OverloadedError for a full queue."""
+        """Take in a prepared request.
+
+        Raises ValidationError for an id in use, OverloadedError for a full queue, DeadlineError for too little time.
+        """
         if prepared.request_id in self._generations:
             raise ValidationError(f"A request with id {prepared.request_id!r} is already running", "request_id")
         self._check_queue(prepared)
@@ -202,6 +229,7 @@ class Engine:
             prepared.arrival,
             queued_ts=self._clock(),
             unfinished=params.n,
+            deadline=prepared.deadline,
         )
         seed = params.seed if params.seed is not None else self._draw_seed()
         added: list[str] = []
@@ -217,6 +245,8 @@ class Engine:
                         priority=prepared.priority,
                         arrival=prepared.arrival,
                         salt=prepared.prompt.salt,
+                        tenant=prepared.tenant,
+                        deadline=prepared.deadline,
                     )
                 )
                 added.append(core_id)
@@ -226,19 +256,14 @@ class Engine:
                 self._core.abort(core_id)
             raise
         self._generations[prepared.request_id] = generation
+        if prepared.deadline is not None:
+            heapq.heappush(self._deadlines, (prepared.deadline, prepared.request_id))
         self._completions.update((completion.core_id, completion) for completion in generation.completions)
 
     def _check_queue(self, prepared: Prepared) -> None:
-        most, most_tokens = self.settings.max_num_queued_reqs, self.settings.max_num_queued_tokens
-        if most is None and most_tokens is None:
-            return
-        stats = self._core.stats()
-        if most is not None and stats.waiting >= most:
-            raise OverloadedError(f"{stats.waiting} requests wait already, the most that may is {most}; try later")
-        if most_tokens is not None and stats.waiting_tokens + len(prepared.prompt.token_ids) > most_tokens:
-            raise OverloadedError(
-                f"{stats.waiting_tokens} prompt tokens wait already, the most that may is {most_tokens}; try later"
-            )
+        if self._admission.has_limits or prepared.deadline is not None:
+            left = None if prepared.deadline is None else prepared.deadline - self._clock()
+            self._admission.check(self._core.stats(), len(prepared.prompt.token_ids), prepared.tenant, left)
 
     def _draw_seed(self) -> int:
         """A seed for a request that brings none: a function of the engine's seed and the number of such requests."""
@@ -248,15 +273,25 @@ class Engine:
     def abort(self, request_ids: str | Iterable[str]) -> None:
         """End requests now. Each gets a last output with finish_reason "abort" from the next step; unknown ids pass."""
         for request_id in [request_ids] if isinstance(request_ids, str) else request_ids:
+            if request_id in self._generations:
+                self._break_off(self._generations[request_id], "abort")
+
+    def _break_off(self, generation: Generation, reason: FinishReason, error: str | None = None) -> None:
+        """End what still runs of a request; its last output says why."""
+        for completion in generation.completions:
+            if completion.finish_reason is None:
+                self._core.abort(completion.core_id)
+                completion.push(Event(completion.core_id, finish_reason=reason, error=error))
+                self._end(completion, self._clock())
+                self._changed.setdefault(generation.request_id, {})[completion.index] = completion
+
+    def _end_late(self, now: float) -> None:
+        """End the requests whose time is over."""
+        while self._deadlines and self._deadlines[0][0] <= now:
+            deadline, request_id = heapq.heappop(self._deadlines)
             generation = self._generations.get(request_id)
-            if generation is None:
-                continue
-            for completion in generation.completions:
-                if completion.finish_reason is None:
-                    self._core.abort(completion.core_id)
-                    completion.push(Event(completion.core_id, finish_reason="abort"))
-                    self._end(completion, self._clock())
-                    self._changed.setdefault(request_id, {})[completion.index] = completion
+            if generation is not None and generation.deadline == deadline:  # else the id is another request's by now
+                self._break_off(generation, "error", LATE)
 
     # ---------------------------------------------------------------- outputs out
 
@@ -280,6 +315,7 @@ class Engine:
         while self._events:
             self._take(self._events[0], now)
             self._events.popleft()
+        self._end_late(now)
         while self._changed:
             request_id, completions = next(iter(self._changed.items()))
             output = self._output(self._generations[request_id], completions)
@@ -358,8 +394,9 @@ class Engine:
         notes, self._notes = self._notes, _StepNotes()
         if self.observer is None:
             return
+        stats = self._core.stats()
+        self._admission.note(stats, self._clock())
         try:
-            stats = self._core.stats()
             if notes.finished or stats != self._told:  # a core in another process may have nothing new to say
                 self._told = stats
                 self.observer.observe(stats, notes.figures())
@@ -375,6 +412,16 @@ class Engine:
     def stats(self) -> Stats:
         """Counters of the scheduler."""
         return self._core.stats()
+
+    def place(self, request_id: str) -> Place | None:
+        """Where a request stands in the queue; None for one that does not wait."""
+        generation = self._generations.get(request_id)
+        waiting = [item.core_id for item in generation.completions if not item.token_ids] if generation else []
+        found = [before for before in map(self._core.before, waiting) if before is not None]
+        if not found:
+            return None
+        first = min(found, key=_requests)
+        return Place(first.requests + 1, self._admission.wait_behind(self._core.stats(), first))
 
     def picture(self) -> Picture | None:
         """How the pages lie, now or a moment ago; None while that is not known."""
@@ -438,6 +485,10 @@ def _finished(completion: Completion, now: float) -> FinishedRequest:
         prefill=max(0.0, first - scheduled) if first and scheduled else 0.0,
         decode=last - first if first else 0.0,
     )
+
+
+def _requests(queue: Queue) -> int:
+    return queue.requests
 
 
 def _wrap(seed: int) -> int:

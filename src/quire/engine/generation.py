@@ -146,6 +146,7 @@ class Generation:
     scheduled_ts: float = 0.0
     preemptions: int = 0
     unfinished: int = 0
+    deadline: float | None = None  # monotonic seconds
     prompt_token_ids: list[int] = field(init=False)  # one list for all outputs: copying it in each step would add up
     streams: bool = field(init=False)  # whether the caller wants outputs before the end
 

@@ -162,6 +162,7 @@ def engine_settings(config: EngineConfig, layout: ModelLayout, tokenizer: Tokeni
         max_num_queued_reqs=options.schedule.max_num_queued_reqs,
         max_num_queued_tokens=options.schedule.max_num_queued_tokens,
         with_metrics=not options.observe.disable_log_stats,
+        fair=options.schedule.scheduling_policy == "fair",
         model_names=config.served_model_names,
     )
 

@@ -23,7 +23,7 @@ from quire.core.params import PoolingParams, SamplingParams
 from quire.core.picture import Picture
 from quire.core.plan import Event, FinishReason, TokenLogprobs
 from quire.core.request import CoreRequest
-from quire.core.stats import Stats
+from quire.core.stats import Queue, Stats
 from quire.engine.engine import EngineSettings
 from quire.errors import EngineError
 
@@ -31,7 +31,7 @@ MOST_BYTES = 256 * 2**20  # of one message; a prompt of a million tokens takes f
 CHUNK = 256 * 2**10
 _LENGTH = struct.Struct("<I")
 
-CallName = Literal["reset_prefix_cache"]
+CallName = Literal["reset_prefix_cache", "before"]
 
 Incoming = TypeVar("Incoming")
 
@@ -76,6 +76,8 @@ class Call(msgspec.Struct, tag="call", frozen=True):
 
     number: int
     name: CallName
+    ticket: int = 0  # of the request in question
+    request_id: str = ""
 
 
 class Look(msgspec.Struct, tag="look", frozen=True):
@@ -148,7 +150,7 @@ class Answer(msgspec.Struct, tag="answer", frozen=True):
     """What a Call returned."""
 
     number: int
-    value: bool
+    value: bool | Queue | None
 
 
 FromEngine = Phase | Tokenizing | Ready | Failed | Stepped | Answer
