@@ -303,8 +303,8 @@ def test_the_spare_process_takes_over(spare_dies: bool) -> None:
             heard = Heard()
             params = SamplingParams(max_tokens=390, output_kind=DELTA)
             reader = asyncio.create_task(listen(engine, "x", params, "x", heard))
-            await until(lambda: core._spare is not None and heard.tokens)
-            spare, before = core._spare, pid_of(core)
+            await until(lambda: core._spare.process is not None and heard.tokens)
+            spare, before = core._spare.process, pid_of(core)
             assert spare is not None and spare.pid != before
             if spare_dies:
                 spare.kill()
@@ -313,8 +313,8 @@ def test_the_spare_process_takes_over(spare_dies: bool) -> None:
             assert (pid_of(core) == spare.pid) is not spare_dies
             await reader
             assert heard.tokens == expected("x", 390) and core.restarts == 1
-            await until(lambda: core._spare is not None)
-            last = core._spare
+            await until(lambda: core._spare.process is not None)
+            last = core._spare.process
         assert last is not None and not last.is_alive
 
     asyncio.run(main())

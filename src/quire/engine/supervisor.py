@@ -26,6 +26,7 @@ from quire.core.tables import PageTables
 from quire.engine import wire
 from quire.engine.child import Child, ChildProcess, came_from_outside, ending
 from quire.engine.journal import Entry, Journal
+from quire.engine.spare import Spare
 from quire.engine.suspects import CRASH, KILLED, QUARANTINED, Suspects
 from quire.engine.totals import Totals
 from quire.errors import EngineDeadError, EngineError, QuireError, ValidationError
@@ -62,14 +63,12 @@ class Supervisor:
         self.phase = "starting"  # what the engine is doing, for people: the phase of its start, "ready", "stopped"
         self.restarts = 0
         self._options = options
-        self._new_process = new_process
         self._patience = patience or Patience()
         self._clock = clock
         self._journal = Journal()
         self._suspects = Suspects(self._journal)
         self._child: Child | None = None
-        self._spare: Child | None = None  # has imported everything and loaded nothing
-        self._spare_at = 0.0
+        self._spare = Spare(new_process, self._patience.spare_after, clock)
         self._ready: wire.Ready | None = None  # of the first start
         self._is_up = False  # the present child takes requests
         self._running: set[int] = set()  # tickets that the present child was given
@@ -265,10 +264,10 @@ class Supervisor:
             return
         self.phase = "stopped"
         self._is_up = False
-        for child in (self._child, self._spare):
-            if child is not None:
-                child.close()
-        self._child = self._spare = None
+        if self._child is not None:
+            self._child.close()
+        self._child = None
+        self._spare.close()
         os.close(self._bell)
         rope, self._rope = self._rope, -1  # whoever rings later must not write to another file
         os.close(rope)
@@ -370,7 +369,7 @@ class Supervisor:
         self._is_up = True
         self._failed_starts = 0
         self._silent, self._looked = 0.0, self._clock()
-        self._spare_at = self._looked + (self._patience.spare_after or 0.0)
+        self._spare.due()
         self._totals.take(ready.stats)
         self._give_all()
 
@@ -396,8 +395,8 @@ class Supervisor:
             logger.error("the engine process %d has said nothing for %.1f s; it is ended", child.pid, self._silent)
             child.kill()
             self._bury(child, "said nothing and ", CRASH)
-        elif self._is_up and self._wants_spare():
-            self._prepare_spare()
+        elif self._is_up:
+            self._spare.prepare()
 
     def _start_again(self) -> None:
         self.restarts += 1
@@ -409,25 +408,10 @@ class Supervisor:
             self._count_failed_start(str(error))
 
     def _new_child(self) -> Child:
-        """The spare process, if there is one, or a new one, told what to load."""
-        spare, self._spare = self._spare, None
-        if spare is not None and not spare.is_alive:
-            spare.close()
-            spare = None
-        child = spare or self._new_process()
+        """The next process, told what to load."""
+        child = self._spare.take()
         child.begin(self._options)
         return child
-
-    def _wants_spare(self) -> bool:
-        return self._spare is None and self._patience.spare_after is not None and self._clock() >= self._spare_at
-
-    def _prepare_spare(self) -> None:
-        """Start the process that will take over one day: its imports take longer than loading a small model."""
-        try:
-            self._spare = self._new_process()
-        except EngineError as error:
-            logger.warning("there is no spare engine process: %s", error)
-            self._spare_at = self._clock() + 60.0
 
     def _bury(self, child: Child, how: str, blame: int | None = None) -> None:
         """The engine process is gone: everything that it sent is taken in, everything else will be done again."""
