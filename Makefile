@@ -53,10 +53,16 @@ $(STAMPS)/dev: $(STAMPS)/packages
 	@$(PIP) install --no-compile -c constraints.txt -r $@.txt
 	@touch $@
 
+# The page's tests look at it with Chromium; without one they are skipped, and say so.
+$(STAMPS)/browser: $(STAMPS)/dev
+	@echo "Looking for a browser for the page's tests"
+	@sh tools/browser.sh $(BIN)/playwright || echo "No Chromium: the page's tests will be skipped"
+	@touch $@
+
 serve: setup
 	@exec $(BIN)/quire serve $(ARGS)
 
-test: setup $(STAMPS)/dev
+test: setup $(STAMPS)/dev $(STAMPS)/browser
 	$(BIN)/python -m pytest $(ARGS)
 
 check: setup $(STAMPS)/dev

@@ -20,6 +20,7 @@ export class Chat {
     this.messages = load("messages") ?? [];
     this.views = [];
     this.abort = null; // ends the running answer
+    this.leaving = false; // the page is being left
     for (const message of this.messages) {
       if (message.state === "growing") message.state = "stopped"; // the page was left in the middle of it
     }
@@ -40,7 +41,10 @@ export class Chat {
     });
     element("stop").addEventListener("click", () => this.abort?.abort());
     element("clear").addEventListener("click", () => this.clear());
-    window.addEventListener("pagehide", () => save("messages", this.messages));
+    window.addEventListener("pagehide", () => {
+      this.leaving = true; // what ends an answer from now on is not its fault
+      save("messages", this.messages);
+    });
   }
 
   restoreSettings() {
@@ -135,6 +139,7 @@ export class Chat {
         }
       }
     } catch (error) {
+      if (this.leaving) return;
       message.state = error.name === "AbortError" ? "stopped" : "broken";
       if (message.state === "broken") message.note = error.message;
       if (error.status === 401) askForKey();
