@@ -54,6 +54,10 @@ class Faults:
         self.calls.clear()
         self._target, self._left, self.fired = site, nth, False
 
+    def rest(self) -> None:
+        """Nothing raises any more."""
+        self._target = None
+
     @contextmanager
     def watching(self) -> Iterator[None]:
         """In this thread and in those started from now on."""

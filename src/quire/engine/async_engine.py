@@ -17,6 +17,7 @@ from typing import TypeVar
 from quire.config import EngineOptions
 from quire.core.params import SamplingParams
 from quire.core.stats import Stats
+from quire.engine.child import Child, ChildProcess
 from quire.engine.engine import Engine, Place, Prepared
 from quire.engine.observe import Observer
 from quire.engine.outputs import RequestOutput
@@ -66,6 +67,8 @@ class AsyncEngine:
         self._wake = threading.Condition()
         self._commands: list[_Command] = []  # guarded by _wake; run by the engine's thread between steps
         self._waiters: dict[str, _Waiter] = {}  # the engine's thread alone
+        # What is on its way out, kept here so that nothing is lost when a step raises in its middle.
+        self._outputs: deque[RequestOutput] = deque()
         self._mail: dict[asyncio.AbstractEventLoop, _Mail] = {}  # filled by the engine's thread
         self._closing = False
         self._dead: BaseException | None = None
@@ -90,9 +93,10 @@ class AsyncEngine:
         observer: Observer | None = None,
         on_phase: Callable[[str, float], None] | None = None,
         patience: Patience | None = None,
+        new_process: Callable[[], Child] = ChildProcess,
     ) -> AsyncEngine:
         """The same with the model in a process of its own, which is replaced when it dies; see start_supervised."""
-        running = cls(start_supervised(options, observer, on_phase, patience))
+        running = cls(start_supervised(options, observer, on_phase, patience, new_process))
         running.start()
         return running
 
@@ -228,7 +232,8 @@ class AsyncEngine:
                 try:
                     if not self._wait():
                         break
-                    self._deliver(self._engine.step())
+                    self._outputs.extend(self._engine.step())
+                    self._deliver()
                     failures = 0
                 except EngineDeadError:
                     raise
@@ -238,7 +243,8 @@ class AsyncEngine:
                         raise
                     logger.exception("a step failed; the engine goes on")
             self._engine.abort(list(self._waiters))
-            self._deliver(self._engine.step())
+            self._outputs.extend(self._engine.step())
+            self._deliver()
         except BaseException as error:
             logger.exception("the engine stopped")
             self._die(error)
@@ -266,20 +272,25 @@ class AsyncEngine:
             del self._waiters[request_id]
             self._engine.abort(request_id)
 
-    def _deliver(self, outputs: list[RequestOutput]) -> None:
-        found: list[tuple[_Waiter, RequestOutput | Exception]] = []
-        for output in outputs:
+    def _deliver(self) -> None:
+        """Send outputs on their way to their coroutines. What could not be handed over goes next time."""
+        while self._outputs:
+            output = self._outputs[0]
             waiter = self._waiters.get(output.request_id)
             if waiter is not None:
-                found.append((waiter, output))
+                self._mail.setdefault(waiter.loop, deque()).append((waiter, output))
                 if output.finished:
                     del self._waiters[output.request_id]
-        self._put(found)
+            self._outputs.popleft()
+        self._send()
 
     def _put(self, items: list[tuple[_Waiter, RequestOutput | Exception]]) -> None:
-        """Hand items to their coroutines, waking each event loop once. What could not be handed over goes next time."""
         for item in items:
             self._mail.setdefault(item[0].loop, deque()).append(item)
+        self._send()
+
+    def _send(self) -> None:
+        """Wake each event loop that has mail once."""
         for loop, mail in list(self._mail.items()):
             if not mail:
                 continue

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from quire.config import EngineOptions
 from quire.engine import wire
+from quire.engine.child import Child, ChildProcess
 from quire.engine.engine import Engine
 from quire.engine.observe import Observer
 from quire.engine.supervisor import Patience, Supervisor
@@ -22,11 +23,12 @@ def start_supervised(
     observer: Observer | None = None,
     on_phase: Callable[[str, float], None] | None = None,
     patience: Patience | None = None,
+    new_process: Callable[[], Child] = ChildProcess,
 ) -> Engine:
     """Start the engine process; read the tokenizer while it loads the model. Raises ConfigError, ModelError or
     CapacityError, as a start in this process would.
     """
-    supervisor = Supervisor(options, patience=patience)
+    supervisor = Supervisor(options, new_process, patience)
     supervisor.launch()
     if not options.model.skip_tokenizer_init:
         # Imported here, while the engine process imports its own: it takes seconds, and brings torch.

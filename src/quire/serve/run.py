@@ -12,6 +12,7 @@ import re
 import socket
 import ssl
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import uvicorn
 import quire
 from quire.config import EngineOptions, ServeOptions
 from quire.engine.async_engine import AsyncEngine
+from quire.engine.child import Child, ChildProcess
 from quire.engine.metrics import Metrics
 from quire.engine.supervisor import Patience
 from quire.errors import ConfigError
@@ -64,11 +66,16 @@ class StartReport:
         ]
 
 
-def run_server(engine_options: EngineOptions, options: ServeOptions, began: float | None = None) -> int:
+def run_server(
+    engine_options: EngineOptions,
+    options: ServeOptions,
+    began: float | None = None,
+    new_process: Callable[[], Child] = ChildProcess,
+) -> int:
     """Serve until SIGINT or SIGTERM; returns the exit status: 0 after an orderly end, 1 when the engine died.
 
-    `began` is the time.perf_counter() at which the process started its work. Raises ConfigError, ModelError and
-    CapacityError before anything is served.
+    `began` is the time.perf_counter() at which the process started its work; `new_process` starts an engine process.
+    Raises ConfigError, ModelError and CapacityError before anything is served.
     """
     if options.log_format == "json":
         log_as_json(logging.getLogger("quire"))
@@ -84,7 +91,7 @@ def run_server(engine_options: EngineOptions, options: ServeOptions, began: floa
         check_bind(options.host, keys, options.allow_insecure)
     listener = bind(options)
     try:
-        service = start_service(engine_options, options, report)
+        service = start_service(engine_options, options, report, new_process)
         metrics = service.progress.then
         assert metrics is None or isinstance(metrics, Metrics), "nobody else is told of the steps"
         return asyncio.run(_serve(service, keys, listener, report, metrics))
@@ -92,13 +99,18 @@ def run_server(engine_options: EngineOptions, options: ServeOptions, began: floa
         listener.close()
 
 
-def start_service(engine_options: EngineOptions, options: ServeOptions, report: StartReport) -> Service:
+def start_service(
+    engine_options: EngineOptions,
+    options: ServeOptions,
+    report: StartReport,
+    new_process: Callable[[], Child] = ChildProcess,
+) -> Service:
     """Load the model and start its engine. Raises ConfigError, ModelError and CapacityError."""
     progress = Progress()
     patience = Patience(silence=options.engine_timeout)
     if not options.engine_spare:
         patience = replace(patience, spare_after=None)
-    engine = AsyncEngine.supervised(engine_options, progress, report.add, patience)
+    engine = AsyncEngine.supervised(engine_options, progress, report.add, patience, new_process)
     settings = engine.engine.settings
     names = settings.model_names or (engine_options.model.model or "bundled",)
     metrics = None
@@ -122,7 +134,7 @@ def start_service(engine_options: EngineOptions, options: ServeOptions, report: 
         None if metrics is None else metrics.registry,
         progress=progress,
         log_arrivals=engine_options.observe.enable_log_requests,
-        takes_priority=engine_options.schedule.scheduling_policy == "priority",
+        takes_priority=engine_options.schedule.scheduling_policy != "fcfs",
     )
 
 
