@@ -15,10 +15,11 @@ from quire.cli.verify import VerifyOptions
 from quire.config import EngineOptions
 from quire.errors import ConfigError
 from quire.kernels.reference import PackedLinear
+from quire.kernels.rounding import restored, round_to_bytes, round_to_nibbles
 from quire.kernels.table import load_ops
 from quire.models.build import build_model
-from quire.quant import int4, int8
 from quire.quant.format import quantized_ops
+from quire.quant.int4 import group_for
 from quire.resolve import EngineConfig, check_quantized_device, resolve
 from quire.text.tokenizer import load_tokenizer
 
@@ -100,7 +101,7 @@ def test_verify_shows_the_divergence(method: str) -> None:
 def test_the_search_beats_plain_rounding(group: int, zero_points: bool) -> None:
     torch.manual_seed(1)
     weight = torch.randn(64, 256).pow(3) * 0.01
-    error = (int4.restore(int4.round_weight(weight, group, zero_points)) - weight).square().mean()
+    error = (restored(round_to_nibbles(weight, group, zero_points)) - weight).square().mean()
     groups = weight.view(64, -1, group)
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     scale = (high - low) / 15 if zero_points else torch.maximum(high, -low) / 7
@@ -114,16 +115,16 @@ def test_rounding_leaves_the_weight_alone_and_keeps_zeros() -> None:
     weight = torch.randn(40, 70)
     weight[3] = 0
     before = weight.clone()
-    eight, four = int8.round_weight(weight), int4.round_weight(weight, 32, True)
+    eight, four = round_to_bytes(weight), round_to_nibbles(weight, 32, True)
     assert torch.equal(weight, before)
-    assert not eight.values[3].any() and not int4.restore(four)[3].any()
+    assert not eight.values[3].any() and not restored(four)[3].any()
     assert (eight.values.float() * eight.scales - weight).abs().max() <= weight.abs().max() / 254 * 1.01
-    assert (int4.restore(four) - weight).abs().max() < 0.5
+    assert (restored(four) - weight).abs().max() < 0.5
 
 
 def test_group_sizes_follow_the_width() -> None:
-    assert [int4.group_for(k, None) for k in (256, 192, 96, 100)] == [128, 64, 32, 32]
-    assert int4.group_for(192, 128) == 128
+    assert [group_for(k, None) for k in (256, 192, 96, 100)] == [128, 64, 32, 32]
+    assert group_for(192, 128) == 128
 
 
 # ---------------------------------------------------------------- loading

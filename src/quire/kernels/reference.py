@@ -6,11 +6,15 @@ sums are taken in float32, and the bits of a row never depend on the other rows 
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+
+from quire.kernels.rounding import round_to_bytes, round_to_nibbles
+from quire.kernels.weights import SMALLEST, KeptLinear, PackedLinear, Parts, QuantizedLinear, QuantizedWeights, joined
 
 NormStyle = Literal["down_then_scale", "scale_then_down", "plus_one"]
 RotaryStyle = Literal["half", "interleaved"]
@@ -24,47 +28,6 @@ ACTIVATIONS = {
     "sigmoid": torch.sigmoid,
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
-
-
-@dataclass(slots=True)
-class PackedLinear:
-    """The weights of one linear in the layout of the backend that packed them; only that backend reads `data`."""
-
-    out_features: int
-    in_features: int
-    dtype: torch.dtype
-    data: torch.Tensor
-    bias: torch.Tensor | None
-
-
-@dataclass(slots=True)
-class QuantizedWeights:
-    """A weight [N, K] as small integers: value times scale is the weight, after the zero point is taken away.
-
-    8 bits: values -127..127, one scale per output. 4 bits: values 0..15, a scale that bfloat16 can hold for each output
-    and each `group` values of k (a multiple of 32; the last group may be shorter), and a zero point 0..255 for each, or
-    none, which means 8.
-    """
-
-    bits: Literal[8, 4]
-    group: int  # 0 for 8 bits
-    values: torch.Tensor  # int8 [N, K]
-    scales: torch.Tensor  # float32 [N, groups]
-    zeros: torch.Tensor | None = None  # uint8 [N, groups]
-
-
-@dataclass(slots=True)
-class QuantizedLinear:
-    """Quantized weights in the layout of the backend that packed them; only that backend reads `data`.
-
-    `dtype` is that of the weight that was quantized, of the bias and of the results.
-    """
-
-    out_features: int
-    in_features: int
-    dtype: torch.dtype
-    data: QuantizedWeights | torch.Tensor
-    bias: torch.Tensor | None
 
 
 @dataclass(slots=True)
@@ -83,8 +46,9 @@ class KVCache:
 # ---------------------------------------------------------------- linear
 
 
-def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
-    """weight [N, K], bias [N] or None. May keep or copy them; the caller drops the originals."""
+def pack_linear(weight: Parts, bias: torch.Tensor | None) -> PackedLinear:
+    """weight [N, K] or its parts, bias [N] or None. May keep or copy them; the caller drops the originals."""
+    weight = joined(weight)
     return PackedLinear(weight.shape[0], weight.shape[1], weight.dtype, weight.detach(), bias)
 
 
@@ -107,12 +71,16 @@ def linear(x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
 
 # ---------------------------------------------------------------- linear with weights of 8 or 4 bits
 
-SMALLEST = 1e-30  # values whose largest is below this are rounded to 0: 127 / largest would not be safe
-
-
 def pack_quantized(weights: QuantizedWeights, bias: torch.Tensor | None, dtype: torch.dtype) -> QuantizedLinear:
     """bias [N] or None in `dtype`. May keep or copy them; the caller drops the originals."""
     return QuantizedLinear(weights.values.shape[0], weights.values.shape[1], dtype, weights, bias)
+
+
+def round_linear(weight: Parts, bias: torch.Tensor | None, bits: int, group: int, zero_points: bool) -> QuantizedLinear:
+    """weight [N, K] or its parts, rounded as kernels/rounding.py says, and packed. Its dtype is that of the results."""
+    weight = joined(weight)
+    rounded = round_to_bytes(weight) if bits == 8 else round_to_nibbles(weight, group, zero_points)
+    return pack_quantized(rounded, bias, weight.dtype)
 
 
 def unpack_quantized(packed: QuantizedLinear) -> QuantizedWeights:
@@ -148,6 +116,29 @@ def quantized_linear(x: torch.Tensor, packed: QuantizedLinear) -> torch.Tensor:
     if packed.bias is not None:
         total += packed.bias.float()
     return total.to(packed.dtype).to(x.dtype).view(*x.shape[:-1], n)
+
+
+# ---------------------------------------------------------------- packed weights in files
+
+
+def packed_layout() -> str | None:
+    """A name that two processes share only if each can read the other's packed weights; None: they are not kept."""
+    return None
+
+
+def take_apart(packed: PackedLinear | QuantizedLinear) -> KeptLinear | None:
+    """What a file must keep of it; None for what this backend did not pack itself."""
+    return None
+
+
+def put_together(kept: KeptLinear) -> PackedLinear | QuantizedLinear:
+    """The opposite. `data` is kept as it is, so it may be a view of a mapped file."""
+    raise NotImplementedError("weights that were never taken apart")
+
+
+def checksum(data: torch.Tensor) -> int:
+    """64 bits that damage of uint8 [bytes] changes."""
+    return zlib.crc32(data.numpy())
 
 
 # ---------------------------------------------------------------- paged keys and values

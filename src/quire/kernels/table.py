@@ -15,6 +15,7 @@ import torch
 
 from quire.errors import ConfigError
 from quire.kernels import reference
+from quire.kernels.weights import KeptLinear
 
 BACKENDS = {"cpu": "quire.kernels.cpu", "cuda": "quire.kernels.cuda"}
 
@@ -28,7 +29,12 @@ class Ops:
     linear: Callable[..., torch.Tensor]
     pack_quantized: Callable[..., reference.QuantizedLinear]
     unpack_quantized: Callable[..., reference.QuantizedWeights]
+    round_linear: Callable[..., reference.QuantizedLinear]
     quantized_linear: Callable[..., torch.Tensor]
+    packed_layout: Callable[[], str | None]
+    take_apart: Callable[..., KeptLinear | None]
+    put_together: Callable[[KeptLinear], reference.PackedLinear | reference.QuantizedLinear]
+    checksum: Callable[[torch.Tensor], int]
     cache_bytes: Callable[..., int]
     new_cache: Callable[..., reference.KVCache]
     write_cache: Callable[..., None]

@@ -1,21 +1,19 @@
 """Linear: one matrix product whose weight may come as several siblings of the checkpoint (q, k and v; gate and up).
 
-The weight lives only in packed form. Siblings are gathered in one buffer of the final size and dtype, packed when the
-last one has come, and the buffer is dropped: loading needs the model's weights plus one matrix, never a second copy.
+The weight lives only in packed form. Siblings wait as they came, mostly as views of the weight file, and are packed
+together when the last one is there: loading needs the model's weights plus one matrix, never a second copy.
 """
 
 from __future__ import annotations
 
-import math
-import mmap
 from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import nn
 
-from quire.kernels.reference import PackedLinear
 from quire.kernels.table import Ops
+from quire.kernels.weights import PackedLinear
 from quire.layers.target import Target
 
 
@@ -41,8 +39,7 @@ class Linear(nn.Module):
         self.packed: PackedLinear | None = None
         self._ops = ops
         self._product = ops.linear
-        self._weight: torch.Tensor | None = None  # gathers siblings until the last one has come
-        self._bias: torch.Tensor | None = None
+        self._waiting: dict[tuple[str, int], torch.Tensor] = {}  # what has come, until the last one has
         parts = len(self.sizes)
         self._missing = {("weight", i) for i in range(parts)} | ({("bias", i) for i in range(parts)} if bias else set())
 
@@ -52,11 +49,8 @@ class Linear(nn.Module):
 
     def load_weight(self, tensor: torch.Tensor) -> None:
         """Take the whole weight [N, K]."""
-        if len(self.sizes) == 1:
-            self._place("weight", 0, tensor)
-        else:
-            for index, part in enumerate(tensor.split(self.sizes)):
-                self._place("weight", index, part)
+        for index, part in enumerate(tensor.split(self.sizes)):
+            self._place("weight", index, part)
 
     def load_shard(self, index: int, tensor: torch.Tensor) -> None:
         """Take sibling `index`'s weight [sizes[index], K]."""
@@ -92,35 +86,11 @@ class Linear(nn.Module):
 
     def _place(self, kind: str, index: int, tensor: torch.Tensor) -> None:
         assert (kind, index) in self._missing, f"{kind} {index} given twice or not expected"
-        if len(self.sizes) == 1:
-            whole = tensor.to(device=self.device, dtype=self.dtype)  # the view of the file itself where nothing changes
-        else:
-            whole = self._weight if kind == "weight" else self._bias
-            if whole is None:
-                shape = (self.out_features, self.in_features) if kind == "weight" else (self.out_features,)
-                whole = _gathering(shape, self.dtype, self.device)
-            start = sum(self.sizes[:index])
-            whole[start : start + self.sizes[index]].copy_(tensor)
-        if kind == "weight":
-            self._weight = whole
-        else:
-            self._bias = whole
+        # Where nothing changes this is the view of the file itself.
+        self._waiting[kind, index] = tensor.to(device=self.device, dtype=self.dtype)
         self._missing.discard((kind, index))
         if not self._missing:
-            self.packed = self._ops.pack_linear(self._weight, self._bias)
-            self._weight = self._bias = None
-
-
-def _gathering(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Uninitialized memory to gather siblings in.
-
-    On a CPU a large one is a mapping of its own, which goes back to the system when dropped. The allocator would keep
-    the hole and let small tensors settle in it, and loading would take a fifth more than the weights.
-    """
-    nbytes = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or nbytes < 1 << 16:
-        return torch.empty(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, nbytes)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
+            parts = range(len(self.sizes))
+            bias = torch.cat([self._waiting["bias", index] for index in parts]) if self.has_bias else None
+            self.packed = self._ops.pack_linear([self._waiting["weight", index] for index in parts], bias)
+            self._waiting.clear()

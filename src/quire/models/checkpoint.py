@@ -19,6 +19,8 @@ from quire.errors import CheckpointError
 from quire.models.headers import WeightHeader, merge_headers, read_index, weight_headers
 from quire.models.hub import ModelFiles
 
+SWEEP_BYTES = 128 << 20  # pages of a mapped file are let go when so many bytes may be resident
+
 
 class _Reader(Protocol):
     """One opened weight file."""
@@ -26,6 +28,8 @@ class _Reader(Protocol):
     def read(self, header: WeightHeader) -> torch.Tensor: ...
 
     def forget(self, header: WeightHeader) -> None: ...
+
+    def sweep(self) -> None: ...
 
 
 class Checkpoint:
@@ -51,9 +55,14 @@ class Checkpoint:
         return self._readers[header.path].read(header)
 
     def forget(self, name: str) -> None:
-        """The tensor was copied elsewhere: its file pages need not stay resident. Views of it remain valid."""
+        """The tensor was taken: its file pages need not stay resident for long. Views of it remain valid."""
         header = self.headers[name]
         self._readers[header.path].forget(header)
+
+    def sweep(self) -> None:
+        """Everything was taken: let all file pages go. Views remain valid; what is read again comes back."""
+        for reader in self._readers.values():
+            reader.sweep()
 
     def where(self, name: str) -> str:
         """The file of a tensor, for messages."""
@@ -61,10 +70,11 @@ class Checkpoint:
 
 
 def stream_weights(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each tensor once, in file order. A tensor's file pages are let go when the next one is asked for."""
+    """Each tensor once, in file order. Its file pages are let go once others have followed."""
     for name in checkpoint.headers:
         yield name, checkpoint.read(name)
         checkpoint.forget(name)
+    checkpoint.sweep()
 
 
 class _SafetensorsFile:
@@ -77,6 +87,7 @@ class _SafetensorsFile:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"The weight file {path} cannot be mapped into memory: {error}.") from error
+        self._resident = 0  # bytes of tensors that were read since the last sweep
 
     def read(self, header: WeightHeader) -> torch.Tensor:
         if header.nbytes == 0:
@@ -85,7 +96,8 @@ class _SafetensorsFile:
             raise CheckpointError(
                 f"The weight file {header.path} became shorter while tensor {header.name!r} was read."
             )
-        self._advise(header, mmap.MADV_WILLNEED, inner=False)
+        start = header.start // mmap.PAGESIZE * mmap.PAGESIZE
+        self._map.madvise(mmap.MADV_WILLNEED, start, header.start + header.nbytes - start)
         if header.start % header.dtype.itemsize == 0:
             count = header.nbytes // header.dtype.itemsize
             return torch.frombuffer(self._map, dtype=header.dtype, count=count, offset=header.start).view(header.shape)
@@ -94,16 +106,14 @@ class _SafetensorsFile:
         return raw.clone().view(header.dtype).view(header.shape)
 
     def forget(self, header: WeightHeader) -> None:
-        self._advise(header, mmap.MADV_DONTNEED, inner=True)
+        # Siblings that are packed together are read again after they were forgotten, so single ones are not let go.
+        self._resident += header.nbytes
+        if self._resident > SWEEP_BYTES:
+            self.sweep()
 
-    def _advise(self, header: WeightHeader, advice: int, inner: bool) -> None:
-        """Advise about the pages that touch the tensor, or (inner) only those that hold nothing else."""
-        page = mmap.PAGESIZE
-        start, end = header.start, header.start + header.nbytes
-        start = -(-start // page) * page if inner else start // page * page
-        end = end // page * page if inner else end
-        if end > start:
-            self._map.madvise(advice, start, end - start)
+    def sweep(self) -> None:
+        self._map.madvise(mmap.MADV_DONTNEED)
+        self._resident = 0
 
 
 class _TorchFile:
@@ -121,6 +131,9 @@ class _TorchFile:
 
     def forget(self, header: WeightHeader) -> None:
         self._tensors.pop(header.name, None)
+
+    def sweep(self) -> None:
+        self._tensors.clear()
 
 
 def _load_torch_file(path: Path) -> dict[str, torch.Tensor]:

@@ -118,6 +118,7 @@ def _stream(model: Any, checkpoint: Checkpoint, filler: Filler) -> None:
                 filler.give(name, tensor, recipe.sources[0])
         for source in recipe.sources:
             checkpoint.forget(source)
+    checkpoint.sweep()
 
 
 def _recipes(model: Any, checkpoint: Checkpoint, filler: Filler) -> dict[str, _Recipe]:

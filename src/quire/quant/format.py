@@ -14,9 +14,9 @@ from typing import Protocol
 import torch
 
 from quire.errors import ConfigError
-from quire.kernels.reference import QuantizedLinear
+from quire.kernels.rounding import restored
 from quire.kernels.table import Ops
-from quire.quant import int4, int8
+from quire.kernels.weights import Parts, QuantizedLinear
 from quire.quant.int4 import Int4
 from quire.quant.int8 import Int8
 
@@ -34,8 +34,8 @@ class WeightFormat(Protocol):
         """Bytes that a weight [outputs, inputs] takes."""
         ...
 
-    def load(self, weight: torch.Tensor, bias: torch.Tensor | None) -> QuantizedLinear:
-        """Round and pack weight [N, K] and bias [N]; both may be dropped afterwards."""
+    def load(self, weight: Parts, bias: torch.Tensor | None) -> QuantizedLinear:
+        """Round and pack weight [N, K], or its parts, and bias [N]; both may be dropped afterwards."""
         ...
 
     def apply(self, x: torch.Tensor, packed: QuantizedLinear) -> torch.Tensor:
@@ -93,8 +93,7 @@ def check_method(method: str) -> None:
 
 def _with_format(ops: Ops, kind: WeightFormat) -> Ops:
     def unpack(packed: QuantizedLinear) -> torch.Tensor:
-        weights = ops.unpack_quantized(packed)
-        return (int8.restore(weights) if weights.bits == 8 else int4.restore(weights)).to(packed.dtype)
+        return restored(ops.unpack_quantized(packed)).to(packed.dtype)
 
     changed = {"pack_linear": kind.load, "linear": kind.apply, "unpack_linear": unpack}
     return Ops(**{field.name: changed.get(field.name, getattr(ops, field.name)) for field in fields(Ops)})

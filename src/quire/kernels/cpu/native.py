@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from ctypes import c_double, c_float, c_int32, c_int64, c_void_p
+from ctypes import c_double, c_float, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,9 @@ _P, _I, _L, _F = c_void_p, c_int32, c_int64, c_float
 # Argument types by function. `long` ones may work for milliseconds and let other Python threads run meanwhile; the
 # others hold the interpreter, because waiting for it again would take longer than they do.
 LONG_FUNCTIONS = {
-    "quire_pack_linear": (_I, _P, _L, _L, _L, _P),
+    "quire_pack_parts": (_I, _P, _L, _L, _P),
+    "quire_round_parts": (_P, _I, _P, _L, _P),
+    "quire_checksum": (_P, _L),
     "quire_unpack_linear": (_I, _P, _L, _L, _P),
     "quire_linear": (_I, _P, _L, _P, _P, _P, _L, _L, _L),
     "quire_pack_quantized": (_P, _P, _P, _P, _P),
@@ -58,6 +60,7 @@ RETURNS = {
     "quire_quantized_size": c_int64,
     "quire_page_size": c_int64,
     "quire_best_level": c_int32,
+    "quire_checksum": c_uint64,
     "quire_read_memory": c_float,
     "quire_multiply_registers": c_double,
 }
@@ -80,6 +83,12 @@ class QuantizedStruct(ctypes.Structure):
     """QuireQuantized of csrc/quire.h."""
 
     _fields_ = [("bits", _I), ("zero_points", _I), ("group", _L), ("n", _L), ("k", _L)]
+
+
+class PartStruct(ctypes.Structure):
+    """QuirePart of csrc/packing.h."""
+
+    _fields_ = [("rows", _P), ("stride", _L), ("n", _L)]
 
 
 class RotaryStruct(ctypes.Structure):
@@ -106,7 +115,9 @@ class AttentionStruct(ctypes.Structure):
 class Library:
     """The functions of one level's library as attributes, with prepared argument types."""
 
-    quire_pack_linear: Callable[..., None]
+    quire_pack_parts: Callable[..., None]
+    quire_round_parts: Callable[..., None]
+    quire_checksum: Callable[..., int]
     quire_unpack_linear: Callable[..., None]
     quire_linear: Callable[..., None]
     quire_pack_quantized: Callable[..., None]
@@ -136,6 +147,7 @@ class Library:
     def __init__(self, level: str, folder: Path = FOLDER) -> None:
         path = folder / f"libquire_{level}.so"
         self.level = level
+        self.path = path
         releasing, holding = ctypes.CDLL(str(path)), ctypes.PyDLL(str(path))
         for functions, library in ((LONG_FUNCTIONS, releasing), (SHORT_FUNCTIONS, holding)):
             for name, arguments in functions.items():

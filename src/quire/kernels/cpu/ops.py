@@ -13,43 +13,22 @@ import torch
 
 from quire.kernels import reference
 from quire.kernels.cpu import native
+from quire.kernels.cpu.packing import CODES, NativeLinear, NativePacking, NativeQuantized
 from quire.kernels.reference import (
     KVCache,
     NormStyle,
     PackedLinear,
     QuantizedLinear,
-    QuantizedWeights,
     RotaryStyle,
 )
 
 logger = logging.getLogger(__name__)
 
-CODES = {torch.float32: 0, torch.bfloat16: 1}
 NORM_STYLES = {"down_then_scale": 0, "scale_then_down": 1, "plus_one": 2}
 NO_WEIGHT = 3
 ROTARY_STYLES = {"half": 0, "interleaved": 1}
 ACTIVATIONS = {name: code for code, name in enumerate(("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid"))}
 ACTIVATIONS["quick_gelu"] = 6
-
-
-@dataclass(slots=True)
-class NativeLinear(PackedLinear):
-    """A PackedLinear in the panels that csrc/linear.cpp draws, with the addresses that every call needs."""
-
-    code: int
-    weights: int
-    added: int | None
-
-
-@dataclass(slots=True)
-class NativeQuantized(QuantizedLinear):
-    """A QuantizedLinear in the panels that csrc/quantized.cpp draws, with the addresses that every call needs."""
-
-    code: int
-    struct: native.QuantizedStruct
-    layout: int  # address of struct
-    weights: int
-    added: int | None
 
 
 @dataclass(slots=True)
@@ -104,31 +83,18 @@ class CpuOps:
         self.level = level
         self._lib = native.Library(level, folder)
         self._lib.set_threads(threads or native.default_threads())
+        packing = NativePacking(self._lib)
+        self.pack_linear, self.unpack_linear = packing.pack_linear, packing.unpack_linear
+        self.pack_quantized, self.unpack_quantized = packing.pack_quantized, packing.unpack_quantized
+        self.round_linear = packing.round_linear
+        self.packed_layout, self.checksum = packing.packed_layout, packing.checksum
+        self.take_apart, self.put_together = packing.take_apart, packing.put_together
 
     def set_threads(self, n: int) -> None:
         reference.set_threads(n)
         self._lib.set_threads(n)
 
     # ------------------------------------------------------------ linear
-
-    def pack_linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
-        code = _native(weight, bias)
-        if code is None:
-            return reference.pack_linear(weight, bias)
-        n, k = weight.shape
-        rows = _rows(weight)
-        data = torch.empty(self._lib.quire_packed_size(code, n, k), dtype=weight.dtype)
-        self._lib.quire_pack_linear(code, rows.data_ptr(), rows.stride(0), n, k, data.data_ptr())
-        bias = None if bias is None else bias.detach().contiguous()
-        return NativeLinear(n, k, weight.dtype, data, bias, code, data.data_ptr(), _pointer(bias))
-
-    def unpack_linear(self, packed: PackedLinear) -> torch.Tensor:
-        if not isinstance(packed, NativeLinear):
-            return reference.unpack_linear(packed)
-        n, k = packed.out_features, packed.in_features
-        weight = torch.empty(n, k, dtype=packed.dtype)
-        self._lib.quire_unpack_linear(packed.code, packed.weights, n, k, weight.data_ptr())
-        return weight
 
     def linear(self, x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
         if not isinstance(packed, NativeLinear):
@@ -151,33 +117,6 @@ class CpuOps:
             k,
         )
         return out
-
-    def pack_quantized(
-        self, weights: QuantizedWeights, bias: torch.Tensor | None, dtype: torch.dtype
-    ) -> QuantizedLinear:
-        if dtype not in CODES:
-            return reference.pack_quantized(weights, bias, dtype)
-        n, k = weights.values.shape
-        struct = native.QuantizedStruct(weights.bits, weights.zeros is not None, weights.group, n, k)
-        layout = addressof(struct)
-        data = torch.empty(self._lib.quire_quantized_size(layout), dtype=torch.uint8)
-        values, scales = weights.values.contiguous(), weights.scales.contiguous()
-        zeros = None if weights.zeros is None else weights.zeros.contiguous()
-        self._lib.quire_pack_quantized(layout, values.data_ptr(), scales.data_ptr(), _pointer(zeros), data.data_ptr())
-        bias = None if bias is None else bias.detach().to(dtype).contiguous()
-        return NativeQuantized(n, k, dtype, data, bias, CODES[dtype], struct, layout, data.data_ptr(), _pointer(bias))
-
-    def unpack_quantized(self, packed: QuantizedLinear) -> QuantizedWeights:
-        if not isinstance(packed, NativeQuantized):
-            return reference.unpack_quantized(packed)
-        n, k, struct = packed.out_features, packed.in_features, packed.struct
-        groups = -(-k // struct.group) if struct.bits == 4 else 1
-        values, scales = torch.empty(n, k, dtype=torch.int8), torch.empty(n, groups)
-        zeros = torch.empty(n, groups, dtype=torch.uint8) if struct.zero_points else None
-        self._lib.quire_unpack_quantized(
-            packed.layout, packed.weights, values.data_ptr(), scales.data_ptr(), _pointer(zeros)
-        )
-        return QuantizedWeights(struct.bits, struct.group, values, scales, zeros)
 
     def quantized_linear(self, x: torch.Tensor, packed: QuantizedLinear) -> torch.Tensor:
         if not isinstance(packed, NativeQuantized):
