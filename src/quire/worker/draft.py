@@ -17,7 +17,7 @@ from quire.layers.batch import Batch, GroupInputs
 from quire.models.served import ServedModel
 from quire.worker.batch import Rows
 from quire.worker.device import Device
-from quire.worker.drafter import History
+from quire.worker.drafter import History, Seen
 from quire.worker.kvstore import KVStore
 from quire.worker.sampler import Sampler
 from quire.worker.slots import Slots
@@ -58,6 +58,9 @@ class ModelDrafter:
         """Nothing is computed for the new request."""
         self._asked[slot] = self._kept[slot] = 0
         self._model.release(slot)
+
+    def follow(self, seen: Seen) -> None:
+        """Hidden states mean nothing here."""
 
     def propose(self, slots: np.ndarray) -> list[tuple[int, ...]]:
         """Guesses for the rows, none for those at the end of the context."""

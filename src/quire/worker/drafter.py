@@ -5,11 +5,14 @@ A guess is never wrong in what it does to the output, only in what it costs: eve
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
 
-from quire.core.plan import Admission
+from quire.core.plan import Admission, Span, SpanResult
 
 
 class History:
@@ -29,12 +32,53 @@ class History:
         self.tokens[slot, known : known + len(tokens)] = tokens
         self.lengths[slot] = known + len(tokens)
 
+    def append(self, slots: np.ndarray, known: Sequence[int], tokens: Sequence[int]) -> None:
+        """The same with one token for each of the rows `slots`, which knew `known` tokens."""
+        ends = np.array(known, dtype=np.int64)
+        self.tokens[slots, ends] = tokens
+        self.lengths[slots] = ends + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a step computed, for drafters that go on from the model's own hidden states.
+
+    Row i has positions [starts[i], starts[i] + counts[i]), rejected drafts left out; their states are in `hidden` [T,
+    size] from row firsts[i] on.
+    """
+
+    slots: np.ndarray
+    starts: np.ndarray
+    counts: np.ndarray
+    firsts: np.ndarray
+    hidden: torch.Tensor
+
+    @classmethod
+    def of(cls, spans: Sequence[Span], results: Sequence[SpanResult], hidden: torch.Tensor) -> Seen:
+        """Of a step whose results are there."""
+        computed = np.array([span.count for span in spans])
+        wrong = [
+            len(span.drafts) + 1 - len(result.tokens) if span.sample else 0
+            for span, result in zip(spans, results, strict=True)
+        ]
+        return cls(
+            np.array([span.slot for span in spans]),
+            np.array([span.start for span in spans]),
+            computed - np.minimum(wrong, computed),
+            np.cumsum(computed) - computed,
+            hidden,
+        )
+
 
 class Drafter(Protocol):
     """One way of guessing."""
 
     def admit(self, slot: int) -> None:
         """Another request is in this row now."""
+        ...
+
+    def follow(self, seen: Seen) -> None:
+        """A step has been computed, with a model that keeps its hidden states; propose() comes next."""
         ...
 
     def propose(self, slots: np.ndarray) -> list[tuple[int, ...]]:

@@ -9,20 +9,23 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from statistics import median
 
-TRIAL = 12  # steps of a way, after the first, that decide about it
-FIRST_WAIT = 64  # steps until the losing way is tried again; doubled each time it loses again
-LONGEST_WAIT = 4096
+TRIAL = 8  # steps of a way, after the first, that decide about it
+EARLY = 3  # steps that are enough where the other way is much better
+MUCH = 1.2
+COST = 0.01  # share of the time that trying the losing way may take
+LEAST_WAIT = 64  # steps between two trials
+MOST_WAIT = 16384
 
 
 @dataclass(slots=True)
 class _Ways:
-    """Both ways for one size of batch."""
+    """Both ways for one size of batch. The plain one comes first: knowing it costs nothing."""
 
-    drafting: bool = True
+    drafting: bool = False
     steps: int = 0  # with the present way
-    limit: int = TRIAL  # after which the other one is tried
-    wait: int = FIRST_WAIT
+    limit: int = EARLY  # after which the other one is tried
     trial: bool = True  # the present way is on trial
+    confirmed: int = 0  # trials in a row with the same winner
     rates: dict[bool, float] = field(default_factory=dict)  # tokens per second
     seconds: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
@@ -42,25 +45,36 @@ class Governor:
         """A step of `rows` rows, each of which was up to date, brought `tokens` tokens in `seconds`."""
         ways = self._ways(rows)
         ways.steps += 1
-        if ways.steps > 1:  # the first step after a change still does what was prepared the other way
-            ways.seconds = [*ways.seconds[1 - TRIAL :], seconds]
-            ways.tokens = [*ways.tokens[1 - TRIAL :], tokens]
-        if ways.steps > ways.limit:
+        if ways.steps == 1:
+            return  # the first step after a change still does what was prepared the other way
+        ways.seconds = [*ways.seconds[1 - TRIAL :], seconds]
+        ways.tokens = [*ways.tokens[1 - TRIAL :], tokens]
+        hopeless = ways.trial and len(ways.seconds) == EARLY and self._rate(ways) * MUCH < self._other(ways)
+        if ways.steps > ways.limit or hopeless:
             self._judge(ways)
+
+    @staticmethod
+    def _rate(ways: _Ways) -> float:
+        """Tokens per second. Other programs make single steps slow; the median does not mind."""
+        return sum(ways.tokens) / len(ways.tokens) / max(median(ways.seconds), 1e-9)
+
+    @staticmethod
+    def _other(ways: _Ways) -> float:
+        return ways.rates.get(not ways.drafting, 0.0)
 
     def _judge(self, ways: _Ways) -> None:
         """The way's time is up: take the better one, or try the other."""
-        # Other programs make single steps slow; the median does not mind.
-        ways.rates[ways.drafting] = sum(ways.tokens) / len(ways.tokens) / max(median(ways.seconds), 1e-9)
-        other = ways.rates.get(not ways.drafting)
-        if other is None or not ways.trial:
+        rate = ways.rates[ways.drafting] = self._rate(ways)
+        other = self._other(ways)
+        if not other or not ways.trial:
             self._turn(ways, not ways.drafting, TRIAL, trial=True)
-        elif ways.rates[ways.drafting] > other:
-            ways.wait = FIRST_WAIT
-            self._turn(ways, ways.drafting, ways.wait, trial=False)
-        else:
-            self._turn(ways, not ways.drafting, ways.wait, trial=False)
-            ways.wait = min(2 * ways.wait, LONGEST_WAIT)
+            return
+        # The way that is tried has been the losing one, unless this is the first comparison.
+        ways.confirmed = 0 if rate > other else ways.confirmed + 1
+        loss = max(rate, other) / max(min(rate, other), 1e-9) - 1.0
+        wait = TRIAL * loss / COST * 2 ** min(ways.confirmed, 4)
+        better = ways.drafting if rate > other else not ways.drafting
+        self._turn(ways, better, int(min(max(wait, LEAST_WAIT), MOST_WAIT)), trial=False)
 
     def _turn(self, ways: _Ways, drafting: bool, limit: int, trial: bool) -> None:
         ways.drafting, ways.limit, ways.trial = drafting, limit, trial

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from quire.worker.drafter import History
+from quire.worker.drafter import History, Seen
 
 
 class NgramDrafter:
@@ -21,6 +21,9 @@ class NgramDrafter:
 
     def admit(self, slot: int) -> None:
         """Nothing is kept beside the history."""
+
+    def follow(self, seen: Seen) -> None:
+        """Hidden states mean nothing here."""
 
     def propose(self, slots: np.ndarray) -> list[tuple[int, ...]]:
         """The tokens behind the match; all rows are searched at once, from long ends to short ones."""

@@ -8,12 +8,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from quire.core.params import SamplingParams
 from quire.core.plan import Admission, Span, SpanResult
-from quire.worker.drafter import Drafter, History
+from quire.worker.drafter import Drafter, History, Seen
 from quire.worker.governor import Governor
 
 logger = logging.getLogger(__name__)
@@ -29,40 +31,67 @@ class Speculator:
         self._able = np.zeros(len(history.lengths), dtype=bool)
 
     def admit(self, new: Admission) -> None:
-        """Take in a request. One whose output must keep to a grammar gets no drafts: most would break it."""
+        """Take in a request."""
         params = new.params
-        able = isinstance(params, SamplingParams) and params.structured_outputs is None and params.max_tokens != 1
-        self._able[new.slot] = able
+        self._able[new.slot] = isinstance(params, SamplingParams) and params.max_tokens != 1
         self._history.admit(new)
         self._drafter.admit(new.slot)
 
-    def propose(self, spans: Sequence[Span], results: tuple[SpanResult, ...], began: float) -> tuple[SpanResult, ...]:
-        """The results with guesses for the next step. `began` is when the step did, by time.perf_counter()."""
-        rows, tokens, up_to_date = [], 0, True
-        for index, (span, result) in enumerate(zip(spans, results, strict=True)):
-            known = 1 + len(span.drafts)
-            up_to_date &= span.sample and span.count == known
-            if result.tokens:
-                self._history.extend(span.slot, span.start + span.count - len(span.drafts), result.tokens)
-                tokens += len(result.tokens)
-                if self._able[span.slot]:
-                    rows.append(index)
-        governor = self._governor
-        found = results
-        if rows and (governor is None or governor.wanted(len(spans))):
-            guesses = self._guess([spans[index].slot for index in rows])
-            changed = list(results)
-            for index, guess in zip(rows, guesses, strict=False):
-                changed[index] = results[index]._replace(drafts=guess)
-            found = tuple(changed)
-        if governor is not None and up_to_date and tokens:
-            governor.note(len(spans), tokens, time.perf_counter() - began)
+    def propose(
+        self, spans: Sequence[Span], results: tuple[SpanResult, ...], began: float, hidden: torch.Tensor | None = None
+    ) -> tuple[SpanResult, ...]:
+        """The results with guesses for the next step. `began` is when the step did, by time.perf_counter(); `hidden`
+        [T, size] are the model's last hidden states at the positions of the spans, where it keeps them.
+        """
+        told = self._extend(spans, results)
+        governor, found = self._governor, results
+        if governor is None or governor.wanted(len(spans)):
+            if hidden is not None:
+                self._drafter.follow(Seen.of(spans, results, hidden))
+            found = self._with_guesses(spans, results, told.able)
+        if governor is not None and told.up_to_date and told.tokens:
+            governor.note(len(spans), told.tokens, time.perf_counter() - began)
         return found
 
-    def _guess(self, slots: list[int]) -> list[tuple[int, ...]]:
-        """What the drafter says. One that fails is not worth a request: there are no drafts then."""
+    def _extend(self, spans: Sequence[Span], results: tuple[SpanResult, ...]) -> _Told:
+        """Add what the step brought to the history."""
+        history, able = self._history, self._able
+        if all(span.count == 1 and result.tokens for span, result in zip(spans, results, strict=True)):
+            slots = np.array([span.slot for span in spans])  # the common case, in one go
+            history.append(slots, [span.start + 1 for span in spans], [result.tokens[0] for result in results])
+            return _Told(np.flatnonzero(able[slots]).tolist(), len(spans), True)
+        told = _Told([], 0, all(span.sample and span.count == 1 + len(span.drafts) for span in spans))
+        for index, (span, result) in enumerate(zip(spans, results, strict=True)):
+            if result.tokens:
+                history.extend(span.slot, span.start + span.count - len(span.drafts), result.tokens)
+                told.tokens += len(result.tokens)
+                if able[span.slot]:
+                    told.able.append(index)
+        return told
+
+    def _with_guesses(
+        self, spans: Sequence[Span], results: tuple[SpanResult, ...], able: list[int]
+    ) -> tuple[SpanResult, ...]:
+        """The results, those with index `able` with what the drafter says. One that fails is not worth a request."""
+        if not able:
+            return results
+        slots = [spans[index].slot for index in able]
         try:
-            return self._drafter.propose(np.array(slots, dtype=np.int64))
+            guesses = self._drafter.propose(np.array(slots, dtype=np.int64))
         except Exception:
             logger.exception("no drafts for this step")
-            return []
+            return results
+        changed = list(results)
+        for index, guess in zip(able, guesses, strict=True):
+            if guess:
+                changed[index] = results[index]._replace(drafts=guess)
+        return tuple(changed)
+
+
+@dataclass(slots=True)
+class _Told:
+    """What a step brought."""
+
+    able: list[int]  # indices of the spans that could use drafts
+    tokens: int
+    up_to_date: bool  # every span reached the end of what was known, and computed nothing else

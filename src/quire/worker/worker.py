@@ -33,6 +33,7 @@ from quire.worker.runner import Runner
 from quire.worker.sampler import Sampler
 from quire.worker.slots import Slots
 from quire.worker.speculate import Speculator
+from quire.worker.suffix import SuffixDrafter
 
 logger = logging.getLogger(__name__)
 
@@ -109,9 +110,13 @@ class Worker:
         history = History(slots.num_slots, slots.width)
         count, setup = wanted.num_speculative_tokens, self._setup
         drafter: Drafter
-        if self._draft is None:
+        if wanted.method == "ngram":
             drafter = NgramDrafter(history, count, wanted.prompt_lookup_min, wanted.prompt_lookup_max)
+        elif wanted.method == "suffix":
+            depth, factor = wanted.suffix_decoding_max_tree_depth, wanted.suffix_decoding_max_spec_factor
+            drafter = SuffixDrafter(history, count, wanted.prompt_lookup_min, depth, factor)
         else:
+            assert self._draft is not None, "load() has loaded it"
             assert setup.draft is not None, "load() has loaded it"
             longest, most = setup.draft.longest, setup.max_num_batched_tokens
             drafter = ModelDrafter(
