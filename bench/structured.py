@@ -1,21 +1,21 @@
-"""What structured outputs cost: CPU time of the masks beside that of the whole step, for batches of the bundled model.
+"""What structured outputs cost: what masks add to a step, and the steps that forced tokens save, on the bundled model.
 
-    python bench/structured.py [--rows 32] [--tokens 100]
+    python bench/structured.py [--rows 32] [--tokens 100] [--threads 1]
 
-The bundled model is tiny, so this is the worst case: masks cost the same beside a model a hundred times as large.
+Masks are filled beside the model; what counts is the time for which the step works on them or waits for them. The bundled
+model is tiny, so this is the worst case: masks cost the same beside a model a hundred times as large.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
+from typing import Any
 
 from quire import LLM, SamplingParams
-from quire.core.plan import StepPlan, StepResult
-from quire.worker.batch import Rows
+from quire.grammar import Constraint, MaskFiller
 from quire.worker.runner import Runner
 from quire.worker.structured import StructuredOutputs
 
@@ -27,6 +27,18 @@ FORMS = {
             "additionalProperties": False,
         }
     },
+    "record": {
+        "json": {
+            "type": "object",
+            "properties": {
+                name: {"type": "integer", "maximum": 999, "minimum": 0}
+                for name in ("street_number", "postal_code", "number_of_rooms", "year_of_construction")
+            },
+            "required": ["street_number", "postal_code", "number_of_rooms", "year_of_construction"],
+            "additionalProperties": False,
+        },
+        "disable_any_whitespace": True,
+    },
     "json_object": {"json_object": True},
     "regex": {"regex": "[a-z ]{400}"},
     "choice": {"choice": [f"the answer number {number}" for number in range(1000)]},
@@ -35,52 +47,66 @@ FORMS = {
 
 @dataclass
 class Spent:
-    """Seconds of CPU time."""
+    """Seconds, and calls."""
 
-    masks: float = 0.0
-    steps: float = 0.0
-    count: int = 0
+    seconds: float = 0.0
+    calls: int = 0
 
 
-def watch(spent: Spent) -> None:
-    """Count the time of both from now on."""
-    apply, run = StructuredOutputs.apply, Runner.run
+def watched(owner: type, names: tuple[str, ...]) -> Spent:
+    """Count the time of these methods from now on."""
+    spent = Spent()
 
-    def timed_apply(self: StructuredOutputs, logits: torch.Tensor, using: list[int], rows: Rows) -> None:
-        began = time.process_time()
-        apply(self, logits, using, rows)
-        spent.masks += time.process_time() - began
+    def wrapped(method: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return method(*args)
+            finally:
+                spent.seconds += time.perf_counter() - began
+                spent.calls += 1
 
-    def timed_run(self: Runner, plan: StepPlan) -> StepResult:
-        began = time.process_time()
-        result = run(self, plan)
-        spent.steps += time.process_time() - began
-        spent.count += 1
-        return result
+        return run
 
-    StructuredOutputs.apply = timed_apply  # type: ignore[method-assign]
-    Runner.run = timed_run  # type: ignore[method-assign]
+    for name in names:
+        setattr(owner, name, wrapped(getattr(owner, name)))
+    return spent
 
 
 def main() -> None:
     """Print one line for each form."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=None)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=100)
+    parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
-    spent = Spent()
-    watch(spent)
-    with LLM(max_num_seqs=given.rows, max_model_len=512, threads=1, device="cpu") as llm:
+    steps = watched(Runner, ("run",))
+    added = watched(StructuredOutputs, ("begin", "apply", "guide"))
+    beside = watched(MaskFiller, ("fill",))
+    forced = Constraint.forced
+    with LLM(given.model, max_num_seqs=given.rows, max_model_len=512, threads=given.threads, device="cpu") as llm:
         for name, form in FORMS.items():
             params = [
                 SamplingParams(max_tokens=given.tokens, seed=seed, ignore_eos=True, structured_outputs=form)
                 for seed in range(given.rows)
             ]
-            llm.generate(["Once upon a time"] * given.rows, params, use_tqdm=False)  # the first time fills caches
-            spent.masks, spent.steps, spent.count = 0.0, 0.0, 0
-            llm.generate(["Once upon a time"] * given.rows, params, use_tqdm=False)
-            step, masks = (1e3 * seconds / spent.count for seconds in (spent.steps, spent.masks))
-            print(f"{name:12} step {step:7.2f} ms, masks {masks:6.3f} ms = {masks / step:.1%}")
+            seconds = {}
+            for jumps in (True, False):
+                Constraint.forced = forced if jumps else lambda self: []  # type: ignore[method-assign]
+                llm.generate(["Once upon a time"] * given.rows, params, use_tqdm=False)  # the first time fills caches
+                for spent in (steps, added, beside):
+                    spent.seconds, spent.calls = 0.0, 0
+                began = time.perf_counter()
+                llm.generate(["Once upon a time"] * given.rows, params, use_tqdm=False)
+                seconds[jumps] = time.perf_counter() - began, steps.calls
+            step, wait, fill = (1e3 * spent.seconds / steps.calls for spent in (steps, added, beside))
+            saved = seconds[False][0] / seconds[True][0]
+            print(
+                f"{name:12} step {step:6.2f} ms, of it masks {wait:5.3f} ms = {wait / step:4.1%} "
+                f"(filled beside it in {fill:5.3f} ms); forced tokens: {seconds[True][1]} steps for "
+                f"{seconds[False][1]}, {saved:.2f} times as fast"
+            )
 
 
 if __name__ == "__main__":

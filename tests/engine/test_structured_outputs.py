@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from quire import LLM, SamplingParams
-from quire.errors import RequestFailedError, ValidationError
+from quire.errors import ValidationError
 from quire.grammar import Constraint
 from quire.text.format_parser import CallArguments, CallEnd, CallStart, FormatParser
 from quire.text.formats import tool_format
@@ -151,25 +151,50 @@ def test_other_wishes_about_tokens_hold_too(llm: LLM) -> None:
 
 
 def test_a_failing_grammar_fails_its_own_request(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill = Constraint.fill_mask
-    fills: dict[int, int] = {}
-    failing: list[Constraint] = []
+    asked: dict[int, int] = {}
 
-    def fails(self: Constraint, row) -> None:
-        if not failing:
-            failing.append(self)
-        fills[id(self)] = fills.get(id(self), 0) + 1
-        if self is failing[0] and fills[id(self)] == 3:
-            raise RequestFailedError("the grammar cannot go on: too complex")
-        fill(self, row)
+    def fails(self: Constraint) -> str | None:
+        asked[id(self)] = asked.get(id(self), 0) + 1
+        return "too complex" if id(self) == next(iter(asked)) and asked[id(self)] == 3 else None
 
-    monkeypatch.setattr(Constraint, "fill_mask", fails)
+    monkeypatch.setattr(Constraint, "failure", property(fails))
     params = SamplingParams(max_tokens=30, seed=1, structured_outputs={"regex": "[a-z]{20}"})
     outputs = [outputs[0] for outputs in ask(llm, [params] * 4)]
     assert [output.finish_reason for output in outputs] == ["error", "stop", "stop", "stop"]
     assert "too complex" in outputs[0].error
     assert len({output.text for output in outputs[1:]}) == 1
     assert ask(llm, params)[0][0].text == outputs[1].text  # the row is usable again
+
+
+def test_forced_tokens_are_the_same_in_fewer_steps(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What must come is verified at once; an output is the same as one that comes token by token."""
+    schema = {
+        "type": "object",
+        "properties": {name: {"enum": ["red", "green"]} for name in ("first_colour", "second_colour", "third_colour")},
+        "required": ["first_colour", "second_colour", "third_colour"],
+        "additionalProperties": False,
+    }
+    params = [
+        SamplingParams(
+            max_tokens=80,
+            seed=seed,
+            temperature=1.0 if seed % 2 else 0.0,
+            logprobs=2,
+            structured_outputs={"json": schema, "disable_any_whitespace": True},
+        )
+        for seed in range(6)
+    ]
+
+    def run() -> tuple[list, int]:
+        before = llm._engine.stats().steps
+        outputs = [outputs[0] for outputs in ask(llm, params)]
+        return [(found.token_ids, found.text, found.logprobs) for found in outputs], llm._engine.stats().steps - before
+
+    quick, few = run()
+    monkeypatch.setattr(Constraint, "forced", lambda self: [])
+    slow, many = run()
+    assert quick == slow
+    assert few < 0.7 * many, (few, many)
 
 
 def test_a_schema_that_cannot_be_had_is_refused_at_once(llm: LLM) -> None:

@@ -7,6 +7,7 @@ import json
 import random
 import re
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from schemas import fits, invent
 from quire.core.params import SamplingParams
 from quire.core.structured import StructuredOutputsParams
 from quire.errors import ClientError, RequestFailedError, ValidationError
-from quire.grammar import Constraint, Grammars, Vocabulary
+from quire.grammar import Constraint, Grammars, MaskFiller, MaskWish, Vocabulary
 from quire.grammar.constraint import mask_width
 
 
@@ -38,6 +39,7 @@ class ByteTokens:
 
 
 TOKENS = ByteTokens()
+FILLER = MaskFiller(2)
 END = TOKENS.END
 SPACES = frozenset(b" \t\n\r")
 
@@ -56,9 +58,13 @@ def wish(**form: Any) -> StructuredOutputsParams:
 
 
 def allowed(constraint: Constraint) -> list[int]:
-    row = np.zeros(mask_width(TOKENS.vocab_size), dtype=np.int32)
-    constraint.fill_mask(row)
-    return np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little")).tolist()
+    return masks_of(constraint)[0]
+
+
+def masks_of(constraint: Constraint, drafts: Sequence[int] = ()) -> list[list[int]]:
+    mask = np.zeros((1 + len(drafts), mask_width(TOKENS.vocab_size)), dtype=np.int32)
+    FILLER.fill([MaskWish(constraint, 0, drafts)], mask)
+    return [np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little")).tolist() for row in mask]
 
 
 def walk(constraint: Constraint, chance: random.Random, most: int = 2000) -> str:
@@ -140,6 +146,20 @@ def test_rollback_gives_the_masks_of_before(grammars: Grammars) -> None:
         constraint.rollback(len(text) - index)
         assert allowed(constraint) == masks[index]
         assert constraint.advance(list(text[index:])) == len(text) - index
+
+
+def test_masks_behind_drafts_are_those_of_their_places(grammars: Grammars) -> None:
+    constraint = grammars.constraint(wish(choice=["abc", "abd"]))
+    masks = masks_of(constraint, list(b"ab"))
+    assert masks == [[ord("a"), ByteTokens.LONGER.index(b"abc") + 256], [ord("b")], [ord("c"), ord("d")]]
+    assert masks_of(constraint, list(b"xb"))[1:] == [[], []]  # what is behind a wrong draft does not matter
+    assert allowed(constraint) == masks[0]  # nothing was taken in
+    assert constraint.fits(list(b"abx")) == 2 and constraint.fits([END]) == 0
+    assert bytes(constraint.forced()) in (b"", b"ab")
+    constraint.advance(list(b"ab"))
+    assert masks_of(constraint, list(b"c")) == [[ord("c"), ord("d")], [END]]
+    constraint.advance(list(b"c"))
+    assert masks_of(constraint, [END])[0] == [END] and constraint.forced() == []
 
 
 def test_constraints_of_one_grammar_are_independent(grammars: Grammars) -> None:

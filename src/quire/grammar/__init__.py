@@ -4,6 +4,6 @@ A Grammars compiles a StructuredOutputsParams within limits and remembers it; a 
 """
 
 from quire.grammar.compiler import Grammars, Vocabulary
-from quire.grammar.constraint import Constraint
+from quire.grammar.constraint import Constraint, MaskFiller, MaskWish
 
-__all__ = ["Constraint", "Grammars", "Vocabulary"]
+__all__ = ["Constraint", "Grammars", "MaskFiller", "MaskWish", "Vocabulary"]

@@ -1,4 +1,4 @@
-"""Constraint: the state of one output within its grammar, and the tokens that may follow.
+"""Constraint: the state of one output within its grammar, and the tokens that may follow. fill_masks: for many at once.
 
 Owned by whoever chooses the tokens. Knows token ids and bits; knows no tensors and no request.
 """
@@ -6,9 +6,10 @@ Owned by whoever chooses the tokens. Knows token ids and bits; knows no tensors 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from llguidance import LLMatcher
+from llguidance import LLExecutor, LLMatcher
 from numpy.typing import NDArray
 
 from quire.errors import RequestFailedError
@@ -46,22 +47,58 @@ class Constraint:
         if count > back and not self._matcher.rollback(count - back):
             raise RequestFailedError(f"the grammar cannot go back {count} tokens: {self._matcher.get_error()[:300]}")
 
-    def fill_mask(self, row: NDArray[np.int32]) -> None:
-        """Set the bits of the tokens that may come next, in `row` [mask_width(vocabulary)], and clear all others.
+    def fits(self, token_ids: Sequence[int]) -> int:
+        """How many of these tokens could be taken in, which they are not."""
+        return 0 if self.done else self._matcher.validate_tokens(list(token_ids))
 
-        RequestFailedError when the grammar needs more work for that than its limits allow.
-        """
-        if self.done:
-            row.fill(0)
-            bits = row.view(np.uint8)
-            for token_id in self._end_ids:
-                bits[token_id >> 3] |= 1 << (token_id & 7)
-            return
-        self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
-        if self._matcher.is_error():
-            raise RequestFailedError(f"the grammar cannot go on: {self._matcher.get_error()[:300]}")
+    def forced(self) -> list[int]:
+        """The tokens that must come next, whatever is chosen, as the tokenizer would write their text."""
+        return [] if self.done else self._matcher.compute_ff_tokens()
+
+    @property
+    def failure(self) -> str | None:
+        """Why the grammar cannot go on, if it cannot: it needs more work than its limits allow."""
+        return self._matcher.get_error()[:300] if self._matcher.is_error() else None
 
     @property
     def done(self) -> bool:
         """Whether the output is complete and only an end may follow."""
         return self._matcher.is_stopped() and not self._matcher.is_error()
+
+
+@dataclass(frozen=True, slots=True)
+class MaskWish:
+    """Which tokens may come next, wanted in row `row` of a mask; and behind each of `drafts`, in the rows that follow."""
+
+    constraint: Constraint
+    row: int
+    drafts: Sequence[int] = ()
+
+
+class MaskFiller:
+    """Fills masks by several native threads, without Python's lock, so that other work goes on meanwhile."""
+
+    def __init__(self, threads: int) -> None:
+        self._executor = LLExecutor(threads)
+
+    def fill(self, wishes: Sequence[MaskWish], mask: NDArray[np.int32]) -> None:
+        """Set the bits of the allowed tokens in `mask` [R, mask_width(vocabulary)], which must be zero.
+
+        Behind a draft that is not allowed nothing is. A constraint that fails leaves its rows empty: see failure().
+        """
+        single, several = [], []
+        for wish in wishes:
+            constraint = wish.constraint
+            if constraint.done:
+                bits = mask[wish.row].view(np.uint8)
+                for token_id in constraint._end_ids:
+                    bits[token_id >> 3] |= 1 << (token_id & 7)
+            elif wish.drafts:
+                several.append((constraint._matcher, wish.row, list(wish.drafts)))
+            else:
+                single.append((constraint._matcher, wish.row))
+        (rows, width), place = mask.shape, mask.ctypes.data
+        if single:
+            self._executor.unsafe_compute_mask_ptr(single, place, 4 * width, rows)
+        if several:
+            self._executor.unsafe_compute_mask_ptr_with_draft_token(several, place, 4 * width, rows)

@@ -61,6 +61,7 @@ class Runner:
         results = self._compute(plan.spans)
         if self._speculator is not None:
             results = self._speculator.propose(plan.spans, results, began)
+        results = self._sampler.forms.guide(plan.spans, results)
         return StepResult(plan.step, results, time.perf_counter() - began)
 
     def _release(self, released: Sequence[int]) -> None:
@@ -99,6 +100,7 @@ class Runner:
     def _together(self, spans: Sequence[Span]) -> list[SpanResult]:
         self._slots.guess(spans)
         step = gather(spans, self._slots, self._store.caches, self._device)
+        self._sampler.begin(step.rows, self._model.layout.vocab_size)
         logits = self._model.forward(step.batch)
         choices, chosen_logits = self._sample(step, logits)
         self._keep(step, choices)

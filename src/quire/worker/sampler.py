@@ -48,14 +48,16 @@ class Sampler:
         logprobs_mode: LogprobsMode,
         grammars: Grammars | None = None,
         processors: Sequence[LogitsProcessor] = (),
+        mask_threads: int = 1,
     ) -> None:
         count, where = slots.num_slots, device.torch_device
         self._slots = slots
         self._ops = ops
         self._device = device
         self._mode: LogprobsMode = logprobs_mode
+        self.forms = StructuredOutputs(slots, device, grammars, mask_threads)
         self._steps: list[LogitStep] = [
-            StructuredOutputs(slots, device, grammars),
+            self.forms,
             *(make(slots, device) for make in LOGIT_STEPS),
             *([Processors(slots, device, processors)] if processors else ()),
             ThinkingBudget(slots, device),
@@ -94,6 +96,13 @@ class Sampler:
         self._random[slot] = False
         self._logprobs[slot] = -2
         self._logprob_ids.pop(slot, None)
+        self.forms.release(slot)
+
+    def begin(self, rows: Rows, vocab_size: int) -> None:
+        """Do beside the model what choose() will need for these rows of a step."""
+        using = np.flatnonzero(self._uses[0, rows.slots_host])
+        if using.size:
+            self.forms.begin(rows, using.tolist(), vocab_size)
 
     def choose(self, logits: torch.Tensor, rows: Rows) -> Choices:
         """One token for each row of `logits` [R, V]. Leaves `logits` as they are.

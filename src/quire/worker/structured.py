@@ -1,26 +1,34 @@
 """StructuredOutputs: the logit step that forbids what the grammar of a row does not allow.
 
-A row's constraint follows the tokens in the Slots, so it is right after retries, preemption and rejected drafts alike,
-and nobody has to tell it what was chosen.
+A row's constraint follows the tokens that were chosen, and where they are not what it knows, those in the Slots: so it is
+right after retries, preemption and rejected drafts alike. Masks are filled while the model runs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from quire.core.params import SamplingParams
-from quire.core.plan import Admission
+from quire.core.plan import Admission, Span, SpanResult
 from quire.errors import RequestFailedError
 from quire.grammar.compiler import Grammars
-from quire.grammar.constraint import Constraint, mask_width
+from quire.grammar.constraint import Constraint, MaskFiller, MaskWish, mask_width
 from quire.worker.batch import Rows
 from quire.worker.device import Device
 from quire.worker.slots import Slots
 
 NEVER = float("-inf")
+MOST_FORCED = 16  # tokens that a step verifies because nothing else may come
+PATIENCE = 8  # forced tokens that a row's model would write otherwise, until it is not asked any more
+# What eight tokens' bits, a byte of a mask, add to their scores: a look-up is ten times as fast as filling in by condition.
+BIASES = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0.0, NEVER).astype(
+    np.float32
+)
 
 
 @dataclass(slots=True)
@@ -30,73 +38,165 @@ class _Followed:
     constraint: Constraint
     first: int  # position of the first token of the output
     taken: list[int] = field(default_factory=list)
+    patience: int = PATIENCE
+
+    @property
+    def end(self) -> int:
+        """Position of the next token."""
+        return self.first + len(self.taken)
+
+
+@dataclass(slots=True)
+class _Masks:
+    """The masks of a step, being filled: a row for each of the step's rows that are structured."""
+
+    rows: Rows
+    using: list[int]
+    mask: np.ndarray  # int32 [len(using), words]
+    wishes: list[MaskWish]
+    slots: list[int]  # of the wishes
+    filled: Future[None] | None = None
+    biases: np.ndarray | None = None  # float32 [len(using), tokens], on a CPU
 
 
 class StructuredOutputs:
     """structured_outputs: only tokens that keep the output within its grammar."""
 
-    def __init__(self, slots: Slots, device: Device, grammars: Grammars | None) -> None:
+    def __init__(self, slots: Slots, device: Device, grammars: Grammars | None, threads: int = 1) -> None:
         self._slots = slots
         self._device = device
         self._grammars = grammars
         self._rows: dict[int, _Followed] = {}
+        self._masks: _Masks | None = None
+        self._filler = MaskFiller(threads)
+        self._beside = ThreadPoolExecutor(1, thread_name_prefix="quire-masks")
+        self._takes_drafts = all(group.kind != "state" for group in slots.groups)
 
     def admit(self, new: Admission, params: SamplingParams) -> bool:
-        """Start the row's constraint; tokens of an earlier run are taken in with the next mask."""
+        """Start the row's constraint, with the tokens of an earlier run."""
         self._rows.pop(new.slot, None)
         if params.structured_outputs is None:
             return False
         if self._grammars is None:
             raise RequestFailedError("structured_outputs needs a tokenizer, and this worker has none")
-        self._rows[new.slot] = _Followed(self._grammars.constraint(params.structured_outputs), new.prompt_len)
+        followed = _Followed(self._grammars.constraint(params.structured_outputs), new.prompt_len)
+        _take(followed, new.token_ids[new.prompt_len :])
+        self._rows[new.slot] = followed
         return True
+
+    def release(self, slot: int) -> None:
+        """Forget a row."""
+        self._rows.pop(slot, None)
+
+    def begin(self, rows: Rows, using: list[int], vocab_size: int) -> None:
+        """Fill the masks of a step's rows beside whatever comes before apply(); `rows` as there."""
+        masks = self._prepared(rows, using, vocab_size)
+        masks.filled = self._beside.submit(self._fill, masks)
+        self._masks = masks
 
     def apply(self, logits: torch.Tensor, using: list[int], rows: Rows) -> None:
         """Forbid the rest. A row whose grammar fails is left without any token, and Slots.errors says why."""
-        mask = np.zeros((len(using), mask_width(logits.shape[1])), dtype=np.int32)
-        last = self._last_tokens(using, rows)
-        for index, row in enumerate(using):
-            slot, end = int(rows.slots_host[row]), int(rows.positions_host[row])
+        masks, self._masks = self._masks, None
+        if masks is None or masks.rows is not rows or masks.mask.shape[1] != mask_width(logits.shape[1]):
+            _wait(masks)
+            masks = self._prepared(rows, using, logits.shape[1])
+            self._fill(masks)
+        _wait(masks)
+        for wish, slot in zip(masks.wishes, masks.slots, strict=True):
+            failure = wish.constraint.failure
+            if failure is not None:
+                logits[using[wish.row : wish.row + 1 + len(wish.drafts)]] = NEVER
+                self._slots.errors[slot] = f"RequestFailedError: the grammar cannot go on: {failure}"
+        biases = self._biases(masks, logits)
+        if len(using) == logits.shape[0]:
+            logits.add_(biases)
+        else:
+            logits.index_add_(0, self._device.to_device(torch.tensor(using, dtype=torch.int64)), biases)
+
+    def _fill(self, masks: _Masks) -> None:
+        """Fill the masks; on a CPU, turn them into what is added to scores."""
+        self._filler.fill(masks.wishes, masks.mask)
+        if self._device.torch_device.type == "cpu":
+            masks.biases = BIASES[masks.mask.view(np.uint8)].reshape(len(masks.using), -1)
+
+    def _biases(self, masks: _Masks, logits: torch.Tensor) -> torch.Tensor:
+        """0 for tokens that may come and minus infinity for all others, float32 [rows, V]."""
+        if masks.biases is not None:
+            return torch.from_numpy(masks.biases)[:, : logits.shape[1]]
+        words = self._device.to_device(torch.from_numpy(masks.mask))
+        bits = words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=words.device) & 1
+        return torch.where(bits.view(len(masks.using), -1)[:, : logits.shape[1]] != 0, 0.0, NEVER)
+
+    def guide(self, spans: Sequence[Span], results: tuple[SpanResult, ...]) -> tuple[SpanResult, ...]:
+        """Take in what was chosen. Returns the results with drafts that the grammars allow, or even force."""
+        if not self._rows:
+            return results
+        found = list(results)
+        for index, (span, result) in enumerate(zip(spans, results, strict=True)):
+            followed = self._rows.get(span.slot)
+            if followed is None or not result.tokens:
+                continue
+            known = span.start + span.count - len(span.drafts)
+            if followed.end == known:
+                _take(followed, result.tokens)
+            if followed.end == known + len(result.tokens) and self._takes_drafts:
+                followed.patience -= len(span.drafts) - (len(result.tokens) - 1)
+                found[index] = result._replace(drafts=_drafts(followed, result.drafts))
+        return tuple(found)
+
+    def _prepared(self, rows: Rows, using: list[int], vocab_size: int) -> _Masks:
+        """Bring the constraints to where the rows are. Of several rows of a slot, the later ones hold drafts."""
+        mask = np.zeros((len(using), mask_width(vocab_size)), dtype=np.int32)
+        masks = _Masks(rows, using, mask, [], [])
+        slots, ends = rows.slots_host[using].tolist(), rows.positions_host[using].tolist()
+        index = 0
+        while index < len(using):
+            slot, end = slots[index], ends[index]
+            count = 1
+            while index + count < len(using) and slots[index + count] == slot:
+                count += 1
             try:
                 followed = self._rows[slot]
-                self._follow(followed, slot, end, last[index])
-                followed.constraint.fill_mask(mask[index])
+                if followed.end != end:
+                    self._follow(followed, slot, end)
+                drafts = self._slots.tokens[slot, end : end + count - 1].tolist() if count > 1 else ()
+                masks.wishes.append(MaskWish(followed.constraint, index, drafts))
+                masks.slots.append(slot)
             except Exception as error:  # whatever a grammar does, it must not reach the neighbours
-                mask[index] = 0
                 self._slots.errors[slot] = f"{type(error).__name__}: {error}"
-        np.invert(mask, out=mask)
-        bits = np.unpackbits(mask.view(np.uint8), axis=1, count=logits.shape[1], bitorder="little")
-        forbidden = self._device.to_device(torch.from_numpy(bits.view(np.bool_)))
-        if len(using) == logits.shape[0]:
-            logits.masked_fill_(forbidden, NEVER)
-        else:
-            picked = self._device.to_device(torch.tensor(using, dtype=torch.int64))
-            logits.index_copy_(0, picked, logits.index_select(0, picked).masked_fill_(forbidden, NEVER))
+            index += count
+        return masks
 
-    def _last_tokens(self, using: list[int], rows: Rows) -> list[int]:
-        """The token before each row's new one, all read at once."""
-        index = np.array(using)
-        places = rows.slots_host[index] * self._slots.width + rows.positions_host[index] - 1
-        where = self._device.to_device(torch.from_numpy(places.astype(np.int64)))
-        return self._device.to_host(self._slots.tokens.view(-1).index_select(0, where)).tolist()
-
-    def _follow(self, followed: _Followed, slot: int, end: int, last: int) -> None:
-        """Bring the constraint to the output that ends before position `end`."""
-        count, taken = end - followed.first, followed.taken
-        if len(taken) == count - 1:
-            new = [last]
-        elif len(taken) == count and (not count or taken[-1] == last):
-            return
-        else:
-            output = self._slots.tokens[slot, followed.first : end].tolist()
-            same = _common(taken, output)
-            if same < len(taken):
-                followed.constraint.rollback(len(taken) - same)
-                del taken[same:]
-            new = output[same:]
-        if followed.constraint.advance(new) < len(new):
+    def _follow(self, followed: _Followed, slot: int, end: int) -> None:
+        """Bring the constraint to the output that ends before position `end`, as the Slots have it."""
+        output, taken = self._slots.tokens[slot, followed.first : end].tolist(), followed.taken
+        same = _common(taken, output)
+        if same < len(taken):
+            followed.constraint.rollback(len(taken) - same)
+            del taken[same:]
+        if _take(followed, output[same:]) < len(output) - same:
             raise RequestFailedError("the output has a token that its grammar does not allow")
-        taken.extend(new)
+
+
+def _take(followed: _Followed, tokens: Sequence[int]) -> int:
+    """Take in tokens, as far as the grammar allows them; how many that were."""
+    count = followed.constraint.advance(tokens)
+    followed.taken.extend(tokens[:count])
+    return count
+
+
+def _drafts(followed: _Followed, proposed: tuple[int, ...]) -> tuple[int, ...]:
+    """What the next step shall verify: what must come, or as much of the proposals as may."""
+    if followed.patience > 0:
+        forced = followed.constraint.forced()
+        if forced:
+            return tuple(forced[:MOST_FORCED])
+    return proposed[: followed.constraint.fits(proposed)] if proposed else ()
+
+
+def _wait(masks: _Masks | None) -> None:
+    if masks is not None and masks.filled is not None:
+        masks.filled.result()
 
 
 def _common(one: list[int], other: list[int]) -> int:

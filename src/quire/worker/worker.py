@@ -94,8 +94,11 @@ class Worker:
         with self._device.stream():
             store = KVStore(self._model.layout, groups, setup.cache_dtype, self._ops, self._device)
         slots = Slots(setup.max_num_seqs, setup.max_model_len, groups, self._device)
+        mask_threads = max(1, setup.threads // 4)
         processors = find_processors(setup.options.logits_processors)
-        sampler = Sampler(slots, self._ops, self._device, setup.options.logprobs_mode, grammars, processors)
+        sampler = Sampler(
+            slots, self._ops, self._device, setup.options.logprobs_mode, grammars, processors, mask_threads
+        )
         with self._device.stream():
             speculator = self._speculator(slots, sampler)
         self._runner = Runner(
