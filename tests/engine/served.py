@@ -132,6 +132,7 @@ def engine_of(setup: Setup, executor: FakeExecutor, metrics: Observer) -> Engine
             max_num_seqs=setup.max_num_seqs,
             max_num_batched_tokens=512,
             max_model_len=MAX_MODEL_LEN,
+            policy="fair",
         )
     )
     settings = EngineSettings(
@@ -139,6 +140,7 @@ def engine_of(setup: Setup, executor: FakeExecutor, metrics: Observer) -> Engine
         vocab_size=TOKENIZER.vocab_size,
         eos_token_ids=(TOKENIZER.eos_token_id,),
         default_params=setup.defaults,
+        fair=True,
         **setup.settings,
     )
     grammars = Grammars(lambda: Vocabulary(TOKENIZER, TOKENIZER.vocab_size, settings.eos_token_ids))

@@ -18,7 +18,17 @@ from quire.serve.account import Account
 from quire.serve.logs import JsonLines, log_as_json
 from quire.serve.progress import Progress
 
-FIELDS = {"queue_ms", "prefill_ms", "decode_ms", "total_ms", "cached_tokens", "preemptions", "mean_batch_mates", "why"}
+FIELDS = {
+    "queue_ms",
+    "prefill_ms",
+    "decode_ms",
+    "total_ms",
+    "cached_tokens",
+    "preemptions",
+    "restarts",
+    "mean_batch_mates",
+    "why",
+}
 CHAT: list[dict[str, Any]] = [{"role": "user", "content": "say:hello;"}]
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "say:hello;|"},

@@ -81,7 +81,7 @@ def test_keys() -> None:
                 assert response.headers["www-authenticate"] == "Bearer"
             for path in (
                 "/health/",
-                "//health",
+                "/v1//health",
                 "/health/../v1/models",
                 "/v1/models?x=/health",
                 "/HEALTH",

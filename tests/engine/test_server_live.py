@@ -16,6 +16,7 @@ from served import Running, Setup, refused, served, until
 
 from quire.config import ServeOptions
 from quire.core.stats import Stats
+from quire.engine.engine import Place
 from quire.engine.observe import StepFigures
 from quire.serve.live import Live, LiveRequest
 from quire.serve.progress import Progress
@@ -127,9 +128,10 @@ def test_why() -> None:
         live.add(request)
     requests[0].first_output = requests[0].began
     full = Stats(running=1, waiting=2, pages=(100,), free_pages=(2,))
-    assert live.describe(requests[1], full)["state"] == "prefill"
-    assert live.describe(requests[2], full)["queue_position"] == 1
-    assert "room in the cache" in str(live.describe(requests[3], full)["why"])
+    assert live.describe(requests[1], full, None)["state"] == "prefill"
+    found = live.describe(requests[2], full, Place(1, 2.0))
+    assert (found["state"], found["queue_position"], found["estimated_wait_seconds"]) == ("waiting", 1, 2.0)
+    assert "room in the cache" in str(live.describe(requests[3], full, Place(2, None))["why"])
     assert live.busy_since is not None
     for request in requests:
         live.remove(request)

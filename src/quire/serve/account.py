@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quire.engine.outputs import RequestMetrics, RequestOutput
+from quire.serve.caller import Caller
 from quire.serve.progress import Progress
 
 
@@ -18,7 +19,7 @@ class Account:
     """One request, from its begin to its end. Of several prompts, the times are those of the last one to finish."""
 
     id: str = ""
-    tenant: str = ""
+    caller: Caller = field(default_factory=Caller)
     progress: Progress = field(default_factory=Progress)
     began: float = field(default_factory=time.monotonic)
     ended: float | None = None
@@ -30,12 +31,13 @@ class Account:
     _times: RequestMetrics | None = None
     _steps: int = 0
     _rows: int = 0
+    _restarts: int = 0
 
-    def open(self, request_id: str, tenant: str, progress: Progress) -> None:
+    def open(self, request_id: str, caller: Caller, progress: Progress) -> None:
         """The request goes to the engine now."""
-        self.id, self.tenant, self.progress = request_id, tenant, progress
+        self.id, self.caller, self.progress = request_id, caller, progress
         self.began = time.monotonic()
-        self._steps, self._rows = progress.steps, progress.rows
+        self._steps, self._rows, self._restarts = progress.steps, progress.rows, progress.stats.restarts
 
     def note(self, output: RequestOutput) -> None:
         """Something came."""
@@ -82,6 +84,11 @@ class Account:
         )
 
     @property
+    def restarts(self) -> int:
+        """How often the engine was started anew meanwhile, and this request with it."""
+        return self.progress.stats.restarts - self._restarts
+
+    @property
     def mates(self) -> float:
         """How many other requests ran beside it, on average over the steps of its life."""
         steps = self.progress.steps - self._steps
@@ -97,6 +104,7 @@ class Account:
             "total_ms": round(1e3 * self.seconds, 3),
             "cached_tokens": self.cached_tokens,
             "preemptions": self.preemptions,
+            "restarts": self.restarts,
             "mean_batch_mates": round(self.mates, 2),
             "why": self.why(),
         }
@@ -117,9 +125,11 @@ class Account:
         else:
             each = 1e3 * decode / max(1, self.output_tokens - 1)
             text = f"{share} went into its {self.output_tokens} tokens, one every {each:.1f} ms, {self._company()}"
-        return (
-            f"{text}; it gave way {self.preemptions} times and was computed again." if self.preemptions else f"{text}."
-        )
+        if self.preemptions:
+            text += f"; it gave way {self.preemptions} times and was computed again"
+        if self.restarts:
+            text += f"; the engine was started anew {self.restarts} times meanwhile"
+        return f"{text}."
 
     def _company(self) -> str:
         return "alone" if self.mates < 0.05 else f"beside {self.mates:.1f} other requests"
@@ -137,7 +147,8 @@ class Account:
         """The same for a log in JSON."""
         return {
             "id": self.id,
-            "tenant": self.tenant or None,
+            "tenant": self.caller.tenant or None,
+            "trace_id": None if self.caller.trace is None else self.caller.trace.trace_id,
             "ending": self.ending,
             "prompt_tokens": self.prompt_tokens,
             "output_tokens": self.output_tokens,

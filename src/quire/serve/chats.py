@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from quire.engine.outputs import CompletionOutput, RequestOutput
-from quire.serve.auth import tenant_of
+from quire.serve.caller import caller_of
 from quire.serve.layers import JsonRoute
 from quire.serve.logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from quire.serve.protocol import ChatRequest
@@ -38,7 +38,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
             body,
             new_id("chatcmpl", request.headers.get("x-request-id"), body.request_id),
             body.params(service.card.defaults, service.card.limit),
-            tenant_of(request.scope),
+            caller_of(request),
             wish=tool_wish(body.tools, body.tool_choice, body.parallel_tool_calls),
         ),
     )

@@ -13,11 +13,11 @@ from starlette.responses import Response
 from quire.core.params import SamplingParams
 from quire.engine.outputs import CompletionOutput, Logprob, RequestOutput
 from quire.serve.account import Account
-from quire.serve.auth import tenant_of
+from quire.serve.caller import Caller, caller_of
 from quire.serve.layers import JsonRoute
 from quire.serve.logprobs import TokenNames, completion_logprobs, prompt_logprobs
 from quire.serve.protocol import CompletionRequest
-from quire.serve.service import LONG_TEXT, Job, Service, new_id
+from quire.serve.service import LONG_TEXT, NOBODY, Job, Service, new_id
 from quire.serve.sse import event, json_response, stream, until_left
 from quire.serve.usage import Usage
 
@@ -37,7 +37,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
         body,
         new_id("cmpl", request.headers.get("x-request-id"), body.request_id),
         service.with_marks(body.params(service.card.defaults, service.card.limit)),
-        tenant_of(request.scope),
+        caller_of(request),
     )
     if not body.stream:
         return json_response(await until_left(request, answer.whole()))
@@ -61,7 +61,7 @@ class _Answer:
     body: CompletionRequest
     id: str
     params: SamplingParams
-    tenant: str = ""
+    caller: Caller = NOBODY
     account: Account = field(default_factory=Account)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -113,7 +113,7 @@ class _Answer:
         in_thread = sum(map(len, prompts)) > LONG_TEXT
         jobs = [await self._job(prompt, special, in_thread) for prompt in prompts]
         async for item in self.service.outputs(
-            self.id, jobs, self.params, self.body, special, self.tenant, self.account
+            self.id, jobs, self.params, self.body, special, self.caller, self.account
         ):
             yield item
 

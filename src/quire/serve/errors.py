@@ -67,7 +67,9 @@ _NAMES = {
     401: "AuthenticationError",
     404: "NotFoundError",
     405: "MethodNotAllowedError",
+    408: "RequestTimeoutError",
     413: "RequestTooLargeError",
+    429: "TooManyRequestsError",
     422: "UnprocessableEntityError",
     431: "RequestTooLargeError",
     503: "ServiceUnavailableError",
@@ -78,7 +80,7 @@ def failure_of(error: BaseException) -> Failure:
     """The answer to an exception. Unexpected ones are logged with their traceback."""
     if isinstance(error, OverloadedError):
         wait = {"Retry-After": str(max(1, math.ceil(error.retry_after or 1)))}
-        return Failure(error.status, _NAMES[503], error.message, error.field, wait)
+        return Failure(error.status, _NAMES[error.status], error.message, error.field, wait)
     if isinstance(error, ClientError):
         kind = _NAMES[404] if isinstance(error, NotFoundError) else _NAMES.get(error.status, _NAMES[400])
         return Failure(error.status, kind, error.message, error.field)

@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass, field
 
 from quire.core.stats import Stats
+from quire.engine.engine import Place
 from quire.engine.outputs import RequestOutput
 
 FULL = 0.95  # share of the pages from which on they are what is missing
@@ -69,16 +70,16 @@ class Live:
         """The engine's ids of everything that runs."""
         return [engine_id for request in self.requests.values() for engine_id in request.engine_ids]
 
-    def describe(self, request: LiveRequest, stats: Stats) -> dict[str, object]:
-        """What it is doing. The place in the queue is counted in the order of arrival."""
-        place = None if request.first_output is not None else self._place(request, stats.waiting)
+    def describe(self, request: LiveRequest, stats: Stats, place: Place | None) -> dict[str, object]:
+        """What it is doing; `place` is its place in the queue, where it waits."""
         now = time.monotonic()
         return {
             "id": request.id,
             "object": "request",
             "created": request.created,
             "state": "waiting" if place else "prefill" if request.first_output is None else "decode",
-            "queue_position": place,
+            "queue_position": None if place is None else place.number,
+            "estimated_wait_seconds": None if place is None or place.wait is None else round(place.wait, 3),
             "why": _why(place, request, stats),
             "prompt_tokens": request.prompt_tokens,
             "output_tokens": request.output_tokens,
@@ -88,18 +89,12 @@ class Live:
             else round(request.first_output - request.began, 3),
         }
 
-    def _place(self, request: LiveRequest, waiting: int) -> int | None:
-        """1 for the next to run; None when it is not in the queue any more."""
-        silent = [other for other in self.requests.values() if other.first_output is None]
-        place = silent.index(request) - max(0, len(silent) - waiting) + 1
-        return place if place > 0 else None
 
-
-def _why(place: int | None, request: LiveRequest, stats: Stats) -> str:
+def _why(place: Place | None, request: LiveRequest, stats: Stats) -> str:
     if request.first_output is not None:
         return f"It is being answered, beside {max(0, stats.running - 1)} others."
     if place is None:
         return f"Its prompt is being computed, beside {max(0, stats.running - 1)} other requests."
     if stats.page_usage >= FULL:
         return f"It waits for room in the cache: {stats.running} running requests hold {stats.page_usage:.0%} of it."
-    return f"It waits for one of {stats.running} running requests to end; {place - 1} are before it."
+    return f"It waits for one of {stats.running} running requests to end; {place.number - 1} are before it."

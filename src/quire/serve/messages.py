@@ -15,11 +15,11 @@ from starlette.responses import Response
 
 from quire.engine.outputs import CompletionOutput, RequestOutput
 from quire.errors import OverloadedError, ValidationError
-from quire.serve.auth import tenant_of
+from quire.serve.caller import caller_of
 from quire.serve.errors import Failure
 from quire.serve.layers import JsonRoute
 from quire.serve.parts import refuse, text_of
-from quire.serve.protocol import ApiRequest, ChatRequest
+from quire.serve.protocol import ApiRequest, ChatRequest, Timeout
 from quire.serve.service import Service, new_id
 from quire.serve.sse import EventStyle, event, json_response, named_event, stream, until_left
 from quire.serve.talk import Talk
@@ -84,12 +84,16 @@ class MessagesRequest(TokensRequest):
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     top_p: float | None = None
     top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    timeout: Timeout | None = None
     include_account: bool | None = None
 
     def chat(self) -> ChatRequest:
         """The same request for chat completions."""
         self.check_extra()
-        given = {name: getattr(self, name) for name in ("stream", "temperature", "top_p", "top_k", "include_account")}
+        given = {
+            name: getattr(self, name)
+            for name in ("stream", "temperature", "top_p", "top_k", "timeout", "include_account")
+        }
         body = ChatRequest(
             model=self.model,
             messages=self.chat_messages(),
@@ -118,7 +122,7 @@ async def create_message(body: MessagesRequest, request: Request) -> Response:
     chat = body.chat()
     params = chat.params(service.card.defaults, service.card.limit)
     own_id = new_id("msg", request.headers.get("x-request-id"), None)
-    answer = _Answer(service, Talk(service, chat, own_id, params, tenant_of(request.scope)))
+    answer = _Answer(service, Talk(service, chat, own_id, params, caller_of(request)))
     if not body.stream:
         return json_response(await until_left(request, answer.whole()))
     return await stream(request, answer.events(), STYLE, service.options.sse_keep_alive_interval)

@@ -27,7 +27,13 @@ MOST_STOPS = 64
 LONGEST_STOP = 4096  # characters
 LONGEST_SALT = 128
 MOST_CHOICES = 1024
-MOST_ITEMS = {"vllm_xargs": 64, "logit_bias": 1024, "stop_token_ids": 1024, "bad_words": 1024, "allowed_token_ids": 2**20}
+MOST_ITEMS = {
+    "vllm_xargs": 64,
+    "logit_bias": 1024,
+    "stop_token_ids": 1024,
+    "bad_words": 1024,
+    "allowed_token_ids": 2**20,
+}
 MOST_TOOLS = 128
 LONGEST_SCHEMAS = 256 * 1024  # characters of all tools, or of all documents, as JSON
 MOST_DOCUMENTS = 1024
@@ -35,6 +41,7 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 Int32 = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
 Limit = Callable[[int | None], int | None]  # the wanted number of tokens -> the allowed one
+Timeout = Annotated[float, Field(gt=0, le=1e9)]  # seconds
 Penalty = Annotated[float, Field(ge=1e-4, le=1e4)]  # beyond, float32 logits turn into infinities
 XArg = str | int | float | bool
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
@@ -136,6 +143,7 @@ class GenerationRequest(ApiRequest):
     truncate_prompt_tokens: Int32 | None = None
     truncation_side: str | None = None
     priority: Int32 | None = None
+    timeout: Timeout | None = None
     cache_salt: str | None = None
     request_id: str | None = None
     return_token_ids: bool | None = None

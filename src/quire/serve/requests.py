@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from typing import Any
 
@@ -16,6 +17,7 @@ from quire.serve.service import Service
 router = APIRouter()
 
 CONFIRM_SECONDS = 10.0
+PLACE_SECONDS = 5.0
 
 
 @router.get("/v1/requests/{request_id}")
@@ -23,7 +25,11 @@ async def describe_request(request_id: str, request: Request) -> dict[str, Any]:
     """What a running request does: its state, its place in the queue, why it waits, and its tokens so far."""
     service: Service = request.app.state.service
     found = _find(service, request_id, tenant_of(request.scope))
-    return service.live.describe(found, service.progress.stats)
+    place = None
+    if found.first_output is None:
+        with contextlib.suppress(TimeoutError):  # an engine in the middle of a long step answers later
+            place = await asyncio.wait_for(service.engine.place(found.engine_ids), PLACE_SECONDS)
+    return service.live.describe(found, service.progress.stats, place)
 
 
 @router.delete("/v1/requests/{request_id}")

@@ -18,7 +18,7 @@ from starlette.responses import Response
 
 from quire.engine.outputs import CompletionOutput, RequestOutput
 from quire.errors import ValidationError
-from quire.serve.auth import tenant_of
+from quire.serve.caller import caller_of
 from quire.serve.errors import Failure, failure_of
 from quire.serve.layers import JsonRoute
 from quire.serve.logprobs import TokenNames, chat_logprobs
@@ -47,12 +47,12 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
     """Answer a conversation; keep the answer for later, unless store is false."""
     service: Service = request.app.state.service
     service.check_model(body.model)
-    tenant = tenant_of(request.scope)
-    earlier = _earlier(service, body.previous_response_id, tenant)
+    caller = caller_of(request)
+    earlier = _earlier(service, body.previous_response_id, caller.tenant)
     chat = body.chat(earlier)
     params = chat.params(service.card.defaults, service.card.limit)
     own_id = new_id("resp", request.headers.get("x-request-id"), None).replace("-", "_", 1)
-    answer = _Answer(service, body, Talk(service, chat, own_id, params, tenant), body.kept_messages(earlier))
+    answer = _Answer(service, body, Talk(service, chat, own_id, params, caller), body.kept_messages(earlier))
     if body.background:
         if service.options.max_stored_responses < 1:
             raise ValidationError("This server keeps no responses, so none can run in the background.", "background")
@@ -67,14 +67,14 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
 async def retrieve_response(response_id: str, request: Request) -> Response:
     """A kept response as it is now."""
     service: Service = request.app.state.service
-    return json_response(service.store.get(response_id, tenant_of(request.scope)).body)
+    return json_response(service.store.get(response_id, caller_of(request).tenant).body)
 
 
 @router.delete("/v1/responses/{response_id}")
 async def delete_response(response_id: str, request: Request) -> dict[str, Any]:
     """Forget a kept response."""
     service: Service = request.app.state.service
-    service.store.remove(response_id, tenant_of(request.scope))
+    service.store.remove(response_id, caller_of(request).tenant)
     return {"id": response_id, "object": "response", "deleted": True}
 
 
@@ -82,7 +82,7 @@ async def delete_response(response_id: str, request: Request) -> dict[str, Any]:
 async def cancel_response(response_id: str, request: Request) -> Response:
     """End a response that runs in the background; one that has ended stays as it is."""
     service: Service = request.app.state.service
-    stored = service.store.get(response_id, tenant_of(request.scope))
+    stored = service.store.get(response_id, caller_of(request).tenant)
     if stored.body["background"] is not True:
         raise ValidationError("Only a response that was created with background can be cancelled.", "response_id")
     if stored.task is not None and not stored.task.done():
@@ -90,7 +90,7 @@ async def cancel_response(response_id: str, request: Request) -> Response:
         await asyncio.gather(stored.task, return_exceptions=True)
         if stored.body["status"] == "queued":  # it had not begun, so it could not say so itself
             stored.body = stored.body | {"status": "cancelled"}
-    return json_response(service.store.get(response_id, tenant_of(request.scope)).body)
+    return json_response(service.store.get(response_id, caller_of(request).tenant).body)
 
 
 def _earlier(service: Service, previous: str | None, tenant: str) -> list[dict[str, Any]]:
@@ -132,7 +132,7 @@ class _Answer:
 
     def in_background(self) -> dict[str, Any]:
         """Start it, and say that it is queued."""
-        stored = Stored(self.talk.tenant, self._frame("queued"))
+        stored = Stored(self.talk.caller.tenant, self._frame("queued"))
         stored.task = asyncio.ensure_future(self._run(stored))
         self.service.store.put(stored)
         return stored.body
@@ -217,7 +217,7 @@ class _Answer:
             response["completed_at"] = int(time.time())
         if self.body.stores and self.service.options.max_stored_responses > 0:
             messages = [*self.kept, {"role": "assistant", "content": text}]
-            self.service.store.put(Stored(self.talk.tenant, response, messages))
+            self.service.store.put(Stored(self.talk.caller.tenant, response, messages))
         return response
 
     def _frame(self, status: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from quire.errors import ValidationError
 from quire.serve.parts import refuse, text_of
-from quire.serve.protocol import ApiRequest, ChatRequest, Int32
+from quire.serve.protocol import ApiRequest, ChatRequest, Int32, Timeout
 
 _KINDS = ("input_text", "output_text", "text", "refusal")
 _ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
@@ -50,6 +50,7 @@ class ResponsesRequest(ApiRequest):
     chat_template_kwargs: dict[str, Any] | None = None
     cache_salt: str | None = None
     priority: Int32 | None = None
+    timeout: Timeout | None = None
     user: str | None = None
     include_account: bool | None = None
 
@@ -83,7 +84,7 @@ class ResponsesRequest(ApiRequest):
         given = {
             name: getattr(self, name)
             for name in ("temperature", "top_p", "top_k", "seed", "chat_template", "chat_template_kwargs")
-            + ("cache_salt", "priority", "stream", "include_account")
+            + ("cache_salt", "priority", "timeout", "stream", "include_account")
         }
         if self.reasoning and self.reasoning.get("effort") is not None:
             given["reasoning_effort"] = str(self.reasoning["effort"])[:32]

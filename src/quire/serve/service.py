@@ -20,12 +20,21 @@ from prometheus_client import CollectorRegistry
 
 from quire.config import ServeOptions
 from quire.core.params import SamplingParams
+from quire.engine.admission import LATE
 from quire.engine.async_engine import AsyncEngine
 from quire.engine.outputs import RequestOutput
 from quire.engine.prompts import TextPrompt, TokensPrompt
 from quire.engine.suspects import QUARANTINED
-from quire.errors import EngineDeadError, NotFoundError, OverloadedError, RequestFailedError, ValidationError
+from quire.errors import (
+    EngineDeadError,
+    NotFoundError,
+    OverloadedError,
+    RequestFailedError,
+    TimeOverError,
+    ValidationError,
+)
 from quire.serve.account import Account
+from quire.serve.caller import Caller
 from quire.serve.live import Live, LiveRequest
 from quire.serve.progress import Progress
 from quire.serve.protocol import GenerationRequest
@@ -67,6 +76,19 @@ class Job:
 
     prompt: TextPrompt | TokensPrompt
     tokens: int | None  # None when the engine counts them
+
+
+@dataclass(frozen=True, slots=True)
+class _Wishes:
+    """How the engine shall treat a request; `special`: whether its prompt gets special tokens."""
+
+    priority: int
+    special: bool
+    tenant: str
+    timeout: float | None
+
+
+NOBODY = Caller()
 
 
 @dataclass(slots=True)
@@ -125,7 +147,8 @@ class Service:
         """Raise ValidationError for a priority that would have no effect."""
         if priority and not self.takes_priority:
             raise ValidationError(
-                "priority needs a server with --scheduling-policy priority; this one serves first come, first served.",
+                "priority needs a server with --scheduling-policy fair or priority; this one serves first come, first "
+                "served.",
                 "priority",
             )
 
@@ -209,28 +232,30 @@ class Service:
         params: SamplingParams,
         body: GenerationRequest,
         special: bool,
-        tenant: str = "",
+        caller: Caller = NOBODY,
         account: Account | None = None,
     ) -> AsyncGenerator[tuple[int, RequestOutput]]:
         """(index of the prompt, output) as they come. Leaving the iterator aborts what still runs.
 
-        `tenant`: whose request it is; a tenant finds only its own cached prompts, unless they are shared. A completion
-        that failed raises RequestFailedError; the reason is only logged. `account` is kept, for who wants to tell it.
+        `caller`: whose request it is; a tenant finds only its own cached prompts, unless they are shared. A completion
+        that failed raises RequestFailedError, and the reason is only logged; one whose time is over raises
+        TimeOverError. `account` is kept, for who wants to tell it.
         """
         self.check_priority(body.priority)
         await self.check_ready()
         account = Account() if account is None else account
-        account.open(request_id, tenant, self.progress)
+        account.open(request_id, caller, self.progress)
         known = sum(job.tokens or 0 for job in jobs)
-        live = LiveRequest(request_id, tenant, len(jobs), known)
+        live = LiveRequest(request_id, caller.tenant, len(jobs), known)
         if self.log_arrivals:
             self._log_arrival(request_id, jobs, known, params)
         self.live.add(live)
         try:
-            salt = cache_salt("" if self.options.share_prefix_cache else tenant, body.cache_salt)
-            sources = [
-                self._one(live, index, _salted(job, salt), params, body, special) for index, job in enumerate(jobs)
-            ]
+            salt = cache_salt("" if self.options.share_prefix_cache else caller.tenant, body.cache_salt)
+            wishes = _Wishes(
+                body.priority or 0, special, caller.tenant, caller.timeout if body.timeout is None else body.timeout
+            )
+            sources = [self._one(live, index, _salted(job, salt), params, wishes) for index, job in enumerate(jobs)]
             async with aclosing(merged(sources)) as found:
                 async for index, output in found:
                     account.note(output)
@@ -257,20 +282,22 @@ class Service:
         logger.info("%s arrived: %d prompts, %d tokens in, %s%s", request_id, len(jobs), known, params, shown)
 
     def _one(
-        self, live: LiveRequest, index: int, job: Job, params: SamplingParams, body: GenerationRequest, special: bool
+        self, live: LiveRequest, index: int, job: Job, params: SamplingParams, wishes: _Wishes
     ) -> AsyncGenerator[RequestOutput]:
         """The outputs of one prompt, several tokens at a time where that is wanted."""
         engine_id = f"{live.id}-{index}-{uuid.uuid4().hex[:8]}"
         if params.stream_interval is None and self.options.stream_interval > 1:
             params = replace(params, stream_interval=self.options.stream_interval)
-        return self._tracked(live, engine_id, job, params, body.priority or 0, special)
+        return self._tracked(live, engine_id, job, params, wishes)
 
     async def _tracked(
-        self, live: LiveRequest, engine_id: str, job: Job, params: SamplingParams, priority: int, special: bool
+        self, live: LiveRequest, engine_id: str, job: Job, params: SamplingParams, wishes: _Wishes
     ) -> AsyncGenerator[RequestOutput]:
         live.engine_ids.add(engine_id)
         try:
-            generation = self.engine.generate(job.prompt, params, engine_id, priority, special)
+            generation = self.engine.generate(
+                job.prompt, params, engine_id, wishes.priority, wishes.special, wishes.tenant, wishes.timeout
+            )
             async with aclosing(generation) as outputs:
                 async for output in outputs:
                     yield output
@@ -282,6 +309,8 @@ def _raise_failed(output: RequestOutput) -> None:
     for completion in output.outputs:
         if completion.finish_reason == "error":
             logger.error("request %s failed while running: %s", output.request_id, completion.error)
+            if completion.error == LATE:
+                raise TimeOverError(LATE, "timeout")
             if completion.error == QUARANTINED:
                 raise RequestFailedError(QUARANTINED)
             raise RequestFailedError("This request failed while it was running. The server's log says why.")

@@ -12,8 +12,9 @@ from typing import Any
 from quire.core.params import SamplingParams
 from quire.engine.outputs import RequestOutput
 from quire.serve.account import Account
+from quire.serve.caller import Caller
 from quire.serve.protocol import ChatRequest
-from quire.serve.service import Service
+from quire.serve.service import NOBODY, Service
 from quire.text import ChatOptions
 from quire.text.speech import Speech, ToolWish, speech_of
 
@@ -26,7 +27,7 @@ class Talk:
     body: ChatRequest
     id: str
     params: SamplingParams
-    tenant: str = ""
+    caller: Caller = NOBODY
     prompt: str = ""
     account: Account = field(default_factory=Account)
     wish: ToolWish | None = None  # of a route that reads calls and thoughts out of the text; None leaves it as it is
@@ -49,7 +50,7 @@ class Talk:
             self.params = self.speech.params(self.params)
         special = bool(body.add_special_tokens)
         job = await self.service.encode(self.prompt, body, special, self.params.max_tokens or 1)
-        found = self.service.outputs(self.id, [job], self.params, body, special, self.tenant, self.account)
+        found = self.service.outputs(self.id, [job], self.params, body, special, self.caller, self.account)
         async for _, output in found:
             yield output
 

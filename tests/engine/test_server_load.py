@@ -1,0 +1,148 @@
+"""The server under load: tenants that share it, deadlines, and answers that say when to come back."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import pytest
+from served import Running, Setup, refused, served, until
+
+SLOW = Setup(keys=("flood", "small"), delay=0.01, max_num_seqs=2)
+ENDLESS = {"prompt": "x|", "max_tokens": 400}
+
+
+def post(server: Running, body: dict[str, Any], key: str = "flood", **headers: str) -> httpx.Response:
+    """A completion asked for with one of the keys."""
+    headers = {"Authorization": f"Bearer {key}", **headers}
+    return httpx.post(server.url + "/v1/completions", json=body, headers=headers, timeout=30)
+
+
+@contextmanager
+def flooded(server: Running, count: int, tokens: int = 400, waiting: int = 0) -> Iterator[None]:
+    """While the block runs, one tenant has sent so many requests at once. They are cancelled at its end."""
+    with ThreadPoolExecutor(count) as pool:
+        body = ENDLESS | {"max_tokens": tokens}
+        names = [f"flood-{number}" for number in range(count)]
+        jobs = [pool.submit(post, server, body, **{"X-Request-Id": name}) for name in names]
+        until(lambda: server.metrics.stats.waiting >= (waiting or count - 2))
+        try:
+            yield
+        finally:
+            while not all(job.done() for job in jobs):
+                for name in names:
+                    server.http.delete(f"/v1/requests/cmpl-{name}")
+    server.wait_idle()
+
+
+def test_a_flood_does_not_starve_another_key() -> None:
+    """Sixty long requests wait; another key's request has its turn with the next slot, not after them all."""
+    with served(SLOW) as server, flooded(server, 60, tokens=80, waiting=40):
+        began = time.monotonic()
+        assert post(server, {"prompt": "say:hello;|"}, "small").json()["choices"][0]["text"] == "hello"
+        assert time.monotonic() - began < 6.0  # all of the flood takes 30 * 80 * 10 ms = 24 s at least
+        assert server.metrics.stats.waiting > 20
+
+
+def test_the_place_in_the_queue_is_that_of_the_tenant() -> None:
+    with served(SLOW) as server, flooded(server, 20):
+        mine = threading.Thread(target=post, args=(server, ENDLESS, "small"), kwargs={"X-Request-Id": "mine"})
+        mine.start()
+        own = {"Authorization": "Bearer small"}
+
+        def found() -> dict[str, Any]:
+            return server.http.get("/v1/requests/cmpl-mine", headers=own).json()
+
+        until(lambda: found().get("state") == "waiting")
+        assert found()["queue_position"] <= 2 and "are before it" in found()["why"]
+        last = server.http.get("/v1/requests/cmpl-flood-19").json()
+        places = [server.http.get(f"/v1/requests/cmpl-flood-{number}").json()["queue_position"] for number in range(20)]
+        assert sorted({*places, found()["queue_position"]} - {None}) == list(range(1, 20)) and places.count(None) == 2
+        until(lambda: server.http.get("/v1/requests/cmpl-flood-19").json()["estimated_wait_seconds"] is not None)
+        assert last["state"] == "waiting"
+        server.http.delete("/v1/requests/cmpl-mine", headers=own)
+        mine.join(10)
+
+
+@pytest.mark.parametrize("how", ["field", "header"])
+def test_time_over(how: str) -> None:
+    """A request that runs when its time is over ends, says so, and holds nothing any more."""
+    with served(Setup(delay=0.01)) as server:
+        began = time.monotonic()
+        if how == "field":
+            answer = server.http.post("/v1/completions", json=ENDLESS | {"timeout": 0.3})
+        else:
+            answer = server.http.post("/v1/completions", json=ENDLESS, headers={"X-Request-Timeout": "0.3"})
+        error = refused(answer, 408)
+        assert 0.25 < time.monotonic() - began < 2.0
+        assert (
+            error["type"] == "RequestTimeoutError"
+            and error["param"] == "timeout"
+            and "time was over" in error["message"]
+        )
+        server.wait_idle()
+        stats = server.metrics.stats
+        assert stats.free_pages == stats.pages
+        assert server.http.post("/v1/completions", json={"prompt": "say:hello;|", "timeout": 30}).is_success
+
+
+def test_time_over_in_a_stream() -> None:
+    """What came before is sent; the error is the last event but [DONE]."""
+    with served(Setup(delay=0.01)) as server:
+        answer = server.http.post("/v1/completions", json=ENDLESS | {"timeout": 0.3, "stream": True})
+        events = [line.removeprefix("data: ") for line in answer.text.split("\n\n") if line]
+        assert answer.status_code == 200 and events[-1] == "[DONE]"
+        assert json.loads(events[-2])["error"]["code"] == 408
+        assert "".join(json.loads(event)["choices"][0]["text"] for event in events[:-2]).startswith("abcdefg")
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/messages"])
+def test_every_route_takes_a_time(path: str) -> None:
+    with served(Setup(delay=0.01)) as server:
+        turn = [{"role": "user", "content": "hi"}]
+        answer = server.http.post(path, json={"messages": turn, "input": "hi", "max_tokens": 400, "timeout": 0.2})
+        assert answer.status_code == 408 and "time was over" in answer.text
+
+
+def test_times_that_make_no_sense() -> None:
+    with served() as server:
+        for timeout in (0, -3, "soon", 1e300):
+            assert (
+                refused(server.http.post("/v1/completions", json=ENDLESS | {"timeout": timeout}))["param"] == "timeout"
+            )
+        for header in ("soon", "-1", "nan", "inf"):
+            answer = server.http.post("/v1/completions", json=ENDLESS, headers={"X-Request-Timeout": header})
+            assert refused(answer)["param"] in ("timeout", "x-request-timeout")
+
+
+def test_too_little_time_for_the_queue_is_refused_at_once() -> None:
+    with served(SLOW) as server, flooded(server, 30):
+        until(lambda: server.service.engine.engine._admission.pace is not None)
+        began = time.monotonic()
+        answer = post(server, ENDLESS | {"timeout": 1.0})
+        error = refused(answer, 429)
+        assert time.monotonic() - began < 0.5
+        assert error["type"] == "TooManyRequestsError" and "could not begin within the 1.0 s" in error["message"]
+        assert int(answer.headers["retry-after"]) >= 2  # 28 requests wait, 2 run at once
+
+
+def test_a_full_queue_says_when_to_come_back() -> None:
+    setup = Setup(keys=("flood", "small"), delay=0.01, max_num_seqs=2, settings={"max_num_queued_reqs": 10})
+    with served(setup) as server, flooded(server, 14, waiting=10):
+        until(lambda: server.service.engine.engine._admission.pace is not None)
+        answer = post(server, ENDLESS)
+        assert refused(answer, 503)["type"] == "ServiceUnavailableError"
+        assert int(answer.headers["retry-after"]) >= 2
+        assert post(server, {"prompt": "x|", "max_tokens": 1, "timeout": 20}, "small").status_code in (200, 408)
+
+
+def test_the_account_counts_restarts() -> None:
+    with served() as server:
+        body = {"prompt": "say:hello;|", "include_account": True}
+        assert server.http.post("/v1/completions", json=body).json()["usage"]["quire"]["restarts"] == 0
