@@ -43,6 +43,7 @@ from quire.serve.service import ModelCard, Service
 SCHEMA = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"], "additionalProperties": False}
 LONG = "Once upon a time a small fox lived near the river and counted the stars. "
 COMMON = {"max_tokens": 6, "ignore_eos": True, "return_token_ids": True}
+SPARED = frozenset(("Live.remove",))  # the one call that says that a request is over
 TALK = {"messages": [{"role": "user", "content": "How many apples has Anna?"}]}
 
 # Every kind of wish, so that every kind of step is taken; the last two are longer than a step and share a beginning.
@@ -88,7 +89,8 @@ class Tally:
 
     def line(self) -> str:
         return (
-            f"{self.sites} sites, {self.fired} of {self.faults} faults came about: {self.unnoticed} noticed by nobody, {self.one_failed} by one "
+            f"{self.sites} sites, {self.fired} of {self.faults} faults came about: {self.unnoticed} noticed by nobody, "
+            f"{self.one_failed} by one "
             f"request, {self.restarts} restarts of the engine, bystanders hurt {len(self.hurt)}"
         )
 
@@ -183,6 +185,7 @@ class Rig:
             if not (stats.running or stats.waiting or len(self.core._journal) or self.service.live):
                 break
             assert time.monotonic() < end, f"something is left: {stats}, {self.service.live}"
+            gc.collect()  # a fault on the way into a closing generator leaves it to the collector
             await asyncio.sleep(0.002)
         assert stats.free_pages == stats.pages, f"pages are lost: {stats}"
         return Outcome(list(answers))
@@ -215,7 +218,7 @@ def told(body: bytes) -> str:
 
 def is_failure(answer: str) -> bool:
     """Whether a client was told that its request failed, in a way that it can see."""
-    return answer.startswith("broken") or answer[:3] in ("500", "503") or answer.endswith(" error")
+    return answer.startswith("broken") or answer[:3] in ("499", "500", "503") or answer.endswith(" error")
 
 
 def moments(calls: int) -> list[int]:
@@ -271,7 +274,7 @@ async def find_sites(rig: Rig) -> tuple[dict[Site, int], list[str]]:
             outcome = await rig.round()
             assert outcome.answers == first.answers, "rounds differ without a fault"
             calls |= rig.faults.calls
-    return dict(sorted(calls.items())), first.answers
+    return {site: calls[site] for site in sorted(calls) if site.name not in SPARED}, first.answers
 
 
 async def main(every: int, offset: int, only: str) -> int:

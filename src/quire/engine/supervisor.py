@@ -99,7 +99,7 @@ class Supervisor:
 
     def start(
         self,
-        on_phase: Callable[[str, float], None] | None = None,
+        on_phase: Callable[[str, float | None], None] | None = None,
         on_tokenizer: Callable[[wire.Tokenizing], None] | None = None,
     ) -> wire.Ready:
         """Wait for the engine's start, having launched it. Raises what the engine could not be started for."""
@@ -144,9 +144,12 @@ class Supervisor:
                 self._give(entry)
             elif self._child is not None:
                 self._child.connection.encode(wire.add_message(entry.ticket, request))  # it must be possible later
-        except (ValueError, TypeError, OverflowError, EngineError) as error:
+        except Exception as error:
+            self._take_back(entry)
             self._journal.close(entry)
-            raise ValidationError(f"The request cannot be passed to the engine: {error}") from error
+            if isinstance(error, ValueError | TypeError | OverflowError | EngineError):
+                raise ValidationError(f"The request cannot be passed to the engine: {error}") from error
+            raise
         return None
 
     def _refuse(self, request: CoreRequest) -> None:
@@ -351,10 +354,11 @@ class Supervisor:
     def _give(self, entry: Entry) -> None:
         """Send a request to the engine."""
         assert self._child is not None, "there is a child when it is up"
-        self._child.connection.send(wire.add_message(entry.ticket, entry.request, entry.emitted))
+        message = self._child.connection.encode(wire.add_message(entry.ticket, entry.request, entry.emitted))
         self._running.add(entry.ticket)
         self._unread.append(self._queue_of(entry))
         self._coming = joined(self._coming, self._unread[-1])
+        self._child.connection.send_encoded(message)
 
     def _take_back(self, entry: Entry) -> None:
         """The engine shall not go on with a request."""
