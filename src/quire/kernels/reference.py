@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from quire.kernels.programs import Recorder
 from quire.kernels.rounding import round_to_bytes, round_to_nibbles
 from quire.kernels.weights import SMALLEST, KeptLinear, PackedLinear, Parts, QuantizedLinear, QuantizedWeights, joined
 
@@ -387,6 +388,11 @@ def sample(
     total = kept.cumsum(-1)
     drawn = (total > uniform.double()[:, None] * total[:, -1:]).int().argmax(-1)
     return torch.where(greedy, argmax(logits), drawn)
+
+
+def new_recorder() -> Recorder | None:
+    """What makes programs of forwards on this backend; None where nothing does."""
+    return None
 
 
 def set_threads(n: int) -> None:

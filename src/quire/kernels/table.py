@@ -15,6 +15,7 @@ import torch
 
 from quire.errors import ConfigError
 from quire.kernels import reference
+from quire.kernels.programs import Recorder
 from quire.kernels.weights import KeptLinear
 
 BACKENDS = {"cpu": "quire.kernels.cpu", "cuda": "quire.kernels.cuda"}
@@ -50,6 +51,7 @@ class Ops:
     uniform: Callable[..., torch.Tensor]
     sample: Callable[..., torch.Tensor]
     set_threads: Callable[[int], None]
+    new_recorder: Callable[[], Recorder | None]
 
 
 def load_ops(device: str | torch.device) -> Ops:

@@ -14,8 +14,6 @@ import torch
 
 from quire.layers.batch import Batch
 
-FIRST_TABLE = 2048  # rows computed at first; the table doubles as sequences grow
-
 
 @dataclass(frozen=True, slots=True)
 class Frequencies:
@@ -40,17 +38,11 @@ class Rotary:
         self.frequencies = frequencies
         self.style = style
         self._dtype = dtype
-        self._device = device
-        self._cos, self._sin = self._angles(torch.arange(FIRST_TABLE), frequencies.inverse)
+        self._inverse = frequencies.inverse.to(device)
 
     def tables(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """(cos [T, R], sin [T, R]) of the step's positions."""
-        longest = max(batch.lengths_host, default=1)
-        if self._cos.shape[0] < longest:
-            rows = 1 << (longest - 1).bit_length()
-            self._cos, self._sin = self._angles(torch.arange(rows), self.frequencies.inverse)
-        cos = self._cos.index_select(0, batch.positions)
-        sin = self._sin.index_select(0, batch.positions)
+        cos, sin = self._angles(batch.positions, self._inverse)
         if self.frequencies.threshold is not None:
             self._replace_beyond(batch, self.frequencies.threshold, cos, sin)
         return cos, sin
@@ -74,12 +66,12 @@ class Rotary:
 
     def _write(self, cos: torch.Tensor, sin: torch.Tensor, row: int, position: int, count: int, length: int) -> None:
         assert self.frequencies.beyond is not None
-        positions = torch.arange(position, position + count)
-        cos[row : row + count], sin[row : row + count] = self._angles(positions, self.frequencies.beyond(length))
+        positions = torch.arange(position, position + count, device=cos.device)
+        inverse = self.frequencies.beyond(length).to(cos.device)
+        cos[row : row + count], sin[row : row + count] = self._angles(positions, inverse)
 
     def _angles(self, positions: torch.Tensor, inverse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         angles = positions[:, None].float() * inverse[None, :].float()
         both = torch.cat((angles, angles), -1) if self.style == "half" else angles.repeat_interleave(2, -1)
         scaling = self.frequencies.scaling
-        cos, sin = (both.cos() * scaling).to(self._dtype), (both.sin() * scaling).to(self._dtype)
-        return cos.to(self._device), sin.to(self._device)
+        return (both.cos() * scaling).to(self._dtype), (both.sin() * scaling).to(self._dtype)

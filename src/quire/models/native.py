@@ -17,6 +17,7 @@ from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from quire.errors import UnsupportedModelError
+from quire.kernels.programs import Opaque, without_step
 from quire.kernels.table import Ops
 from quire.layers.batch import Batch
 from quire.layers.embedding import Embedding
@@ -366,6 +367,11 @@ class NativeDecoder:
             hidden, residual = layer.post_norm.add(hidden, residual)
             hidden, residual = self._next_norms[index].add(layer.mlp.forward(hidden), residual)
         return self.head.forward(hidden)
+
+    def opaque(self) -> list[Opaque]:
+        """Experts look at numbers while they run."""
+        experts = [layer.mlp.experts for layer in self.layers if isinstance(layer.mlp, MoE)]
+        return [Opaque(one.__dict__, "forward", without_step(one.forward)) for one in experts]
 
     def release(self, slot: int) -> None:
         """Nothing is kept outside the caches."""

@@ -5,12 +5,14 @@ Built from a model object and the probe's report. It decides nothing: the report
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
+from quire.kernels.programs import NotRecordableError, Opaque, without_step
 from quire.kernels.table import Ops
 from quire.layers.batch import Batch
 from quire.layers.spec import ModelLayout
@@ -71,6 +73,9 @@ class TransformersModel:
         if report.sequential:
             self._private = PrivateCaches(model.config)
             self._attach_sequential(report, self._private)
+        for module in model.modules():
+            if hasattr(module, "warn_if_padding_and_no_attention_mask"):
+                module.__dict__["warn_if_padding_and_no_attention_mask"] = _no_padding
         for name in report.ropes:
             rope = model.get_submodule(name)
             rope.__dict__["forward"] = LengthRope(rope)
@@ -101,6 +106,19 @@ class TransformersModel:
         logits = output.logits[0] if hasattr(output, "logits") else output[0][0]
         return logits.index_select(0, batch.logit_rows) if self._select_rows else logits
 
+    def opaque(self) -> list[Opaque]:
+        """Experts and mixers look at numbers while they run. Raises NotRecordableError for tier B."""
+        if self._private is not None:
+            raise NotRecordableError("some of its modules run one sequence at a time")
+        found = []
+        for module in self.model.modules():
+            attached = module.__dict__
+            if "quire_experts" in attached:
+                found.append(Opaque(attached, "quire_experts", without_step(attached["quire_experts"])))
+            elif isinstance(attached.get("forward"), Mixer):
+                found.append(Opaque(attached, "forward", _within_step(attached["forward"])))
+        return found
+
     def release(self, slot: int) -> None:
         """Drop the private cache of tier B; nothing else is kept outside the caches of the batch."""
         if self._private is not None:
@@ -127,6 +145,23 @@ class TransformersModel:
         for plan in report.sequential:
             module = self.model.get_submodule(plan.module)
             module.__dict__["forward"] = SequentialModule(module, plan, private)
+
+
+def _no_padding(*_: Any) -> None:
+    """In place of a search for padding tokens in every step: a packed row has none."""
+
+
+def _within_step(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An opaque function from one that finds the step in the context."""
+
+    def call(step: Batch, *args: Any, **kwargs: Any) -> Any:
+        token = current_batch.set(step)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            current_batch.reset(token)
+
+    return call
 
 
 def set_attention(model: nn.Module, name: str) -> None:

@@ -21,6 +21,7 @@ from quire.layers.spec import ModelLayout
 from quire.models.build import build_model
 from quire.models.draft import DraftModel
 from quire.models.hub import ModelFiles
+from quire.models.recorded import with_program
 from quire.models.served import ServedModel
 from quire.worker.device import Device, DeviceMemory
 from quire.worker.draft import ModelDrafter
@@ -101,8 +102,11 @@ class Worker:
         )
         with self._device.stream():
             speculator = self._speculator(slots, sampler)
+        sizes = [0 if group.kind == "state" else group.page_size for group in groups]
+        pages = min((group.num_pages for group in groups), default=0)
+        model = with_program(self._model, sizes, pages, store.caches, self._ops)
         self._runner = Runner(
-            self._model, slots, store, sampler, self._device, setup.max_num_batched_tokens, speculator
+            model, slots, store, sampler, self._device, setup.max_num_batched_tokens, speculator
         )
 
     def _speculator(self, slots: Slots, sampler: Sampler) -> Speculator | None:

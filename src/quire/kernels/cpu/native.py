@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from ctypes import c_double, c_float, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import c_char_p, c_double, c_float, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,7 @@ LONG_FUNCTIONS = {
     "quire_sample": (_I, _P, _L, _P, _P, _P, _P, _P, _P, _L, _L),
     "quire_read_memory": (_P, _L),
     "quire_multiply_registers": (_L,),
+    "quire_run_program": (_P, _L, _P, _P, _P, _P),
 }
 SHORT_FUNCTIONS = {
     "quire_set_threads": (_I,),
@@ -54,6 +55,7 @@ SHORT_FUNCTIONS = {
     "quire_argmax": (_I, _P, _L, _P, _L, _L),
     "quire_uniform": (_P, _P, _P, _L),
     "quire_best_level": (),
+    "quire_program_functions": (),
 }
 RETURNS = {
     "quire_packed_size": c_int64,
@@ -63,6 +65,8 @@ RETURNS = {
     "quire_checksum": c_uint64,
     "quire_read_memory": c_float,
     "quire_multiply_registers": c_double,
+    "quire_run_program": c_int64,
+    "quire_program_functions": c_char_p,
 }
 
 
@@ -139,6 +143,8 @@ class Library:
     quire_argmax: Callable[..., None]
     quire_uniform: Callable[..., None]
     quire_best_level: Callable[..., int]
+    quire_run_program: Callable[..., int]
+    quire_program_functions: Callable[..., bytes]
 
     if TYPE_CHECKING:  # they come from the tables above
 

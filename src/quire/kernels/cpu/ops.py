@@ -13,6 +13,7 @@ import torch
 
 from quire.kernels import reference
 from quire.kernels.cpu import native
+from quire.kernels.cpu.program import CpuRecorder
 from quire.kernels.cpu.packing import CODES, NativeLinear, NativePacking, NativeQuantized
 from quire.kernels.reference import (
     KVCache,
@@ -93,6 +94,10 @@ class CpuOps:
     def set_threads(self, n: int) -> None:
         reference.set_threads(n)
         self._lib.set_threads(n)
+
+    def new_recorder(self) -> CpuRecorder:
+        """Its programs hear the calls of `_lib`: every kernel of a forward must be called through it."""
+        return CpuRecorder(self._lib)
 
     # ------------------------------------------------------------ linear
 
