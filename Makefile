@@ -21,7 +21,7 @@ help:
 	@echo "make check      lint, format, types, architecture"
 	@echo "make soak       the scheduler's simulation for as long as asked (ARGS=\"--minutes 10\")"
 	@echo "make gpu-check  parity tests and a first benchmark on a machine with a GPU; installs nothing"
-	@echo "make bench      quire beside Transformers and the roofline, on this machine"
+	@echo "make bench      quire beside vLLM, llama.cpp and the limits of this machine (ARGS=\"--quick\"; bench/peers.md)"
 	@echo "make clean      remove everything that these targets made"
 
 # The packages and the native library do not need each other, so both are made at once.
@@ -78,8 +78,7 @@ gpu-check:
 	PYTHONPATH=src $(PYTHON) tools/gpu_check.py $(ARGS)
 
 bench: setup
-	$(BIN)/python bench/vs_transformers.py $(ARGS)
-	$(BIN)/python bench/startup.py
+	$(BIN)/python bench/cpu/compare.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(STAMPS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

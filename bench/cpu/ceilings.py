@@ -9,9 +9,11 @@ import hashlib
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("ceilings.cpp")
@@ -40,19 +42,11 @@ class Ceilings:
         pairs = ((self.read, other.read), (self.f32, other.f32))
         return max(abs(mine - theirs) / max(mine, theirs) for mine, theirs in pairs)
 
-    def as_json(self) -> dict[str, object]:
-        return asdict(self)
 
-
-def between(before: Ceilings, after: Ceilings) -> Ceilings:
-    """The mean of two measurements, for what ran between them."""
-    return Ceilings(
-        before.at,
-        before.threads,
-        *((getattr(before, name) + getattr(after, name)) / 2 for name in ("read", "f32", "bf16", "int8")),
-        before.bf16_unit,
-        before.int8_unit,
-    )
+def mean(found: Sequence[Ceilings]) -> Ceilings:
+    """The median of each limit: of two measurements their mean."""
+    rates = {name: statistics.median(getattr(one, name) for one in found) for name in ("read", "f32", "bf16", "int8")}
+    return replace(found[0], **rates)
 
 
 def prepare(folder: Path) -> Path:

@@ -24,14 +24,14 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])  # modules are named from
 from bench.cpu import ceilings, environment, plot, quiet, table  # noqa: E402
 from bench.cpu.ceilings import Ceilings  # noqa: E402
 from bench.cpu.engines import llama_cpp, quire, vllm  # noqa: E402
-from bench.cpu.engines.session import Answer, Engine, EngineFailed, Session  # noqa: E402
+from bench.cpu.engines.session import Engine, EngineFailed, Session  # noqa: E402
 from bench.cpu.place import ROOT, Place, peers_folder, processor  # noqa: E402
-from bench.cpu.results import Record, figures_of, mean_ceilings, row_of  # noqa: E402
+from bench.cpu.results import Record, ceilings_of, figures_of, row_of  # noqa: E402
 from bench.cpu.store import Store, open_store  # noqa: E402
 from bench.cpu.workloads import ENGINES, VARIANTS, Workload, chosen  # noqa: E402
 
 ALL: dict[str, Engine] = {module.ENGINE.name: module.ENGINE for module in (quire, vllm, llama_cpp)}
-SETTLE = 0.3  # seconds for an engine's threads to stop spinning before the limits are measured
+SETTLE = 0.2  # seconds of quiet before the limits are measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +148,9 @@ class Comparison:
                 self.fail(workload, contender, number, reason)
                 continue
             if workload.kind == "disk":
-                self.keep(Record(workload.name, *names(contender), number, 0, **size_of(contender.engine, self.place)))
+                size = size_of(contender.engine, self.place)
+                details = {"packages": size.packages}
+                self.keep(Record(workload.name, *names(contender), number, 0, size.bytes / 1e9, details=details))
                 continue
             try:
                 if session is None:
@@ -157,59 +159,55 @@ class Comparison:
                 self.attempt(session, workload, contender, number)
             except EngineFailed as error:
                 self.fail(workload, contender, number, str(error))
-                if session is not None:
-                    session.close()
+                self.close(session)
                 session = None
+        self.close(session)
+
+    def close(self, session: Session | None) -> None:
+        """End an engine, and whatever it may have left behind: the next one must be alone."""
         if session is not None:
             session.close()
+        quiet.end_leftovers()
 
     def attempt(self, session: Session, workload: Workload, contender: Contender, number: int) -> None:
         """Run until nobody disturbs it, or the attempts are used up."""
         for index in range(self.rules.attempts):
-            before = self.limits()
+            before = self.limits(session)
             start = quiet.snapshot()
             answer = session.run(workload)
-            end = quiet.snapshot()
-            record = self.judged(workload, contender, number, index, answer, before, quiet.others_between(start, end))
-            self.keep(record)
-            if record.disturbed is None:
+            others = quiet.others_between(start, quiet.snapshot())
+            after = self.limits(session)
+            difference = before.differ(after)
+            disturbed = None
+            if workload.kind not in ("memory", "perplexity"):  # these do not depend on who else is there
+                disturbed = quiet.disturbance(others, difference, self.rules.most_difference)
+            self.keep(
+                Record(
+                    workload.name,
+                    *names(contender),
+                    number,
+                    index,
+                    value=answer.value,
+                    samples=answer.samples,
+                    peak=answer.peak,
+                    others=others,
+                    difference=difference,
+                    disturbed=disturbed,
+                    ceilings=ceilings.mean([before, after]),
+                    details=answer.details,
+                )
+            )
+            if disturbed is None:
                 break
 
-    def judged(
-        self,
-        workload: Workload,
-        contender: Contender,
-        number: int,
-        index: int,
-        answer: Answer,
-        before: Ceilings,
-        others: float,
-    ) -> Record:
-        """A record with the limits after the run, and with the reason why it does not count, if there is one."""
-        after = self.limits()
-        difference = before.differ(after)
-        disturbed = None
-        if workload.kind not in ("memory", "perplexity"):  # these do not depend on who else is there
-            disturbed = quiet.disturbance(others, difference, self.rules.most_difference)
-        return Record(
-            workload.name,
-            *names(contender),
-            number,
-            index,
-            value=answer.value,
-            samples=answer.samples,
-            peak=answer.peak,
-            others=others,
-            difference=difference,
-            disturbed=disturbed,
-            ceilings=ceilings.between(before, after),
-            details=answer.details,
-        )
-
-    def limits(self) -> Ceilings:
-        """The machine as it is now."""
-        time.sleep(SETTLE)
-        return ceilings.measure(self.program, self.place.threads)
+    def limits(self, session: Session) -> Ceilings:
+        """The machine as it is now, while the engine does not run."""
+        session.hold()
+        try:
+            time.sleep(SETTLE)
+            return ceilings.measure(self.program, self.place.threads)
+        finally:
+            session.release()
 
     def fail(self, workload: Workload, contender: Contender, number: int, reason: str) -> None:
         """Keep the reason; the other engines go on."""
@@ -251,15 +249,13 @@ def rotated(items: list[Contender], by: int) -> list[Contender]:
     return items[at:] + items[:at]
 
 
-def size_of(engine: str, place: Place) -> dict[str, object]:
-    """The value and the details of the row about the environment."""
+def size_of(engine: str, place: Place) -> environment.Size:
+    """What an engine takes on disk."""
     if engine == "quire":
-        size = environment.quire()
-    elif engine == "vllm":
-        size = environment.whole_environment(place.peers / "vllm")
-    else:
-        size = environment.programs(place.peers / "llama" / "bin")
-    return {"value": size.bytes / 1e9, "details": {"packages": size.packages}}
+        return environment.quire()
+    if engine == "vllm":
+        return environment.whole_environment(place.peers / "vllm")
+    return environment.programs(place.peers / "llama" / "bin")
 
 
 def report(store: Store, workloads: list[Workload]) -> None:
@@ -267,7 +263,7 @@ def report(store: Store, workloads: list[Workload]) -> None:
     figures = figures_of(store.records)
     measured = {record.workload for record in store.records}
     rows = [row_of(workload, figures) for workload in workloads if workload.name in measured]
-    limits = mean_ceilings([record.ceilings for record in store.records if record.ceilings is not None])
+    limits = ceilings_of(store.records)
     print(f"\n{store.machine}; quire {store.commit}{'; quick versions' if store.quick else ''}")
     if limits is not None:
         print(table.describe(limits))

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from bench.cpu import limits
-from bench.cpu.ceilings import Ceilings
+from bench.cpu.ceilings import Ceilings, mean
 from bench.cpu.workloads import CACHE_BYTES, ENGINES, PERPLEXITY, SPARE_BYTES, VARIANTS, Workload, weight_count
 
 Key = tuple[str, str, str]  # workload, engine, variant
@@ -104,17 +104,15 @@ def figure_of(variant: str, records: list[Record]) -> Figure:
         runs=len(values),
         spread=(max(values) - min(values)) / middle,
         disturbed=not quiet,
-        ceilings=mean_ceilings([record.ceilings for record in counted if record.ceilings is not None]),
+        ceilings=ceilings_of(counted),
         details=nearest.details,
     )
 
 
-def mean_ceilings(found: list[Ceilings]) -> Ceilings | None:
-    """The median of each limit."""
-    if not found:
-        return None
-    names = ("read", "f32", "bf16", "int8")
-    return replace(found[0], **{name: statistics.median(getattr(one, name) for one in found) for name in names})
+def ceilings_of(records: Iterable[Record]) -> Ceilings | None:
+    """The limits that the machine had during these runs."""
+    found = [record.ceilings for record in records if record.ceilings is not None]
+    return mean(found) if found else None
 
 
 def best_of(figures: Iterable[Figure], more_is_better: bool) -> Figure | None:

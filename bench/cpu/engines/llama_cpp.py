@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.cpu import quiet
 from bench.cpu.checkpoint import model_folder, read_through
 from bench.cpu.engines.session import Answer, Engine, EngineFailed, Session, last_reason
 from bench.cpu.place import Place
@@ -100,7 +99,7 @@ class LlamaSession:
     def collect(self, process: subprocess.Popen[bytes], deadline: float) -> bytes:
         """All that a program writes; it is killed at the deadline."""
         assert process.stdout is not None
-        parts = []
+        parts: list[bytes] = []
         with selectors.DefaultSelector() as selector:
             selector.register(process.stdout, selectors.EVENT_READ)
             while True:
@@ -157,9 +156,14 @@ class LlamaSession:
                 samples.append(workload.requests * workload.output_len / (found["t_pp"] + found["t_tg"]))
         return Answer(statistics.median(samples), tuple(samples), peak)
 
+    def hold(self) -> None:
+        """Nothing runs between workloads."""
+
+    def release(self) -> None:
+        """Nothing was held."""
+
     def close(self) -> None:
         """Nothing is left running."""
-        quiet.end_leftovers()
 
 
 def read_lines(output: str) -> list[dict[str, Any]]:

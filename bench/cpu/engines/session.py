@@ -50,6 +50,12 @@ class Session(Protocol):
     def run(self, workload: Workload) -> Answer:
         """Do the work. Raises EngineFailed."""
 
+    def hold(self) -> None:
+        """Let no process of the engine run until `release`: some spin while they wait."""
+
+    def release(self) -> None:
+        """Let them run again."""
+
     def close(self) -> None:
         """End all processes; never raises."""
 
@@ -144,14 +150,22 @@ class LineSession:
             raise EngineFailed(cause)
         return found
 
+    def hold(self) -> None:
+        self.tell(signal.SIGSTOP)
+
+    def release(self) -> None:
+        self.tell(signal.SIGCONT)
+
     def kill(self) -> None:
         """End the runner and all its processes at once."""
+        self.tell(signal.SIGKILL)
+
+    def tell(self, number: signal.Signals) -> None:
+        """Send a signal to the runner and to all that descends from it."""
         if self.process is not None:
             for member in quiet.family(quiet.processes(), self.process.pid):
-                try:
-                    os.kill(member.pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(member.pid, number)
 
     def close(self) -> None:
         """Close the runner's input, which ends it; kill what has not ended after a while."""
@@ -167,7 +181,6 @@ class LineSession:
             self.process.wait()
         self.process.stdout.close()
         self.process = None
-        quiet.end_leftovers()
 
 
 class StartSession(LineSession):
