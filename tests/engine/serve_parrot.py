@@ -1,13 +1,13 @@
 """Runs the real server loop, as a process of its own, over the engine of served.py: for tests of its end.
 
-Arguments: shutdown timeout in seconds, delay of each step in seconds.
+Arguments: shutdown timeout in seconds, delay of each step in seconds, and, where wanted, seconds of the start and port.
 """
 
 from __future__ import annotations
 
 import asyncio
 import sys
-import time
+import threading
 from typing import Any
 
 from served import MAX_MODEL_LEN, Setup, engine_of, parrot
@@ -17,13 +17,16 @@ from quire.config import ServeOptions
 from quire.engine.async_engine import AsyncEngine
 from quire.engine.executor import FakeExecutor
 from quire.engine.metrics import Metrics
+from quire.errors import EngineError
 from quire.serve.progress import Progress
-from quire.serve.run import StartReport, _serve, bind
+from quire.serve.run import bind, serve
 from quire.serve.service import ModelCard, Service
+from quire.serve.startup import StartReport
 
 
 def main() -> int:
-    options = ServeOptions(port=0, shutdown_timeout=float(sys.argv[1]))
+    start_seconds, port = (float(sys.argv[3]), int(sys.argv[4])) if len(sys.argv) > 3 else (0.0, 0)
+    options = ServeOptions(port=port, shutdown_timeout=float(sys.argv[1]))
     env.set_up_logging()
     metrics = Metrics("parrot", MAX_MODEL_LEN)
     progress = Progress(metrics)
@@ -40,9 +43,17 @@ def main() -> int:
     running = AsyncEngine(engine)
     running.start()
     service = Service(running, ModelCard(("parrot",), MAX_MODEL_LEN), options, metrics.registry, progress=progress)
-    report = StartReport(time.perf_counter())
+    report = StartReport()
     report.add("nothing", 0.0)
-    return asyncio.run(_serve(service, (), bind(options), report, metrics))
+    stopped = threading.Event()
+
+    def start() -> Service:
+        report.add("pretending", None)
+        if stopped.wait(start_seconds):
+            raise EngineError("told to stop")
+        return service
+
+    return asyncio.run(serve(start, options, ("secret",) if port else (), bind(options), report, stopped.set))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from served import until
 
 from quire.config import EngineOptions, ServeOptions
 from quire.errors import ConfigError
@@ -94,6 +95,56 @@ def test_an_engine_that_dies_ends_the_process_with_an_error() -> None:
     with process(5, 0) as (server, url, _):
         assert httpx.post(url + "/v1/completions", json={"prompt": "die"}).status_code == 503
         assert server.wait(10) == 1
+
+
+@contextmanager
+def starting(seconds: float) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server process whose start takes so long, and which wants a key, as soon as it answers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(HERE / "serve_parrot.py"), "5", "0", str(seconds), str(port)]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE)
+    url = f"http://127.0.0.1:{port}"
+
+    def answers() -> bool:
+        assert started.poll() is None
+        try:
+            return httpx.get(url + "/livez").is_success
+        except httpx.ConnectError:
+            return False
+
+    try:
+        until(answers, 30)
+        yield started, url
+    finally:
+        started.kill()
+        started.communicate()
+
+
+def test_a_server_that_starts_says_so() -> None:
+    with starting(3) as (_, url):
+        live = httpx.get(url + "/livez").json()
+        assert live["status"] == "starting" and live["phase"] == "pretending" and live["done"] == {"nothing": 0.0}
+        ready = httpx.get(url + "/readyz")
+        assert ready.status_code == 503 and ready.json()["phase"] == "pretending"
+        assert httpx.get(url + "/health").status_code == 503 == httpx.get(url + "/ping").status_code
+        body = {"prompt": "say:hello;|"}
+        assert httpx.post(url + "/v1/completions", json=body).status_code == 401
+        key = {"Authorization": "Bearer secret"}
+        answer = httpx.post(url + "/v1/completions", json=body, headers=key)
+        assert answer.status_code == 503 and int(answer.headers["retry-after"]) > 0
+        assert "starting: pretending" in answer.json()["error"]["message"]
+        until(lambda: httpx.get(url + "/readyz").is_success, 10)
+        assert httpx.get(url + "/livez").json()["status"] == "ready"
+        answer = httpx.post(url + "/v1/completions", json=body, headers=key)
+        assert answer.json()["choices"][0]["text"] == "hello"
+
+
+def test_a_start_can_be_stopped() -> None:
+    with starting(60) as (server, _):
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(10) == 0
 
 
 def test_an_address_in_use_is_known_at_once() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,9 +46,10 @@ def main(argv: Sequence[str]) -> int:
         target.unlink(missing_ok=True)
 
     from quire.serve.app import create_app
-    from quire.serve.run import StartReport, start_service
+    from quire.serve.run import start_service
+    from quire.serve.startup import StartReport
 
-    service = start_service(engine_options(found), ServeOptions(), StartReport(time.perf_counter()))
+    service = start_service(engine_options(found), ServeOptions(), StartReport())
     run = BatchRun(service, create_app(service), source, target, options.concurrency)
     seconds = asyncio.run(run_batch(run))
     print(summary(run, seconds))

@@ -79,7 +79,7 @@ class AsyncEngine:
         cls,
         options: EngineOptions,
         observer: Observer | None = None,
-        on_phase: Callable[[str, float], None] | None = None,
+        on_phase: Callable[[str, float | None], None] | None = None,
     ) -> AsyncEngine:
         """Load a model and start its thread; `on_phase` is told each phase of the start and its seconds."""
         running = cls(Engine.from_options(options, observer, on_phase))
@@ -91,7 +91,7 @@ class AsyncEngine:
         cls,
         options: EngineOptions,
         observer: Observer | None = None,
-        on_phase: Callable[[str, float], None] | None = None,
+        on_phase: Callable[[str, float | None], None] | None = None,
         patience: Patience | None = None,
         new_process: Callable[[], Child] = ChildProcess,
     ) -> AsyncEngine:

@@ -33,7 +33,7 @@ from quire.text.tokenizer import Tokenizer, load_tokenizer
 logger = logging.getLogger(__name__)
 
 
-OnPhase = Callable[[str, float], None]  # told each phase's name and its seconds
+OnPhase = Callable[[str, float | None], None]  # told each phase's name: when it begins, with None, and with its seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +84,8 @@ def load(
 def phase(name: str, on_phase: OnPhase | None = None) -> Iterator[None]:
     """Log how long a phase of start-up took, and tell whoever wants to know."""
     began = time.perf_counter()
+    if on_phase is not None:
+        on_phase(name, None)
     yield
     seconds = time.perf_counter() - began
     logger.info("%s took %.2f s", name, seconds)

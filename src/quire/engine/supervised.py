@@ -21,7 +21,7 @@ from quire.text.tokenizer import Tokenizer, load_tokenizer
 def start_supervised(
     options: EngineOptions,
     observer: Observer | None = None,
-    on_phase: Callable[[str, float], None] | None = None,
+    on_phase: Callable[[str, float | None], None] | None = None,
     patience: Patience | None = None,
     new_process: Callable[[], Child] = ChildProcess,
 ) -> Engine:

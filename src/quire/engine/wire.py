@@ -91,10 +91,10 @@ ToEngine = Start | Add | Abort | Call | Look
 
 
 class Phase(msgspec.Struct, tag="phase", frozen=True):
-    """A phase of the start is over."""
+    """A phase of the start begins, or is over after so many seconds."""
 
     name: str
-    seconds: float
+    seconds: float | None
 
 
 class Tokenizing(msgspec.Struct, tag="tokenizing", frozen=True):

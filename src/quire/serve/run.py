@@ -13,11 +13,12 @@ import socket
 import ssl
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 
 import quire
 from quire.config import EngineOptions, ServeOptions
@@ -25,12 +26,14 @@ from quire.engine.async_engine import AsyncEngine
 from quire.engine.child import Child, ChildProcess
 from quire.engine.metrics import Metrics
 from quire.engine.supervisor import Patience
-from quire.errors import ConfigError
+from quire.errors import ConfigError, EngineError
 from quire.serve.app import create_app
-from quire.serve.auth import check_bind, read_keys
+from quire.serve.auth import KeyCheck, check_bind, read_keys
+from quire.serve.chunks import ShortWay
 from quire.serve.logs import log_as_json
 from quire.serve.progress import Progress
 from quire.serve.service import ModelCard, Service, fingerprint
+from quire.serve.startup import Doorway, NotYet, StartReport
 from quire.text.speech import check_formats
 
 logger = logging.getLogger(__name__)
@@ -38,32 +41,6 @@ logger = logging.getLogger(__name__)
 REPORT_SECONDS = 10.0
 WATCH_SECONDS = 0.5
 LAST_WORDS_SECONDS = 5.0  # that aborted requests get to send their ends
-
-
-@dataclass(slots=True)
-class StartReport:
-    """The phases of a start with their seconds, for the lines that greet the user."""
-
-    began: float
-    phases: list[tuple[str, float]] = field(default_factory=list)
-
-    def add(self, name: str, seconds: float) -> None:
-        """Note a phase."""
-        self.phases.append((name, seconds))
-
-    def lines(self, address: str, model: str, key_needed: bool) -> list[str]:
-        """What to print when the server is ready."""
-        total = time.perf_counter() - self.began
-        phases = [*self.phases, ("all the rest", total - sum(seconds for _, seconds in self.phases))]
-        shown = "".join(f"\n  {name:<26} {seconds:6.2f} s" for name, seconds in phases)
-        key = ' -H "Authorization: Bearer $QUIRE_API_KEY"' if key_needed else ""
-        body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Tell me a tale."}}]}}'
-        return [
-            f"quire {quire.__version__} serves {model} at {address}",
-            f"Ready after {total:.2f} s:{shown}",
-            "Try it:",
-            f"  curl {address}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'",
-        ]
 
 
 def run_server(
@@ -75,7 +52,8 @@ def run_server(
     """Serve until SIGINT or SIGTERM; returns the exit status: 0 after an orderly end, 1 when the engine died.
 
     `began` is the time.perf_counter() at which the process started its work; `new_process` starts an engine process.
-    Raises ConfigError, ModelError and CapacityError before anything is served.
+    The server listens at once and says what it is doing until it is ready. Raises ConfigError, ModelError and
+    CapacityError for what cannot be started.
     """
     if options.log_format == "json":
         log_as_json(logging.getLogger("quire"))
@@ -90,13 +68,38 @@ def run_server(
     if options.uds is None:
         check_bind(options.host, keys, options.allow_insecure)
     listener = bind(options)
+    processes = Processes(new_process)
+
+    def start() -> Service:
+        return start_service(engine_options, options, report, processes)
+
     try:
-        service = start_service(engine_options, options, report, new_process)
-        metrics = service.progress.then
-        assert metrics is None or isinstance(metrics, Metrics), "nobody else is told of the steps"
-        return asyncio.run(_serve(service, keys, listener, report, metrics))
+        return asyncio.run(serve(start, options, keys, listener, report, processes.stop))
     finally:
         listener.close()
+
+
+class Processes:
+    """Starts engine processes, until it is stopped: then those that live are killed, which ends a start halfway."""
+
+    def __init__(self, new_process: Callable[[], Child]) -> None:
+        self._new_process = new_process
+        self._started: list[Child] = []
+        self._stopped = False
+
+    def __call__(self) -> Child:
+        """Start one."""
+        if self._stopped:
+            raise EngineError("The server was told to stop while it was starting.")
+        child = self._new_process()
+        self._started = [other for other in self._started if other.is_alive] + [child]
+        return child
+
+    def stop(self) -> None:
+        """Start no more, and end those that live."""
+        self._stopped = True
+        for child in self._started:
+            child.kill()
 
 
 def start_service(
@@ -206,28 +209,23 @@ def _root(options: EngineOptions) -> str:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, greeting when it listens and letting requests finish when it shall stop."""
+    """uvicorn, letting requests finish when it shall stop."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, greeting: list[str]) -> None:
+    def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
-        self._service = service
-        self._greeting = greeting
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, then tell the user."""
-        await super().startup(sockets)
-        if self.started:
-            print("\n".join(self._greeting), flush=True)
+        self.service: Service | None = None  # None while it starts
+        self.told_to_stop = False
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """Stop taking requests; those that run may finish. A second signal ends them.
 
         The signal is dealt with here and not raised again afterwards: an orderly end is not a death by signal.
         """
-        logger.info("signal %d: no new requests; %d may finish", sig, len(self._service.live))
-        self._service.draining = True
-        self.force_exit = self.should_exit
-        self.should_exit = True
+        if self.service is not None:
+            logger.info("signal %d: no new requests; %d may finish", sig, len(self.service.live))
+            self.service.draining = True
+        self.force_exit = self.told_to_stop
+        self.should_exit = self.told_to_stop = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Wait for running requests up to the timeout, then end them properly, then close."""
@@ -238,18 +236,52 @@ class _Server(uvicorn.Server):
             closer.cancel()
 
     async def _end_late_requests(self) -> None:
-        await asyncio.sleep(self._service.options.shutdown_timeout)
-        if self._service.live:
-            logger.warning("%d requests did not finish in time and are ended", len(self._service.live))
-            await self._service.engine.abort(self._service.live.engine_ids())
+        if self.service is None:
+            return
+        await asyncio.sleep(self.service.options.shutdown_timeout)
+        if self.service.live:
+            logger.warning("%d requests did not finish in time and are ended", len(self.service.live))
+            await self.service.engine.abort(self.service.live.engine_ids())
 
 
-async def _serve(
-    service: Service, keys: tuple[str, ...], listener: socket.socket, report: StartReport, metrics: Metrics | None
+async def serve(
+    start: Callable[[], Service],
+    options: ServeOptions,
+    keys: tuple[str, ...],
+    listener: socket.socket,
+    report: StartReport,
+    stop_start: Callable[[], None] = lambda: None,
 ) -> int:
-    options = service.options
-    config = uvicorn.Config(
-        create_app(service, keys),
+    """Listen, start the service in a thread, and serve until told to stop; returns the exit status.
+
+    `stop_start` makes a start that is under way end soon. Raises what the start raised.
+    """
+    waiting = NotYet(report)
+    door = Doorway(KeyCheck(waiting, keys) if keys else waiting)
+    server = _Server(_uvicorn_config(door, options))
+    starting = asyncio.create_task(asyncio.to_thread(start))
+    living = asyncio.create_task(_live(server, starting, door, keys, listener, report))
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        if not starting.done():
+            logger.info("told to stop while %s", report.phase)
+            stop_start()
+        await asyncio.wait((starting,))
+        living.cancel()
+        await asyncio.wait((living,))
+        service = server.service
+        died = service is not None and not service.engine.is_running
+        if service is not None:
+            await service.close()
+    if service is None and not server.told_to_stop:
+        starting.result()
+    return 1 if died else 0
+
+
+def _uvicorn_config(app: ASGIApp, options: ServeOptions) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
         log_level=options.uvicorn_log_level,
         log_config=None,
         access_log=options.uvicorn_log_level in ("info", "debug", "trace"),
@@ -264,21 +296,41 @@ async def _serve(
         timeout_graceful_shutdown=int(options.shutdown_timeout + LAST_WORDS_SECONDS),
         server_header=False,
     )
-    greeting = report.lines(_address(options, listener), service.card.names[0], bool(keys))
-    server = _Server(config, service, greeting)
-    tasks = [asyncio.create_task(_watch(server, service))]
+
+
+async def _live(
+    server: _Server,
+    starting: asyncio.Task[Service],
+    door: Doorway,
+    keys: tuple[str, ...],
+    listener: socket.socket,
+    report: StartReport,
+) -> None:
+    """Open the door when the service is there; then watch the engine, which takes the server with it when it dies.
+
+    So whoever supervises the process can start it again.
+    """
+    await asyncio.wait((starting,))
+    if starting.exception() is not None:
+        server.should_exit = True
+        return
+    service = server.service = starting.result()
+    service.draining = server.told_to_stop
+    door.open(ShortWay(create_app(service, keys)))
+    print("\n".join(report.lines(_address(service.options, listener), service.card.names[0], bool(keys))), flush=True)
+    tasks = []
     if service.engine.tokenizer is not None:
         tasks.append(asyncio.create_task(service.server_templates.warm()))
-    if metrics is not None:
-        tasks.append(asyncio.create_task(_report(metrics)))
+    if isinstance(service.progress.then, Metrics):
+        tasks.append(asyncio.create_task(_report(service.progress.then)))
     try:
-        await server.serve(sockets=[listener])
+        while service.engine.is_running:
+            await asyncio.sleep(WATCH_SECONDS)
+        logger.critical("the engine has stopped; the server ends with status 1")
+        server.should_exit = True
     finally:
         for task in tasks:
             task.cancel()
-        died = not service.engine.is_running
-        await service.close()
-    return 1 if died else 0
 
 
 def _address(options: ServeOptions, listener: socket.socket) -> str:
@@ -289,14 +341,6 @@ def _address(options: ServeOptions, listener: socket.socket) -> str:
         host = "127.0.0.1"
     scheme = "https" if options.ssl_certfile else "http"
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
-
-
-async def _watch(server: _Server, service: Service) -> None:
-    """An engine that died takes the server with it, so that whoever supervises the process can start it again."""
-    while service.engine.is_running:
-        await asyncio.sleep(WATCH_SECONDS)
-    logger.critical("the engine has stopped; the server ends with status 1")
-    server.should_exit = True
 
 
 async def _report(metrics: Metrics) -> None:
