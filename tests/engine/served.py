@@ -35,6 +35,7 @@ from quire.engine.metrics import Metrics
 from quire.engine.observe import Observer
 from quire.grammar import Grammars, Vocabulary
 from quire.serve.app import create_app
+from quire.serve.chunks import ShortWay
 from quire.serve.progress import Progress
 from quire.serve.service import ModelCard, Service
 from quire.text import Tokenizer
@@ -172,7 +173,7 @@ def served(setup: Setup | None = None) -> Iterator[Running]:
     )
     service = Service(engine, card, setup.options, metrics.registry, progress=progress)
     config = uvicorn.Config(
-        create_app(service, setup.keys),
+        ShortWay(create_app(service, setup.keys)),
         port=0,
         log_level="error",
         lifespan="off",

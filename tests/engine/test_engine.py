@@ -197,7 +197,7 @@ def test_preemption_happens_and_shows_only_in_the_metrics():
     for index in range(4):
         mine = [output.outputs[0] for output in outputs if output.request_id == str(index)]
         assert sum(len(item.token_ids) for item in mine) == 20
-    assert max(output.metrics.num_preemptions for output in outputs) > 0
+    assert max(output.metrics.num_preemptions for output in outputs if output.finished) > 0
 
 
 def test_a_prefix_hit_is_reported():

@@ -6,6 +6,7 @@ Read from the sources, so that a new file is covered, too.
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +19,23 @@ SOURCE = Path(__file__).parent.parent.parent / "src" / "quire"
 FILES = sorted(SOURCE.rglob("*.py"))
 TREES = {path.relative_to(SOURCE): ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 
-# CVE-2024-9052, -9053, -11041, CVE-2025-29783, -32444, -47277, -30165, GHSA-5vqr-wprc-cpp7; SGLang CVE-2026-3059, -3060,
-# -3989, -86793, -93034.
+# What came over a socket or with a request was unpickled.
+PICKLED = [
+    "CVE-2024-9052",
+    "CVE-2024-9053",
+    "CVE-2024-11041",
+    "CVE-2025-29783",
+    "CVE-2025-32444",
+    "CVE-2025-47277",
+    "CVE-2025-30165",
+    "GHSA-5vqr-wprc-cpp7",
+    "CVE-2026-3059",
+    "CVE-2026-3060",
+    "CVE-2026-3989",
+    "CVE-2026-86793",
+    "CVE-2026-93034",
+    "CVE-2026-26220",
+]
 UNPICKLERS = {
     "pickle",
     "_pickle",
@@ -47,12 +63,13 @@ def imported(tree: ast.AST) -> set[str]:
     return names
 
 
-def test_cve_2024_9052_and_its_kin_nothing_is_unpickled() -> None:
+@pytest.mark.parametrize("advisory", PICKLED)
+def test_nothing_is_unpickled(advisory: str) -> None:
     offenders = {str(path): found for path, tree in TREES.items() if (found := imported(tree) & UNPICKLERS)}
-    assert not offenders, offenders
+    assert not offenders, (advisory, offenders)
 
 
-def test_cve_2025_24357_checkpoints_are_read_with_the_safe_reader_only() -> None:
+def test_cve_2025_24357_ghsa_ggpf_24jw_3fcw_checkpoints_are_read_with_the_safe_reader_only() -> None:
     seen = 0
     for path, tree in TREES.items():
         for call in calls(tree):
@@ -73,7 +90,7 @@ def test_cve_2025_9141_nothing_is_evaluated() -> None:
 
 
 def test_cve_2026_27893_no_file_decides_for_itself_to_trust_a_model() -> None:
-    """A literal True is allowed only right behind the one check, which raises (CVE-2025-66448, CVE-2026-22807)."""
+    """A literal True is allowed only right behind the one check, which raises."""
     places = [
         f"{path}"
         for path, tree in TREES.items()
@@ -84,25 +101,38 @@ def test_cve_2026_27893_no_file_decides_for_itself_to_trust_a_model() -> None:
     assert set(places) <= {"models/describe.py"}, places
 
 
-def test_cve_2026_41523_foreign_code_is_refused_without_assertions_too(tmp_path: Path) -> None:
-    """`python -O` takes asserts out; the check must not be one."""
-    (tmp_path / "config.json").write_text(
-        '{"model_type": "evil", "architectures": ["Evil"], "auto_map": {"AutoConfig": "evil.EvilConfig", '
-        '"AutoModelForCausalLM": "evil.Evil"}}'
-    )
-    mark = tmp_path / "ran"
-    (tmp_path / "evil.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
+AUTO_MAP = {"auto_map": {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.Evil"}}
+FOREIGN = [
+    {"model_type": "evil", "architectures": ["Evil"], **AUTO_MAP},
+    {"model_type": "llava", "vision_config": {"model_type": "evil", **AUTO_MAP}, **AUTO_MAP},
+    {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 1, **AUTO_MAP},
+]
+
+
+def test_cve_2026_41523_cve_2025_66448_cve_2026_22807_foreign_code_does_not_run(tmp_path: Path) -> None:
+    """`python -O` takes asserts out, so the check must not be one; parts of a config may name code, too."""
+    mark, folders = tmp_path / "ran", []
+    for number, config in enumerate(FOREIGN):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "evil.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
+        folders.append(str(folder))
     code = (
         "from quire.config import ModelOptions\n"
-        "from quire.errors import ModelError\n"
+        "from quire.errors import QuireError\n"
         "from quire.models.hub import find_model\n"
-        "try:\n"
-        f"    find_model(ModelOptions(model={str(tmp_path)!r}))\n"
-        "except ModelError as error:\n"
-        "    print('refused', error)\n"
+        f"for folder in {folders!r}:\n"
+        "    try:\n"
+        "        find_model(ModelOptions(model=folder))\n"
+        "        print('read')\n"
+        "    except QuireError as error:\n"
+        "        print('refused', error)\n"
     )
     done = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True, timeout=300, check=False)
-    assert "refused" in done.stdout and "trust" in done.stdout, done.stdout + done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert len(lines) >= len(FOREIGN) and "trust" in lines[0], done.stdout + done.stderr[-2000:]
+    assert lines[0].startswith("refused"), "a model of foreign code alone was taken"
     assert not mark.exists(), "code of the model ran"
 
 

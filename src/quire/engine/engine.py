@@ -121,7 +121,7 @@ class Engine:
         cls,
         options: EngineOptions,
         observer: Observer | None = None,
-        on_phase: Callable[[str, float], None] | None = None,
+        on_phase: Callable[[str, float | None], None] | None = None,
     ) -> Engine:
         """Find, load and start a model; `on_phase` is told each phase and its seconds.
 
@@ -316,8 +316,7 @@ class Engine:
             self._take(self._events[0], now)
             self._events.popleft()
         self._end_late(now)
-        while self._changed:
-            request_id, completions = next(iter(self._changed.items()))
+        for request_id, completions in list(self._changed.items()):
             output = self._output(self._generations[request_id], completions)
             if output is not None:
                 self._ready.append(output)

@@ -186,7 +186,7 @@ class Generation:
             self.prompt_logprobs,
             outputs,
             finished,
-            self.metrics() if with_metrics else None,
+            self.metrics() if with_metrics and (finished or not delta) else None,
             self.cached_tokens,
         )
 

@@ -67,7 +67,7 @@ class RequestOutput:
     """The state of one request. `outputs` is sorted by index.
 
     FINAL_ONLY: one RequestOutput with all n completions. CUMULATIVE and DELTA: one per step, with the completions
-    that changed in it. Only the last one has `finished` set.
+    that changed in it. Only the last one has `finished` set, and with DELTA it alone has `metrics`.
     """
 
     request_id: str

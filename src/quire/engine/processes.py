@@ -30,6 +30,7 @@ from quire.engine.blackbox import REGIONS, BlackBox
 from quire.engine.core import EngineCore
 from quire.engine.engine import EngineSettings
 from quire.engine.executor import Executor, Handle
+from quire.engine.heap import keep_for_good
 from quire.grammar import Grammars
 
 logger = logging.getLogger(__name__)
@@ -131,6 +132,7 @@ def live(
         return 1
     executor = NotedExecutor(served.executor, box)
     core = EngineCore(Scheduler(served.scheduler), executor, served.scheduler.max_in_flight, mortal=True)
+    keep_for_good()
     tell(wire.Ready(served.scheduler, served.settings, core.stats()))
     EngineLoop(core, executor, connection, served.grammars, served.ceiling).serve(messages[1:])
     return 0

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from quire.serve.chunks import CHUNKS, Chunks
 from quire.serve.errors import Failure, failure_of
 
 DONE = b"data: [DONE]\n\n"
@@ -121,7 +122,7 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send everything, unless the client leaves."""
-        task = asyncio.ensure_future(self._send(send))
+        task = asyncio.ensure_future(self._send(send, scope.get(CHUNKS)))
         left = asyncio.ensure_future(_left(receive))
         try:
             await asyncio.wait((task, left), return_when=asyncio.FIRST_COMPLETED)
@@ -130,13 +131,16 @@ class EventStream(StreamingResponse):
         finally:
             await _cancel(task, left)
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, send: Send, chunks: Chunks | None) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         await _body(send, self._first)
         try:
             async with aclosing(self._rest) as rest:
                 async for chunk in rest:
-                    await _body(send, chunk)
+                    if chunks is None:
+                        await _body(send, chunk)
+                    elif chunks.write(chunk):
+                        await chunks.drain()
         except Exception as error:
             await _body(send, self._style.failed(failure_of(error)))
         if self._style.last:

@@ -1,0 +1,123 @@
+"""Decoding through HTTP beside the same through LLM: tokens per second of 32 streams, and the longest step in a while.
+
+python bench/serving_decode.py [--streams 32] [--tokens 128] [--seconds 60] [--shape qwen3-0.6b --quantization int8]
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import time
+
+from fake_server import Started
+from serving_ttft import both, parser_of, prompt
+
+from quire import LLM, SamplingParams
+
+ROUNDS = 3
+
+
+class Stream(asyncio.Protocol):
+    """One stream of tokens: when each came."""
+
+    def __init__(self, request: bytes, ended: asyncio.Future[None]) -> None:
+        self.times: list[float] = []
+        self._request = request
+        self._ended = ended
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Ask."""
+        assert isinstance(transport, asyncio.Transport)
+        transport.write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        """Note the tokens."""
+        self.times += [time.perf_counter()] * data.count(b"data: {")
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """It is over."""
+        if not self._ended.done():
+            self._ended.set_result(None)
+
+
+async def over_http(server: Started, streams: int, tokens: int, first: int) -> list[Stream]:
+    """Run so many streams at once."""
+    loop, found, ends = asyncio.get_running_loop(), [], []
+    for number in range(streams):
+        body = {"prompt": prompt(first + number, 16), "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+        content = json.dumps(body | {"stream": True}).encode()
+        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
+        request = head.encode() + b"Content-Length: %d\r\n\r\n" % len(content) + content
+        ended = loop.create_future()
+        stream = Stream(request, ended)
+        await loop.create_connection(lambda stream=stream: stream, server.host, server.port)
+        found.append(stream)
+        ends.append(ended)
+    await asyncio.gather(*ends)
+    return found
+
+
+def http_rate(server: Started, streams: int, tokens: int, first: int) -> float:
+    """Tokens per second between the first and the last token of each stream, all streams together."""
+    found = asyncio.run(over_http(server, streams, tokens, first))
+    began, ended = min(stream.times[0] for stream in found), max(stream.times[-1] for stream in found)
+    return sum(len(stream.times) - 1 for stream in found) / (ended - began)
+
+
+def llm_rate(llm: LLM, streams: int, tokens: int, first: int) -> float:
+    """The same of LLM."""
+    params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
+    prompts = [{"prompt_token_ids": prompt(first + number, 16)} for number in range(streams)]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    times = [output.metrics for output in outputs]
+    began, ended = min(item.first_token_ts for item in times), max(item.last_token_ts for item in times)
+    return sum(len(output.outputs[0].token_ids) - 1 for output in outputs) / (ended - began)
+
+
+def steps(server: Started, streams: int, seconds: float) -> list[float]:
+    """Milliseconds between tokens over so many seconds of service, of one stream after the other beside others."""
+    end, gaps, first = time.perf_counter() + seconds, [], 100_000
+    while time.perf_counter() < end:
+        found = asyncio.run(over_http(server, streams, 512, first))
+        times = found[0].times
+        # The beginning, while others' prompts come in, is no step of decoding alone.
+        gaps += [(after - before) * 1000 for before, after in zip(times[8:-1], times[9:], strict=True)]
+        first += streams
+    return gaps
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = parser_of(__doc__)
+    parser.add_argument("--streams", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--seconds", type=float, default=60.0, help="of the search for long steps; 0 for none")
+    found = parser.parse_args()
+    with both(found, max_num_seqs=found.streams) as (server, llm):
+        rates: list[list[float]] = [[], []]
+        for number in range(ROUNDS + 1):
+            pair = (
+                http_rate(server, found.streams, found.tokens, number * 1000),
+                llm_rate(llm, found.streams, found.tokens, number * 1000),
+            )
+            if number:
+                for kept, rate in zip(rates, pair, strict=True):
+                    kept.append(rate)
+        http, plain = (statistics.median(kept) for kept in rates)
+        print(
+            f"{found.streams} streams: {http:,.0f} tokens/s through HTTP, {plain:,.0f} through LLM: {http / plain:.1%}",
+            flush=True,
+        )
+        if found.seconds:
+            gaps = steps(server, found.streams, found.seconds)
+            median, longest = statistics.median(gaps), max(gaps)
+            slow = sum(gap > 2 * median for gap in gaps)
+            print(
+                f"{len(gaps)} steps in {found.seconds:.0f} s: median {median:.2f} ms, longest {longest:.2f} ms, {slow} "
+                "above twice the median"
+            )
+
+
+if __name__ == "__main__":
+    main()
