@@ -13,6 +13,7 @@ JSON file, so a long comparison may be made in pieces. bench/peers.md tells how 
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 import time
@@ -96,7 +97,11 @@ def main() -> int:
             print(error, file=sys.stderr)
             return 1
         rules = Rules(found.attempts, found.most_difference)
-        Comparison(place, program, rules, store).run(workloads, found.engines, found.rounds)
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        try:
+            Comparison(place, program, rules, store).run(workloads, found.engines, found.rounds)
+        finally:
+            quiet.end_leftovers(patience=0)  # whatever ended the comparison, no engine goes on
     report(store, chosen(None, found.quick))
     return 0
 

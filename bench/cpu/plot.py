@@ -17,7 +17,7 @@ from bench.cpu.workloads import Workload
 
 COLOURS = {"quire": "#1b6ca8", "vllm": "#d9822b", "llama.cpp": "#5b8c3e"}
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h", "p")
-UNIT_STYLES = {"f32": ":", "bf16": "--", "int8": "-"}
+UNITS = ("f32", "bf16", "int8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +82,15 @@ def draw_limits(axes: Any, points: list[Point], ceilings: Ceilings) -> None:
     """The slope of the read bandwidth, and a level for each unit of arithmetic."""
     left = min((point.intensity for point in points), default=1.0) / 2
     right = max((point.intensity for point in points), default=1000.0) * 2
-    for unit, style in UNIT_STYLES.items():
-        rate = ceilings.rate(unit)
+    levels: dict[float, list[str]] = {}
+    for unit in UNITS:
+        levels.setdefault(float(f"{ceilings.rate(unit):.2g}"), []).append(
+            unit
+        )  # units that are equally fast share a line
+    for units in levels.values():
+        rate = ceilings.rate(units[0])
         corner = rate / ceilings.read
-        axes.plot(
-            [max(left, corner), max(right, corner)], [rate / 1e9] * 2, color="black", linestyle=style, linewidth=1
-        )
-        axes.annotate(unit, (max(right, corner), rate / 1e9), fontsize=8, ha="right", va="bottom")
-    top = max(ceilings.rate(unit) for unit in UNIT_STYLES) / ceilings.read
+        axes.plot([corner, max(right, corner)], [rate / 1e9] * 2, color="black", linewidth=1)
+        axes.annotate(", ".join(units), (max(right, corner), rate / 1e9), fontsize=8, ha="right", va="bottom")
+    top = max(ceilings.rate(unit) for unit in UNITS) / ceilings.read
     axes.plot([left, top], [left * ceilings.read / 1e9, top * ceilings.read / 1e9], color="black", linewidth=1)

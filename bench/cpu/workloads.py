@@ -46,7 +46,7 @@ class Workload:
     """One row of the table: what is asked of every engine, and what quire must reach."""
 
     name: str
-    title: str
+    model: str  # as the table calls it
     kind: str
     shape: str
     precision: str  # bf16, int8 or int4
@@ -57,6 +57,23 @@ class Workload:
     shared_len: int = 0
     engines: tuple[str, ...] = ENGINES
     repeats: int = 1  # inside one process; the median counts
+
+    @property
+    def title(self) -> str:
+        """The name of the row, with the sizes that are really used."""
+        one = f"{self.input_len} in, {self.output_len} out"
+        what = {
+            "decode": f"one request ({one})",
+            "prefill": f"{self.requests} x {self.input_len} prompt tokens",
+            "generate": f"{self.requests} x ({one})",
+            "shared": f"{self.requests} x ({self.shared_len} shared + {one})",
+            "start": "start to first token",
+            "restart": "second start",
+            "memory": "peak memory",
+            "disk": "packages on disk",
+            "perplexity": "perplexity",
+        }
+        return what["disk"] if self.kind == "disk" else f"{self.model} {self.precision}: {what[self.kind]}"
 
     @property
     def unit(self) -> str:
@@ -73,66 +90,55 @@ class Workload:
         return self.shape, self.precision, alone
 
 
-def decode(name: str, title: str, precision: str, aim: Aim) -> Workload:
+def decode(precision: str, aim: Aim) -> Workload:
     """One request on the 1B shape."""
-    return Workload(name, title, "decode", LLAMA, precision, aim, 1, 128, 64, repeats=3)
+    return Workload(f"1b-{precision}-decode", "1B", "decode", LLAMA, precision, aim, 1, 128, 64, repeats=3)
 
 
 def prefill(precision: str, aim: Aim) -> Workload:
     """Eight long prompts on the 1B shape."""
-    name, title = f"1b-{precision}-prefill", f"1B, 8 x 1024 prompt tokens, {precision}"
-    return Workload(name, title, "prefill", LLAMA, precision, aim, 8, 1024, 1)
+    return Workload(f"1b-{precision}-prefill", "1B", "prefill", LLAMA, precision, aim, 8, 1024, 1)
 
 
 def generate(precision: str, aim: Aim) -> Workload:
     """Thirty-two requests at once on the 1B shape."""
-    name, title = f"1b-{precision}-batch", f"1B, 32 x (256 in, 128 out), {precision}"
-    return Workload(name, title, "generate", LLAMA, precision, aim, 32, 256, 128)
+    return Workload(f"1b-{precision}-batch", "1B", "generate", LLAMA, precision, aim, 32, 256, 128)
 
 
-WITHOUT_LLAMA = ENGINES[:2]
+def perplexity(precision: str) -> Workload:
+    """What rounding does to the bundled model."""
+    return Workload(f"perplexity-{precision}", "bundled", "perplexity", "bundled", precision, Aim(), engines=("quire",))
+
+
 VLLM = ("vllm",)
+PYTHON_ENGINES = ("quire", "vllm")
 WORKLOADS: tuple[Workload, ...] = (
-    decode("1b-bf16-decode", "1B, one request, bf16", "bf16", Aim(ratio=1.0, bandwidth=0.95)),
-    decode("1b-int8-decode", "1B, one request, int8", "int8", Aim(ratio=1.5)),
-    decode("1b-int4-decode", "1B, one request, int4", "int4", Aim(ratio=1.4)),
+    decode("bf16", Aim(ratio=1.0, bandwidth=0.95)),
+    decode("int8", Aim(ratio=1.5)),
+    decode("int4", Aim(ratio=1.4)),
     prefill("bf16", Aim(ratio=1.1, peers=VLLM)),
     prefill("int8", Aim(ratio=1.7, peers=VLLM)),
     generate("bf16", Aim(ratio=1.3, peers=VLLM)),
     generate("int8", Aim(ratio=1.6, peers=VLLM)),
     generate("int4", Aim(ratio=3.0)),
+    Workload("0.6b-bf16-batch", "0.6B", "generate", QWEN, "bf16", Aim(ratio=1.4), 64, 256, 128),
+    # Hardly any arithmetic: what is left is the host.
     Workload(
-        *("0.6b-bf16-batch", "0.6B, 64 x (256 in, 128 out), bf16", "generate", QWEN, "bf16"),
-        *(Aim(ratio=1.4), 64, 256, 128),
-    ),
-    Workload(
-        *("tiny-batch", "7M, 256 x (64 in, 128 out): the host", "generate", TINY, "bf16"),
-        *(Aim(ratio=2.0, peers=VLLM), 256, 64, 128),
-        engines=WITHOUT_LLAMA,
+        *("tiny-batch", "7M", "generate", TINY, "bf16", Aim(ratio=2.0, peers=VLLM), 256, 64, 128),
+        engines=PYTHON_ENGINES,
         repeats=3,
     ),
     Workload(
-        *("0.6b-shared", "0.6B, 32 x (1024 shared + 64, 32 out)", "shared", QWEN, "bf16"),
-        *(Aim(ratio=0.6, peers=VLLM), 32, 64, 32, 1024),
-        engines=WITHOUT_LLAMA,
+        *("0.6b-shared", "0.6B", "shared", QWEN, "bf16", Aim(ratio=0.6, peers=VLLM), 32, 64, 32, 1024),
+        engines=PYTHON_ENGINES,
     ),
-    Workload("1b-start", "1B bf16, start to first token", "start", LLAMA, "bf16", Aim(most=3.0), 1, 8, 1),
-    Workload(
-        "1b-restart", "1B bf16, second start", "restart", LLAMA, "bf16", Aim(most=2.0), 1, 8, 1, engines=("quire",)
-    ),
-    Workload("1b-memory", "1B bf16, peak memory", "memory", LLAMA, "bf16", Aim(), 8, 256, 32),
-    Workload(
-        *("environment", "environment on disk", "disk", LLAMA, "bf16", Aim(ratio=0.5, peers=VLLM, packages=60)),
-        engines=ENGINES,
-    ),
-    *(
-        Workload(
-            *(f"perplexity-{precision}", f"bundled model, {precision}: perplexity", "perplexity", "bundled", precision),
-            Aim(),
-            engines=("quire",),
-        )
-        for precision in ("bf16", "int8", "int4")
-    ),
+    Workload("1b-start", "1B", "start", LLAMA, "bf16", Aim(most=3.0), 1, 8, 1),
+    Workload("1b-restart", "1B", "restart", LLAMA, "bf16", Aim(most=2.0), 1, 8, 1, engines=("quire",)),
+    Workload("1b-memory", "1B", "memory", LLAMA, "bf16", Aim(), 8, 256, 32),
+    Workload("environment", "", "disk", LLAMA, "bf16", Aim(ratio=0.5, peers=VLLM, packages=60)),
+    perplexity("bf16"),
+    perplexity("int8"),
+    perplexity("int4"),
 )
 
 CACHE_BYTES = 4 << 30  # of keys and values, for every engine that takes a number

@@ -83,7 +83,8 @@ def open_session(place: Place, workload: Workload, variant: str) -> Session:
         "task": "generate",
         "model": str(model_folder(place.models, workload.shape, FORMATS.get(variant), stored)),
         "load_format": "auto" if stored else "dummy",
-        "dtype": "bfloat16" if processor().has_bf16 or variant == "bf16" else "float32",
+        # bfloat16 is a plain loop on processors without such instructions; four bits refuse float32.
+        "dtype": "bfloat16" if processor().has_bf16 or variant == "GPTQ" else "float32",
         "vocab_size": SHAPES[workload.shape]["vocab_size"],
     }
     command = [str(place.peers / "vllm" / "bin" / "python"), str(RUNNER), json.dumps(settings)]

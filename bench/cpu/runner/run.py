@@ -154,7 +154,8 @@ def main() -> None:
             else:
                 answer(measure(generate, vocab_size, json.loads(line), draw))
     except Exception as error:
-        answer({"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"})
+        words = " ".join(str(error).split())
+        answer({"error": f"{type(error).__name__}: {words[:200]}"})
         raise
 
 
