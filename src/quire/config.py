@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from quire.errors import ConfigError
 
-SPECULATION_METHODS = ("ngram", "suffix", "draft_model")
+SPECULATION_METHODS = ("ngram", "suffix", "draft_model", "medusa", "eagle", "mtp")
 
 
 def option(default: Any = None, *, help: str, factory: Any = None, aliases: tuple[str, ...] = ()) -> Any:
@@ -114,7 +114,7 @@ class Speculation:
     """How tokens are guessed, decided. `method` says which of the other fields count."""
 
     method: str  # one of SPECULATION_METHODS
-    model: str | None = None  # draft_model: which
+    model: str | None = None  # all but ngram and suffix: what guesses
     num_speculative_tokens: int = 4  # guesses for a step, at most
     prompt_lookup_min: int = 2  # ngram and suffix: how many tokens must have come before, at least
     prompt_lookup_max: int = 5  # ngram: and how many are looked for, at most
@@ -135,7 +135,8 @@ class SpeculateOptions:
     )
     spec_method: str | None = option(
         None,
-        help="how to guess: ngram and suffix look up what followed the same tokens before, draft_model asks a small model",
+        help="how to guess: ngram and suffix look up what followed the same tokens before, draft_model asks a small model, "
+        "medusa, eagle and mtp go on from the model's own states",
     )
     spec_model: str | None = option(None, help="folder or hub id of the small model; the bundled model has one")
     spec_tokens: int | None = option(None, help="tokens to guess for a step, at most; 4 when not given, 8 for suffix")

@@ -21,7 +21,7 @@ from quire.kernels.table import load_ops
 from quire.layers.spec import ModelLayout
 from quire.models import footprint
 from quire.models.build import layout_of
-from quire.models.draft import DraftModel, find_draft
+from quire.models.draft import DraftModel, find_draft, find_heads
 from quire.models.hub import ModelFiles, find_model
 from quire.models.registry import select_impl
 from quire.worker.device import Device
@@ -355,10 +355,12 @@ def choose_draft(
     speculation: Speculation | None, files: ModelFiles, layout: ModelLayout, options: EngineOptions,
     dtype: torch.dtype, download: bool,
 ) -> DraftModel | None:  # fmt: skip
-    """The small model that guesses, where one is wanted."""
-    if speculation is None or speculation.method != "draft_model":
+    """The model, heads or layer that guesses, where the method has one."""
+    if speculation is None or speculation.method in ("ngram", "suffix"):
         return None
-    return find_draft(speculation.model, files, layout, options.model, dtype, download)
+    if speculation.method == "draft_model":
+        return find_draft(speculation.model, files, layout, options.model, dtype, download)
+    return find_heads(speculation.method, speculation.model, files, layout, options.model, download)
 
 
 def most_scores(max_num_seqs: int, speculation: Speculation | None) -> int:
@@ -404,7 +406,7 @@ def choose_memory(
     check_quantized_device(options.model.quantization, machine.device)
     stored = checkpoint_dtype(files) or torch.float32
     weights = footprint.weight_bytes(files, layout, dtype, stored, options.model.quantization)
-    if draft is not None:
+    if draft is not None and draft.files is not files:
         of_draft = checkpoint_dtype(draft.files) or torch.float32
         weights += footprint.weight_bytes(draft.files, draft.layout, dtype, of_draft)
     activations = activation_bytes(files, layout, dtype, step, max_num_seqs)

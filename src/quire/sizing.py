@@ -73,7 +73,9 @@ def group_costs(
 def with_draft(
     costs: tuple[GroupCost, ...], draft: ModelLayout, dtype: torch.dtype, cache_bytes: CacheBytes
 ) -> tuple[GroupCost, ...]:
-    """The same with a draft model's keys and values, which lie under the numbers of the first full group's pages."""
+    """The same with a draft's keys and values, which lie under the numbers of the first full group's pages."""
+    if not draft.layers:
+        return costs
     for index, cost in enumerate(costs):
         if cost.kind == "full":
             more = sum(layer_page_bytes(layer, cost.page_size, dtype, cache_bytes) for layer in draft.layers)

@@ -1,6 +1,6 @@
-"""The small model that guesses what a larger one will say: which it is, and whether the two can work together.
+"""What guesses for a model: a small model, heads, or a further layer; which it is, and whether the two can work together.
 
-Reads configs, no weights.
+Reads configs and the names of weights, no weights.
 """
 
 from __future__ import annotations
@@ -15,16 +15,21 @@ from quire.errors import ConfigError
 from quire.layers.spec import ModelLayout
 from quire.models.build import layout_of
 from quire.models.hub import ModelFiles, find_model
+from quire.models.nextlayer import EAGLE, Style, mtp_style, next_layout
 
 
 @dataclass(frozen=True, slots=True)
 class DraftModel:
-    """A draft model found on this machine; `options` are those it is loaded with."""
+    """What guesses, found on this machine; `options` are those it is loaded with.
+
+    `layout` is that of its own layers: none for Medusa heads, one for EAGLE heads and MTP layers.
+    """
 
     files: ModelFiles
     options: ModelOptions
     layout: ModelLayout
     longest: int  # positions that it can read
+    style: Style | None = None  # of the layer, for eagle and mtp
 
 
 def find_draft(
@@ -42,17 +47,7 @@ def find_draft(
                 f"The method draft_model needs a small model that guesses for {target.name}: name one with --spec-model."
             )
         model = str(importlib.resources.files("quire").joinpath("bundled", "draft"))
-    wanted = replace(
-        options,
-        model=model,
-        tokenizer=None,
-        revision=None,
-        tokenizer_revision=None,
-        hf_overrides={},
-        quantization=None,
-        served_model_name=(),
-        override_generation_config={},
-    )
+    wanted = _options(options, model)
     files = find_model(wanted, download)
     found = layout_of(files, wanted.model_impl, dtype)
     sizes = [one.text_config.vocab_size for one in (files, target)]
@@ -67,3 +62,59 @@ def find_draft(
             "with attention layers only."
         )
     return DraftModel(files, wanted, found, getattr(files.text_config, "max_position_embeddings", 2048))
+
+
+def find_heads(
+    method: str, model: str | None, target: ModelFiles, layout: ModelLayout, options: ModelOptions, download: bool,
+) -> DraftModel:  # fmt: skip
+    """Find Medusa heads, an EAGLE head or an MTP layer for `target`, which has `layout` and was found by `options`.
+
+    Without `model` an MTP layer is looked for in the target's own checkpoint, and the bundled model has an EAGLE head.
+    Raises ConfigError and ModelError as find_draft.
+    """
+    if layout.tier != "native":
+        raise ConfigError(
+            f"The method {method} goes on from hidden states, which quire sees in models that it runs natively; "
+            f"{target.name} runs through the Transformers library. Take ngram, suffix or draft_model."
+        )
+    if method == "eagle" and model is None and options.model is None:
+        model = str(importlib.resources.files("quire").joinpath("bundled", "eagle"))
+    if model is None and method != "mtp":
+        raise ConfigError(f"The method {method} needs heads trained for {target.name}: name their folder as the model.")
+    files, wanted = target, options
+    if model is not None:
+        # Configs of Medusa heads describe no model of their own.
+        other = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]} if method == "medusa" else {}
+        wanted = replace(_options(options, model), hf_overrides=other)
+        files = find_model(wanted, download)
+    if method == "medusa":
+        return DraftModel(files, wanted, replace(layout, layers=()), 1 << 31)
+    style = EAGLE if method == "eagle" else mtp_style(files)
+    if style is None:
+        raise ConfigError(
+            f"The checkpoint of {files.name} has no MTP layer (names like mtp.fc.weight or model.layers.N.eh_proj.weight). "
+            "Take another method, or name the folder that has it."
+        )
+    found = next_layout(files)
+    if found.hidden_size != layout.hidden_size:
+        raise ConfigError(
+            f"{files.name} goes on from states of {found.hidden_size} numbers, and those of {target.name} have "
+            f"{layout.hidden_size}: it was made for another model."
+        )
+    longest = getattr(files.text_config, "max_position_embeddings", 2048)
+    return DraftModel(files, wanted, replace(found, vocab_size=layout.vocab_size), longest, style)
+
+
+def _options(options: ModelOptions, model: str) -> ModelOptions:
+    """The target's options, without what is said of the target alone."""
+    return replace(
+        options,
+        model=model,
+        tokenizer=None,
+        revision=None,
+        tokenizer_revision=None,
+        hf_overrides={},
+        quantization=None,
+        served_model_name=(),
+        override_generation_config={},
+    )

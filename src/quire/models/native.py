@@ -30,7 +30,7 @@ from quire.layers.spec import LayerSpec, ModelLayout
 from quire.layers.target import Target
 from quire.models.checkpoint import Checkpoint, stream_weights
 from quire.models.hub import ModelFiles
-from quire.models.load import LoadReport, LoadRules, dummy_weights, load_into
+from quire.models.load import LEFTOVERS, LoadReport, LoadRules, dummy_weights, load_into
 from quire.quant.format import full_ops, head_ops
 
 logger = logging.getLogger(__name__)
@@ -299,6 +299,11 @@ def _mlp_targets(prefix: str, mlp: GatedMLP) -> dict[str, Target]:
     return {**_merged(prefix, ("gate_proj", "up_proj"), mlp.gate_up), **_merged(prefix, ("down_proj",), mlp.down)}
 
 
+def spare_layers(layers: int) -> tuple[str, ...]:
+    """Patterns of names behind the model's own `layers`: layers that guess (models/nextlayer.py)."""
+    return (r"^mtp\.", r"^model\.mtp_layers\.", rf"^model\.layers\.{layers}\.")
+
+
 class NativeDecoder:
     """A ServedModel. Weights are empty until `load`."""
 
@@ -347,26 +352,40 @@ class NativeDecoder:
         rules = LoadRules(
             rename=lambda name: name if name in targets or f"model.{name}" not in targets else f"model.{name}",
             tied=tied,
+            ignored=(*LEFTOVERS, *spare_layers(len(self.layers))),
             origin=checkpoint.where,
         )
         return load_into(targets, stream_weights(checkpoint), rules)
 
-    @torch.no_grad()
     def forward(self, batch: Batch) -> torch.Tensor:
         """The logits [R, V] of batch.logit_rows; see ServedModel."""
+        return self.score(self.states(batch, batch.logit_rows))
+
+    @torch.no_grad()
+    def states(self, batch: Batch, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Compute the step. The last hidden states [R, size] of these rows of it, or [T, size] of all."""
         cos, sin = self.rotary.tables(batch)
-        residual = self.embedding.forward(batch.token_ids)
+        residual = self.embed(batch.token_ids)
         hidden = self.layers[0].input_norm.forward(residual)
         last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
             hidden = layer.attend(hidden, cos, sin, batch)
-            if index == last:
+            if index == last and rows is not None:
                 # Only these rows are wanted, and nothing after this looks at other rows.
-                hidden = hidden.index_select(0, batch.logit_rows)
-                residual = residual.index_select(0, batch.logit_rows)
+                hidden = hidden.index_select(0, rows)
+                residual = residual.index_select(0, rows)
             hidden, residual = layer.post_norm.add(hidden, residual)
             hidden, residual = self._next_norms[index].add(layer.mlp.forward(hidden), residual)
-        return self.head.forward(hidden)
+        return hidden
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids [T] -> what the first layer reads [T, size]."""
+        return self.embedding.forward(ids)
+
+    @torch.no_grad()
+    def score(self, states: torch.Tensor) -> torch.Tensor:
+        """Last hidden states [R, size] -> logits [R, V]."""
+        return self.head.forward(states)
 
     def opaque(self) -> list[Opaque]:
         """Experts look at numbers while they run."""

@@ -1,24 +1,20 @@
 """ModelDrafter: a small model guesses, a few tokens ahead for all rows at once.
 
-Its keys and values lie in tensors of its own under the page numbers of the served model: what the scheduler gives a
-request holds both. Positions beyond the granted pages use a few pages that belong to the row, and are computed again.
+It reads what the row's text has become since it was last asked, in one step, and then goes on by itself.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 
-from quire.core.plan import GroupSpec
 from quire.kernels.table import Ops
-from quire.layers.batch import Batch, GroupInputs
+from quire.models.recorded import with_program
 from quire.models.served import ServedModel
 from quire.worker.batch import Rows
 from quire.worker.device import Device
+from quire.worker.draft_pages import DraftPages
 from quire.worker.drafter import History, Seen
-from quire.worker.kvstore import KVStore
 from quire.worker.sampler import Sampler
 from quire.worker.slots import Slots
 
@@ -33,7 +29,6 @@ class ModelDrafter:
         self, model: ServedModel, history: History, slots: Slots, sampler: Sampler, count: int, longest: int,
         dtype: torch.dtype, max_tokens: int, ops: Ops, device: Device,
     ) -> None:  # fmt: skip
-        self._model = model
         self._history = history
         self._slots = slots
         self._sampler = sampler
@@ -41,14 +36,8 @@ class ModelDrafter:
         self._longest = min(longest, slots.width - 1)  # positions
         self._max_tokens = max_tokens  # positions computed at once, at most
         self._device = device
-        self._group = next(index for index, group in enumerate(slots.groups) if group.kind == "full")
-        shared = slots.groups[self._group]
-        self._size = shared.page_size
-        self._own = -(-count // self._size)  # pages of a row's own
-        self._first_own = shared.num_pages
-        self._groups = 1 + max(layer.group for layer in model.layout.layers)
-        pages = GroupSpec("full", self._size, shared.num_pages + self._own * slots.num_slots)
-        self._caches: list[Any] = KVStore(model.layout, [pages] * self._groups, dtype, ops, device).caches
+        self._pages = pages = DraftPages(model.layout, slots, count, dtype, ops, device)
+        self._model = with_program(model, [pages.size] * pages.groups, pages.num_pages, pages.caches, ops)
         # When a row was last asked about: its tokens then, the guesses, and the positions whose pages were granted.
         self._asked = np.zeros(slots.num_slots, dtype=np.int64)
         self._guesses = np.zeros((slots.num_slots, count), dtype=np.int64)
@@ -75,7 +64,7 @@ class ModelDrafter:
     def _guess(self, slots: np.ndarray) -> np.ndarray:
         """int64 [R, count]."""
         lengths = self._history.lengths[slots]
-        tables = self._tables(slots, int(lengths.max()) + self._count)
+        tables = self._pages.tables(slots, int(lengths.max()) + self._count)
         logits = self._catch_up(slots, lengths, tables)
         rows = self._device.to_device(torch.from_numpy(slots))
         guesses = []
@@ -88,10 +77,10 @@ class ModelDrafter:
             if ahead + 1 < self._count:
                 starts = np.arange(len(slots) + 1)
                 wanted = np.arange(len(slots))
-                logits = self._model.forward(self._batch(slots, tables, tokens, ends, starts, ends + 1, wanted))
+                logits = self._model.forward(self._pages.batch(slots, tables, tokens, ends, starts, ends + 1, wanted))
         found = self._device.to_host(torch.stack(guesses, dim=1)).numpy()
         self._asked[slots], self._guesses[slots] = lengths, found
-        self._kept[slots] = self._slots.granted[self._group][slots] * self._size
+        self._kept[slots] = self._pages.granted(slots)
         return found
 
     def _catch_up(self, slots: np.ndarray, lengths: np.ndarray, tables: torch.Tensor) -> torch.Tensor:
@@ -109,7 +98,7 @@ class ModelDrafter:
             picked = tables if last else tables[self._device.to_device(torch.from_numpy(now))]
             wanted = starts[1:] - 1 if last and len(now) == len(slots) else starts[:0]
             logits = self._model.forward(
-                self._batch(
+                self._pages.batch(
                     slots[now],
                     picked,
                     self._device.to_device(torch.from_numpy(tokens)),
@@ -132,39 +121,3 @@ class ModelDrafter:
         same = (said == self._guesses[slots, : self._count - 1]) & (ahead < lengths[:, None])
         agreed = np.where(asked > 0, np.logical_and.accumulate(same, axis=1).sum(axis=1), 0)
         return np.minimum(np.minimum(asked + agreed, self._kept[slots]), lengths - 1)
-
-    def _tables(self, slots: np.ndarray, longest: int) -> torch.Tensor:
-        """int32 [R, P]: the granted pages of each row, then its own."""
-        rows = self._device.to_device(torch.from_numpy(slots))
-        columns = torch.arange(-(-longest // self._size), device=rows.device)
-        table = self._slots.tables[self._group].index_select(0, rows)[:, : len(columns)]
-        granted = self._device.to_device(torch.from_numpy(self._slots.granted[self._group][slots]))[:, None]
-        own = (columns - granted).clamp_(max=self._own - 1) + self._first_own + rows[:, None] * self._own
-        if table.shape[1] < len(columns):
-            table = torch.nn.functional.pad(table, (0, len(columns) - table.shape[1]))
-        return torch.where(columns < granted, table, own).to(torch.int32)
-
-    def _batch(
-        self, slots: np.ndarray, tables: torch.Tensor, tokens: torch.Tensor, positions: np.ndarray,
-        starts: np.ndarray, lengths: np.ndarray, wanted: np.ndarray,
-    ) -> Batch:  # fmt: skip
-        """A step of the draft model: `tokens` [T] at `positions` of the rows, logits for the `wanted` ones."""
-        send = self._device.to_device
-        where = send(torch.from_numpy(positions))
-        row_of = send(torch.from_numpy(np.repeat(np.arange(len(slots)), np.diff(starts))))
-        pages = tables[row_of, where // self._size].long()
-        group = GroupInputs(self._size, tables, pages * self._size + where % self._size)
-        return Batch(
-            token_ids=tokens,
-            positions=where,
-            starts=send(torch.from_numpy(starts.astype(np.int32))),
-            lengths=send(torch.from_numpy(lengths.astype(np.int32))),
-            logit_rows=send(torch.from_numpy(wanted)),
-            rows=send(torch.from_numpy(slots)),
-            starts_host=starts.tolist(),
-            lengths_host=lengths.tolist(),
-            rows_host=slots.tolist(),
-            groups=[group] * self._groups,
-            caches=self._caches,
-            prompt_lengths=send(torch.from_numpy(self._slots.prompt_lens[slots])),
-        )

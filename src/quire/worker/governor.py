@@ -41,6 +41,11 @@ class Governor:
         """Whether drafts should be made for a step of so many rows."""
         return self._ways(rows).drafting
 
+    def open(self, rows: int) -> bool:
+        """Whether drafts may soon be wanted: false while they have lost and are not on trial."""
+        ways = self._ways(rows)
+        return ways.drafting or ways.trial
+
     def note(self, rows: int, tokens: int, seconds: float) -> None:
         """A step of `rows` rows, each of which was up to date, brought `tokens` tokens in `seconds`."""
         ways = self._ways(rows)

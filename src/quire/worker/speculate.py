@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from quire.core.params import SamplingParams
 from quire.core.plan import Admission, Span, SpanResult
+from quire.models.nextlayer import KeepsStates
 from quire.worker.drafter import Drafter, History, Seen
 from quire.worker.governor import Governor
 
@@ -22,12 +22,18 @@ logger = logging.getLogger(__name__)
 
 
 class Speculator:
-    """Keeps the History. Without a governor, drafts are made whether they pay or not."""
+    """Keeps the History. Without a governor, drafts are made whether they pay or not.
 
-    def __init__(self, history: History, drafter: Drafter, governor: Governor | None) -> None:
+    `model` is the served model where it keeps the hidden states that the drafter goes on from.
+    """
+
+    def __init__(
+        self, history: History, drafter: Drafter, governor: Governor | None, model: KeepsStates | None = None
+    ) -> None:
         self._history = history
         self._drafter = drafter
         self._governor = governor
+        self._model = model
         self._able = np.zeros(len(history.lengths), dtype=bool)
 
     def admit(self, new: Admission) -> None:
@@ -37,21 +43,27 @@ class Speculator:
         self._history.admit(new)
         self._drafter.admit(new.slot)
 
-    def propose(
-        self, spans: Sequence[Span], results: tuple[SpanResult, ...], began: float, hidden: torch.Tensor | None = None
-    ) -> tuple[SpanResult, ...]:
-        """The results with guesses for the next step. `began` is when the step did, by time.perf_counter(); `hidden`
-        [T, size] are the model's last hidden states at the positions of the spans, where it keeps them.
-        """
+    def propose(self, spans: Sequence[Span], results: tuple[SpanResult, ...], began: float) -> tuple[SpanResult, ...]:
+        """The results with guesses for the next step. `began` is when the step did, by time.perf_counter()."""
         told = self._extend(spans, results)
         governor, found = self._governor, results
+        if self._model is not None and (governor is None or governor.open(len(spans))):
+            self._follow(spans, results, self._model)
         if governor is None or governor.wanted(len(spans)):
-            if hidden is not None:
-                self._drafter.follow(Seen.of(spans, results, hidden))
             found = self._with_guesses(spans, results, told.able)
         if governor is not None and told.up_to_date and told.tokens:
             governor.note(len(spans), told.tokens, time.perf_counter() - began)
         return found
+
+    def _follow(self, spans: Sequence[Span], results: tuple[SpanResult, ...], model: KeepsStates) -> None:
+        """Show the drafter the states of a step, if they are of all its spans: after a failure they are not."""
+        hidden, model.hidden = model.hidden, None
+        if hidden is None or len(hidden) != sum(span.count for span in spans):
+            return
+        try:
+            self._drafter.follow(Seen.of(spans, results, hidden))
+        except Exception:
+            logger.exception("no drafts go on from this step")
 
     def _extend(self, spans: Sequence[Span], results: tuple[SpanResult, ...]) -> _Told:
         """Add what the step brought to the history."""

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
@@ -21,12 +22,15 @@ from quire.layers.spec import ModelLayout
 from quire.models.build import build_model
 from quire.models.draft import DraftModel
 from quire.models.hub import ModelFiles
+from quire.models.medusa import MedusaHeads
+from quire.models.nextlayer import KeepsStates, NextLayer, OpenModel, StatesOnly
 from quire.models.recorded import with_program
 from quire.models.served import ServedModel
 from quire.worker.device import Device, DeviceMemory
 from quire.worker.draft import ModelDrafter
 from quire.worker.drafter import Drafter, History
 from quire.worker.governor import Governor
+from quire.worker.heads import MedusaDrafter, NextLayerDrafter
 from quire.worker.kvstore import KVStore
 from quire.worker.ngram import NgramDrafter
 from quire.worker.processors import find_processors
@@ -65,7 +69,8 @@ class Worker:
         self._ops: Ops = load_ops(setup.device)
         self._ops.set_threads(setup.threads)
         self._model: ServedModel | None = None
-        self._draft: ServedModel | None = None
+        self._draft: ServedModel | MedusaHeads | NextLayer | None = None
+        self._states: KeepsStates | None = None  # the model, where its states are wanted
         self._runner: Runner | None = None
 
     def load(self) -> ModelLayout:
@@ -76,7 +81,7 @@ class Worker:
             where = self._device.torch_device
             self._model = build_model(setup.files, setup.options, setup.dtype, where, self._ops)
             if setup.draft is not None:
-                self._draft = build_model(setup.draft.files, setup.draft.options, setup.dtype, where, self._ops)
+                self._load_draft(setup.draft, where)
         logger.info("loaded %s in %.2f s", setup.files.name, time.perf_counter() - began)
         return self._model.layout
 
@@ -104,10 +109,26 @@ class Worker:
             speculator = self._speculator(slots, sampler)
         sizes = [0 if group.kind == "state" else group.page_size for group in groups]
         pages = min((group.num_pages for group in groups), default=0)
-        model = with_program(self._model, sizes, pages, store.caches, self._ops)
-        self._runner = Runner(
-            model, slots, store, sampler, self._device, setup.max_num_batched_tokens, speculator
-        )
+        model = self._model
+        if self._states is None:
+            model = with_program(model, sizes, pages, store.caches, self._ops)
+        else:
+            self._states.body = with_program(StatesOnly(self._states.model), sizes, pages, store.caches, self._ops)
+        self._runner = Runner(model, slots, store, sampler, self._device, setup.max_num_batched_tokens, speculator)
+
+    def _load_draft(self, draft: DraftModel, where: torch.device) -> None:
+        """Load what guesses; a model whose states it goes on from must keep them."""
+        setup, model = self._setup, self._model
+        assert setup.speculation is not None and model is not None, "a draft belongs to a model and a method"
+        if setup.speculation.method == "draft_model":
+            self._draft = build_model(draft.files, draft.options, setup.dtype, where, self._ops)
+            return
+        open_model = cast(OpenModel, model)
+        if draft.style is None:
+            self._draft = MedusaHeads(draft.files, model.layout, setup.dtype, where, self._ops)
+        else:
+            self._draft = NextLayer(draft.files, draft.style, open_model, setup.dtype, where, self._ops)
+        self._model = self._states = KeepsStates(open_model)
 
     def _speculator(self, slots: Slots, sampler: Sampler) -> Speculator | None:
         """What guesses tokens, as the configuration wants it."""
@@ -115,21 +136,26 @@ class Worker:
         if wanted is None:
             return None
         history = History(slots.num_slots, slots.width)
-        count, setup = wanted.num_speculative_tokens, self._setup
-        drafter: Drafter
+        governor = Governor() if wanted.adaptive else None
+        return Speculator(history, self._drafter(wanted, history, slots, sampler), governor, self._states)
+
+    def _drafter(self, wanted: Speculation, history: History, slots: Slots, sampler: Sampler) -> Drafter:
+        setup, draft, device = self._setup, self._draft, self._device
+        count, shortest, kept = wanted.num_speculative_tokens, wanted.prompt_lookup_min, setup.cache_dtype
         if wanted.method == "ngram":
-            drafter = NgramDrafter(history, count, wanted.prompt_lookup_min, wanted.prompt_lookup_max)
-        elif wanted.method == "suffix":
+            return NgramDrafter(history, count, shortest, wanted.prompt_lookup_max)
+        if wanted.method == "suffix":
             depth, factor = wanted.suffix_decoding_max_tree_depth, wanted.suffix_decoding_max_spec_factor
-            drafter = SuffixDrafter(history, count, wanted.prompt_lookup_min, depth, factor)
-        else:
-            assert self._draft is not None, "load() has loaded it"
-            assert setup.draft is not None, "load() has loaded it"
-            longest, most = setup.draft.longest, setup.max_num_batched_tokens
-            drafter = ModelDrafter(
-                self._draft, history, slots, sampler, count, longest, setup.cache_dtype, most, self._ops, self._device
-            )
-        return Speculator(history, drafter, Governor() if wanted.adaptive else None)
+            return SuffixDrafter(history, count, shortest, depth, factor)
+        assert draft is not None and setup.draft is not None, "load() has loaded it"
+        longest = setup.draft.longest
+        if isinstance(draft, MedusaHeads):
+            return MedusaDrafter(draft, history, sampler, setup.draft.layout.hidden_size, count, setup.dtype, device)
+        if isinstance(draft, NextLayer):
+            dtype = setup.dtype
+            return NextLayerDrafter(draft, history, slots, sampler, count, longest, dtype, kept, self._ops, device)
+        most = setup.max_num_batched_tokens
+        return ModelDrafter(draft, history, slots, sampler, count, longest, kept, most, self._ops, device)
 
     def run(self, plan: StepPlan) -> StepResult:
         """Run one plan."""
@@ -141,4 +167,4 @@ class Worker:
     def close(self) -> None:
         """Let go of the model and the pages."""
         self._runner = None
-        self._model = self._draft = None
+        self._model = self._draft = self._states = None

@@ -1,0 +1,210 @@
+"""NextLayer: one more decoder layer that reads the next token beside a model's last hidden state, and guesses on.
+
+EAGLE heads come in a checkpoint of their own, MTP layers in that of the model. What their names and parts are is data:
+see STYLES. Embedding and output matrix are the model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+
+from quire.errors import CheckpointError, UnsupportedModelError
+from quire.kernels.programs import Opaque
+from quire.kernels.table import Ops
+from quire.layers.batch import Batch
+from quire.layers.linear import Linear
+from quire.layers.norm import RMSNorm
+from quire.layers.rope import Rotary
+from quire.layers.spec import ModelLayout
+from quire.layers.target import Target
+from quire.models.checkpoint import Checkpoint
+from quire.models.headers import weight_headers
+from quire.models.hub import ModelFiles
+from quire.models.load import LoadRules, load_into
+from quire.models.native import FAMILIES, Layer, frequencies_of, native_layout, shape_of
+from quire.models.served import ServedModel
+
+
+class OpenModel(ServedModel, Protocol):
+    """A model that shows what is between its embedding and its output matrix; see NativeDecoder."""
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor: ...
+
+    def states(self, batch: Batch, rows: torch.Tensor | None = None) -> torch.Tensor: ...
+
+    def score(self, states: torch.Tensor) -> torch.Tensor: ...
+
+    def opaque(self) -> list[Opaque]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """How a checkpoint names the parts; names are relative to `prefix`, in which {layers} is the model's number of them."""
+
+    prefix: str
+    join: str  # the linear that brings embedding and state back to one size
+    layer: str
+    embedding_first: bool = True
+    embedding_norm: str | None = None
+    state_norm: str | None = None
+    last_norm: str | None = None
+    passes_normed: bool = True  # what the next guess reads is behind the last norm, not before it
+
+
+EAGLE = Style("", "fc", "layers.0.")
+MTP_STYLES = (
+    Style("mtp.", "fc", "layers.0.", True, "pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm"),
+    Style("model.mtp_layers.0.", "input_proj", "", False, "token_layernorm", "hidden_layernorm", "final_layernorm"),
+    Style("model.layers.{layers}.", "eh_proj", "", True, "enorm", "hnorm", "shared_head.norm", False),
+)
+
+
+def mtp_style(files: ModelFiles) -> Style | None:
+    """The style of the MTP layer that a model's checkpoint has, if it has one."""
+    names = weight_headers(files)
+    for style in MTP_STYLES:
+        prefix = style.prefix.format(layers=files.text_config.num_hidden_layers)
+        if f"{prefix}{style.join}.weight" in names:
+            return replace(style, prefix=prefix)
+    return None
+
+
+def next_layout(files: ModelFiles) -> ModelLayout:
+    """The layout of such a layer, from the config that describes it. Raises UnsupportedModelError."""
+    if files.architecture not in FAMILIES:
+        raise UnsupportedModelError(
+            f"The guessing layer of {files.name} is one of a {files.architecture}; quire computes those of "
+            f"{', '.join(FAMILIES)}. Leave out the method, or guess with ngram, suffix or draft_model."
+        )
+    layout = native_layout(files.architecture, files.config)
+    return replace(layout, layers=(replace(layout.layers[-1], group=0),))
+
+
+class NextLayer:
+    """The layer, loaded. `files` hold its weights and describe it."""
+
+    def __init__(
+        self, files: ModelFiles, style: Style, model: OpenModel, dtype: torch.dtype, device: torch.device, ops: Ops
+    ) -> None:
+        self.layout = next_layout(files)
+        self.model = model
+        self._style = style
+        shape = shape_of(files.architecture, files.config)
+        last = len(shape.windows) - 1
+        shape = replace(shape, experts=shape.experts[last:], windows=shape.windows[last:])
+        self._layer = Layer(ops, shape, self.layout.layers[0], 0, dtype, device)
+        self._rotary = Rotary(frequencies_of(files.config, shape.head_dim), "half", dtype, device)
+        checkpoint = Checkpoint(files)
+        names = {name.removeprefix(style.prefix) for name in checkpoint.headers if name.startswith(style.prefix)}
+        self._join = Linear(ops, 2 * shape.size, (shape.size,), f"{style.join}.bias" in names, dtype, device)
+        self._norms: dict[str, RMSNorm] = {
+            name: RMSNorm(ops, shape.size, shape.eps, "down_then_scale", dtype, device)
+            for name in (style.embedding_norm, style.state_norm, style.last_norm)
+            if name is not None
+        }
+        # EAGLE's first layer reads its input as it is.
+        self._input_norm = f"{style.layer}input_layernorm.weight" in names
+        load_into(self._targets(), _weights(checkpoint, style), LoadRules(origin=checkpoint.where))
+
+    def _targets(self) -> dict[str, Target]:
+        style = self._style
+        found = {f"{style.layer}{name}": target for name, target in self._layer.targets().items()}
+        if not self._input_norm:
+            del found[f"{style.layer}input_layernorm.weight"]
+        found[f"{style.join}.weight"] = self._join.weight_target()
+        if self._join.has_bias:
+            found[f"{style.join}.bias"] = self._join.bias_target()
+        found.update({f"{name}.weight": norm.weight_target() for name, norm in self._norms.items()})
+        return found
+
+    @torch.no_grad()
+    def forward(self, batch: Batch, states: torch.Tensor) -> Guessed:
+        """A step: at each position the model's state there, `states` [T, size], beside the token behind it."""
+        style, layer = self._style, self._layer
+        parts = [self._normed(style.embedding_norm, self.model.embed(batch.token_ids))]
+        parts.insert(1 if style.embedding_first else 0, self._normed(style.state_norm, states))
+        residual = self._join.forward(torch.cat(parts, dim=-1))
+        cos, sin = self._rotary.tables(batch)
+        hidden = layer.attend(layer.input_norm.forward(residual) if self._input_norm else residual, cos, sin, batch)
+        hidden, residual = layer.post_norm.add(hidden, residual)
+        hidden = layer.mlp.forward(hidden)
+        if style.last_norm is None:
+            return Guessed(hidden + residual, hidden + residual)
+        normed, whole = self._norms[style.last_norm].add(hidden, residual)
+        return Guessed(normed if style.passes_normed else whole, normed)
+
+    def _normed(self, name: str | None, x: torch.Tensor) -> torch.Tensor:
+        return x if name is None else self._norms[name].forward(x)
+
+
+@dataclass(slots=True)
+class Guessed:
+    """What a step of the layer brings, both [T, size]."""
+
+    states: torch.Tensor  # in place of the model's, for the next position
+    scored: torch.Tensor  # what the model's output matrix reads
+
+
+def _weights(checkpoint: Checkpoint, style: Style) -> Iterator[tuple[str, torch.Tensor]]:
+    """The layer's own tensors; an embedding or an output matrix beside them is a copy of the model's."""
+    found = 0
+    for name in checkpoint.headers:
+        own = name.removeprefix(style.prefix)
+        if (
+            name.startswith(style.prefix)
+            and own.split(".")[0] not in ("embed_tokens", "lm_head")
+            and "head.head" not in own
+        ):
+            found += 1
+            yield own, checkpoint.read(name)
+            checkpoint.forget(name)
+    if not found:
+        raise CheckpointError(f"{checkpoint.files.folder} has no weights whose names begin with {style.prefix!r}.")
+
+
+class StatesOnly:
+    """A ServedModel whose forward ends before the output matrix: it returns the last states [T, size] of all rows."""
+
+    def __init__(self, model: OpenModel) -> None:
+        self.model = model
+        self.layout = model.layout
+        self.hf_config = model.hf_config
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Compute the step; its last hidden states."""
+        return self.model.states(batch)
+
+    def opaque(self) -> list[Opaque]:
+        """See models/recorded.py."""
+        return self.model.opaque()
+
+    def release(self, slot: int) -> None:
+        """See ServedModel."""
+        self.model.release(slot)
+
+
+class KeepsStates:
+    """A ServedModel that keeps the last hidden states of its latest step, [T, size], in `hidden`.
+
+    `body` computes them; it may be replaced by a program that does the same.
+    """
+
+    def __init__(self, model: OpenModel) -> None:
+        self.model = model
+        self.body: ServedModel = StatesOnly(model)
+        self.layout = model.layout
+        self.hf_config = model.hf_config
+        self.hidden: torch.Tensor | None = None
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """See ServedModel."""
+        self.hidden = self.body.forward(batch)
+        return self.model.score(self.hidden.index_select(0, batch.logit_rows))
+
+    def release(self, slot: int) -> None:
+        """See ServedModel."""
+        self.model.release(slot)

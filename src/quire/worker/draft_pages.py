@@ -1,0 +1,79 @@
+"""DraftPages: keys and values of a drafter's own layers, and the steps that it computes with them.
+
+They lie in tensors of their own under the page numbers of the served model: what the scheduler gives a request holds both.
+Positions beyond the granted pages use a few pages that belong to the row, and are computed again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from quire.core.plan import GroupSpec
+from quire.kernels.table import Ops
+from quire.layers.batch import Batch, GroupInputs
+from quire.layers.spec import ModelLayout
+from quire.worker.device import Device
+from quire.worker.kvstore import KVStore
+from quire.worker.slots import Slots
+
+
+class DraftPages:
+    """Pages for `ahead` positions behind those granted to a row."""
+
+    def __init__(
+        self, layout: ModelLayout, slots: Slots, ahead: int, dtype: torch.dtype, ops: Ops, device: Device
+    ) -> None:
+        self._slots = slots
+        self._device = device
+        self._group = next(index for index, group in enumerate(slots.groups) if group.kind == "full")
+        shared = slots.groups[self._group]
+        self.size = shared.page_size
+        self._own = -(-ahead // self.size)  # pages of a row's own
+        self._first_own = shared.num_pages
+        self.groups = 1 + max(layer.group for layer in layout.layers)
+        self.num_pages = shared.num_pages + self._own * slots.num_slots
+        pages = GroupSpec("full", self.size, self.num_pages)
+        self.caches: list[Any] = KVStore(layout, [pages] * self.groups, dtype, ops, device).caches
+
+    def granted(self, slots: np.ndarray) -> np.ndarray:
+        """int64 [R]: positions for which the rows have pages of the scheduler's."""
+        return self._slots.granted[self._group][slots] * self.size
+
+    def tables(self, slots: np.ndarray, longest: int) -> torch.Tensor:
+        """int32 [R, P]: the granted pages of each row, then its own, for `longest` positions."""
+        rows = self._device.to_device(torch.from_numpy(slots))
+        columns = torch.arange(-(-longest // self.size), device=rows.device)
+        table = self._slots.tables[self._group].index_select(0, rows)[:, : len(columns)]
+        granted = self._device.to_device(torch.from_numpy(self._slots.granted[self._group][slots]))[:, None]
+        own = (columns - granted).clamp_(max=self._own - 1) + self._first_own + rows[:, None] * self._own
+        if table.shape[1] < len(columns):
+            table = torch.nn.functional.pad(table, (0, len(columns) - table.shape[1]))
+        return torch.where(columns < granted, table, own).to(torch.int32)
+
+    def batch(
+        self, slots: np.ndarray, tables: torch.Tensor, tokens: torch.Tensor, positions: np.ndarray,
+        starts: np.ndarray, lengths: np.ndarray, wanted: np.ndarray,
+    ) -> Batch:  # fmt: skip
+        """A step: `tokens` [T] at `positions` of the rows, logits for the `wanted` ones."""
+        send = self._device.to_device
+        where = send(torch.from_numpy(positions))
+        row_of = send(torch.from_numpy(np.repeat(np.arange(len(slots)), np.diff(starts))))
+        pages = tables[row_of, where // self.size].long()
+        group = GroupInputs(self.size, tables, pages * self.size + where % self.size)
+        return Batch(
+            token_ids=tokens,
+            positions=where,
+            starts=send(torch.from_numpy(starts.astype(np.int32))),
+            lengths=send(torch.from_numpy(lengths.astype(np.int32))),
+            logit_rows=send(torch.from_numpy(wanted)),
+            rows=send(torch.from_numpy(slots)),
+            starts_host=starts.tolist(),
+            lengths_host=lengths.tolist(),
+            rows_host=slots.tolist(),
+            groups=[group] * self.groups,
+            caches=self.caches,
+            prompt_lengths=send(torch.from_numpy(self._slots.prompt_lens[slots])),
+        )

@@ -1,0 +1,146 @@
+"""Drafters that go on from the served model's own last hidden states: Medusa heads, and a further layer (EAGLE, MTP).
+
+They see every step of a row from its first one; a row that was left alone for a while is not drafted for any more.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from quire.kernels.table import Ops
+from quire.models.medusa import MedusaHeads
+from quire.models.nextlayer import NextLayer
+from quire.worker.batch import Rows
+from quire.worker.device import Device
+from quire.worker.draft_pages import DraftPages
+from quire.worker.drafter import History, Seen
+from quire.worker.sampler import Sampler
+from quire.worker.slots import Slots
+
+
+class MedusaDrafter:
+    """Each head guesses one token, all from the state behind the row's last computed position."""
+
+    def __init__(
+        self, heads: MedusaHeads, history: History, sampler: Sampler, size: int, count: int, dtype: torch.dtype,
+        device: Device,
+    ) -> None:  # fmt: skip
+        rows = len(history.lengths)
+        self._heads = heads
+        self._history = history
+        self._sampler = sampler
+        self._count = min(count, heads.count)
+        self._device = device
+        self._states = torch.zeros(rows, size, dtype=dtype, device=device.torch_device)
+        self._ends = np.zeros(rows, dtype=np.int64)  # positions computed when the state was taken
+
+    def admit(self, slot: int) -> None:
+        """No state is known of the new request."""
+        self._ends[slot] = 0
+
+    def follow(self, seen: Seen) -> None:
+        """Keep the last state of each row."""
+        rows = self._device.to_device(torch.from_numpy(seen.firsts + seen.counts - 1))
+        slots = self._device.to_device(torch.from_numpy(seen.slots))
+        self._states.index_copy_(0, slots, seen.hidden.index_select(0, rows).to(self._states.dtype))
+        self._ends[seen.slots] = seen.starts + seen.counts
+
+    def propose(self, slots: np.ndarray) -> list[tuple[int, ...]]:
+        """Guesses for the rows whose last state is known."""
+        able = np.flatnonzero(self._ends[slots] == self._history.lengths[slots] - 1)
+        found: list[tuple[int, ...]] = [()] * len(slots)
+        if not able.size:
+            return found
+        picked = slots[able]
+        rows = self._device.to_device(torch.from_numpy(picked))
+        states = self._states.index_select(0, rows)
+        columns = []
+        for head in range(self._count):
+            ends = self._history.lengths[picked] + head
+            positions = self._device.to_device(torch.from_numpy(ends))
+            logits = self._heads.forward(states, head)
+            columns.append(self._sampler.draw(logits, Rows([], None, picked, ends, rows, positions)))
+        guesses = self._device.to_host(torch.stack(columns, dim=1)).tolist()
+        for row, guess in zip(able.tolist(), guesses, strict=True):
+            found[row] = tuple(guess)
+        return found
+
+
+class NextLayerDrafter:
+    """The layer reads each position's state beside the token behind it, then its own guesses beside its own states."""
+
+    def __init__(
+        self, layer: NextLayer, history: History, slots: Slots, sampler: Sampler, count: int, longest: int,
+        dtype: torch.dtype, cache_dtype: torch.dtype, ops: Ops, device: Device,
+    ) -> None:  # fmt: skip
+        self._layer = layer
+        self._history = history
+        self._sampler = sampler
+        self._count = count
+        self._longest = min(longest, slots.width - 1)
+        self._device = device
+        self._pages = DraftPages(layer.layout, slots, count, cache_dtype, ops, device)
+        rows = slots.num_slots
+        self._ends = np.full(rows, -1, dtype=np.int64)  # positions whose keys and values are there; -1 before the first
+        self._states = torch.zeros(rows, layer.layout.hidden_size, dtype=dtype, device=device.torch_device)
+        self._scored = torch.zeros_like(self._states)
+
+    def admit(self, slot: int) -> None:
+        """What the new request's shared pages hold was computed with the same tokens."""
+        self._ends[slot] = -1
+
+    def follow(self, seen: Seen) -> None:
+        """Compute the layer at the positions of the step, for rows that were never left alone."""
+        ends = self._ends[seen.slots]
+        rows = np.flatnonzero(((ends < 0) | (seen.starts <= ends)) & (seen.counts > 0))
+        if not rows.size:
+            return
+        slots, begins, counts = seen.slots[rows], seen.starts[rows], seen.counts[rows]
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        offsets = np.arange(starts[-1]) - np.repeat(starts[:-1], counts)
+        positions = offsets + np.repeat(begins, counts)
+        tokens = self._history.tokens[np.repeat(slots, counts), positions + 1].astype(np.int64)
+        hidden = seen.hidden.index_select(0, self._send(offsets + np.repeat(seen.firsts[rows], counts)))
+        tables = self._pages.tables(slots, int((begins + counts).max()))
+        last = starts[1:] - 1
+        batch = self._pages.batch(slots, tables, self._send(tokens), positions, starts, begins + counts, last)
+        guessed = self._layer.forward(batch, hidden)
+        where = self._send(slots)
+        self._states.index_copy_(0, where, guessed.states.index_select(0, batch.logit_rows))
+        self._scored.index_copy_(0, where, guessed.scored.index_select(0, batch.logit_rows))
+        self._ends[slots] = begins + counts
+
+    def propose(self, slots: np.ndarray) -> list[tuple[int, ...]]:
+        """Guesses for the rows that were followed up to here, none at the end of the context."""
+        lengths = self._history.lengths[slots]
+        able = np.flatnonzero((self._ends[slots] == lengths - 1) & (lengths + self._count <= self._longest))
+        found: list[tuple[int, ...]] = [()] * len(slots)
+        if able.size:
+            for row, guess in zip(able.tolist(), self._guess(slots[able]).tolist(), strict=True):
+                found[row] = tuple(guess)
+        return found
+
+    def _guess(self, slots: np.ndarray) -> np.ndarray:
+        """int64 [R, count]."""
+        lengths = self._history.lengths[slots]
+        rows = self._send(slots)
+        tables = self._pages.tables(slots, int(lengths.max()) + self._count)
+        states, scored = self._states.index_select(0, rows), self._scored.index_select(0, rows)
+        starts, wanted = np.arange(len(slots) + 1), np.arange(len(slots))
+        guesses = []
+        for ahead in range(self._count):
+            ends = lengths + ahead
+            # Drawn as the served model will draw, with the same numbers: that is how the two agree most often.
+            tokens = self._sampler.draw(
+                self._layer.model.score(scored), Rows([], None, slots, ends, rows, self._send(ends))
+            )
+            guesses.append(tokens)
+            if ahead + 1 < self._count:
+                batch = self._pages.batch(slots, tables, tokens, ends - 1, starts, ends, wanted)
+                guessed = self._layer.forward(batch, states)
+                states, scored = guessed.states, guessed.scored
+        return self._device.to_host(torch.stack(guesses, dim=1)).numpy()
+
+    def _send(self, values: np.ndarray) -> torch.Tensor:
+        return self._device.to_device(torch.from_numpy(values))
