@@ -19,7 +19,7 @@ help:
 	@echo "make setup      the virtual environment in $(VENV), with the quire command in it"
 	@echo "make test       set up and run all tests (some: ARGS=\"tests/pure\")"
 	@echo "make check      lint, format, types, architecture"
-	@echo "make soak       the scheduler's simulation for as long as asked (ARGS=\"--minutes 10\")"
+	@echo "make soak       simulation, overload, fuzzing, faults, dropped connections (ARGS=\"--minutes 10\" or \"--only storms\")"
 	@echo "make gpu-check  parity tests and a first benchmark on a machine with a GPU; installs nothing"
 	@echo "make bench      quire beside vLLM, llama.cpp and the limits of this machine (ARGS=\"--quick\"; bench/peers.md)"
 	@echo "make clean      remove everything that these targets made"
@@ -72,7 +72,7 @@ check: setup $(STAMPS)/dev
 	$(BIN)/python -m pytest tests/pure/test_architecture.py
 
 soak: setup $(STAMPS)/dev
-	$(BIN)/python tests/pure/simulation.py $(ARGS)
+	$(BIN)/python tests/soak.py $(ARGS)
 
 gpu-check:
 	PYTHONPATH=src $(PYTHON) tools/gpu_check.py $(ARGS)
