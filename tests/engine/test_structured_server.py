@@ -59,7 +59,9 @@ def test_the_form_reaches_the_engine(
     ("fields", "param", "said"),
     [
         ({"response_format": {"type": "json_schema"}}, "response_format", "json_schema.schema"),
-        ({"response_format": {"type": "structural_tag"}}, "response_format", "structural_tag"),
+        ({"response_format": {"type": "structural_tag"}}, "structured_outputs", "structural_tag"),
+        ({"response_format": {"type": "poem"}}, "response_format", "structural_tag"),
+        ({"structured_outputs": {"regex": "a", "after": {}}}, "structured_outputs", "after"),
         ({"response_format": {}}, "response_format", "type"),
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs", "exactly one"),
         ({"structured_outputs": {}}, "structured_outputs", "exactly one"),

@@ -120,8 +120,8 @@ def test_a_named_tool_ends_with_stop(server: Running) -> None:
     request = body(CALL, tools=[WEATHER, ADD], tool_choice=choice, max_tokens=200)
     answer = server.client.chat.completions.create(**request).choices[0]
     assert answer.finish_reason == "stop" and len(answer.message.tool_calls) == 1
-    grammar = [new for plan in server.executor.plans for new in plan.admitted][-1].params.structured_outputs.grammar
-    assert "get_weather" in grammar and "add" not in grammar
+    form = [new for plan in server.executor.plans for new in plan.admitted][-1].params.structured_outputs
+    assert "get_weather" in form.structural_tag and '"add' not in form.structural_tag
     answer = server.client.chat.completions.create(**request | {"tool_choice": "required"}).choices[0]
     assert answer.finish_reason == "tool_calls"
 
@@ -132,7 +132,7 @@ def test_thoughts_are_apart(server: Running) -> None:
     assert (message["reasoning"], message["content"]) == ("so so", "Yes.")
     held = body("<think>x</think>", max_tokens=99, structured_outputs={"regex": ".*"})
     message = server.http.post("/v1/chat/completions", json=held).json()["choices"][0]["message"]
-    assert message["content"] == "<think>x</think>"  # an answer that is held to a form has no room for thoughts
+    assert (message["reasoning"], message["content"]) == ("x", "")  # thoughts come before the form
 
 
 @pytest.mark.parametrize(
@@ -202,12 +202,36 @@ def test_the_template_decides() -> None:
 
 
 def test_forced_calls_are_written_as_the_model_does() -> None:
-    for template, begins in (("<tool_call>", "<tool_call>"), ("<|python_tag|>", '{"name'), ("<arg_key>", "[")):
+    for template, begins in (("<tool_call>", "<tool_call>"), ("<|python_tag|>", '{"name'), ("<|python_start|>", "[")):
         found = speech(template, "required")
-        assert found.form is not None and found.form.grammar is not None
-        assert found.reasoning is None
-        texts = found.form.grammar.replace('\\"', '"')
-        assert begins in texts
+        assert found.form is not None and found.form.structural_tag is not None
+        assert found.reasoning is None and found.form.after is None
+        assert json.dumps(begins)[1:-1] in found.form.structural_tag
+
+
+def test_strict_tools_are_held_to_their_schemas() -> None:
+    strict = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
+    for tools, held in (([WEATHER, ADD], False), ([strict, ADD], True)):
+        wish = tool_wish(tools, "auto", None)
+        found = speech_of(_Tokens("<tool_call>"), None, wish, SamplingParams(), "", None, None)  # type: ignore[arg-type]
+        assert (found.form is not None) is held
+        assert wish.strict == (frozenset({"get_weather"}) if held else frozenset())
+    asked = SamplingParams(structured_outputs={"json_object": True})
+    found = speech_of(_Tokens("<tool_call>"), None, wish, asked, "", None, None)  # type: ignore[arg-type]
+    assert found.form is asked.structured_outputs  # what the request asks for goes first
+
+
+def test_thoughts_stand_before_forms() -> None:
+    asked = SamplingParams(structured_outputs={"json_object": True})
+    for prompt, begun in (("hi", False), ("hi <think>\n", True)):
+        wish = ToolWish()
+        found = speech_of(_Tokens("<think></think>"), None, wish, asked, prompt, None, None)  # type: ignore[arg-type]
+        assert found.form is not None and found.form.after is not None and found.form.after.begun is begun
+        assert found.params(asked).structured_outputs == found.form
+        reader = found.reader()
+        said = [reader.read(text, False) for text in ("" if begun else "<think>", "hm</think>\n", "\n{", "}\n")]
+        assert "".join(part.content for part in said) == "{}\n"
+        assert "".join(part.reasoning for part in said) == "hm"
     one = tool_wish([WEATHER, ADD], "required", False)
     assert not one.parallel
     assert tool_wish(None, None, None) == tool_wish([], "auto", None) == ToolWish()

@@ -123,6 +123,14 @@ BOTH = {
         "<start_function_call>call:add{a:1,b:[2,{c:null}]}<end_function_call>"
     ),
 }
+BOTH["deepseek_v31"] = (
+    "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>"
+    + json.dumps(PARIS[1])
+    + "<｜tool▁call▁end｜><｜tool▁call▁begin｜>add<｜tool▁sep｜>"
+    + json.dumps(ADD[1])
+    + "<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
+)
+BOTH["mistral_args"] = f"[TOOL_CALLS]get_weather[ARGS]{json.dumps(PARIS[1])}[TOOL_CALLS]add[ARGS]{json.dumps(ADD[1])}"
 BOTH["seed_oss"] = BOTH["qwen3_coder"].replace("tool_call>", "seed:tool_call>")
 BARE = {"llama3_json", "llama4_pythonic"}
 
@@ -276,7 +284,9 @@ def test_strings_stay_strings_where_the_schema_says_so() -> None:
         ("[TOOL_CALLS][THINK]", "mistral", "mistral"),
         ("<|channel|>analysis to=functions.", "openai", "openai_gptoss"),
         ("<|start_of_role|><|tool_call|>", "granite", None),
-        ("<｜tool▁call▁begin｜></think>", "deepseek_v3", "qwen3"),
+        ("<｜tool▁call▁begin｜>\n```json</think>", "deepseek_v3", "qwen3"),
+        ("<｜tool▁call▁begin｜></think>", "deepseek_v31", "qwen3"),
+        ("[TOOL_CALLS]name[ARGS]", "mistral_args", None),
         ("{{ message.content }}", None, None),
     ],
 )

@@ -13,17 +13,33 @@ from typing import Any
 
 from quire.errors import ValidationError
 
-FORMS = ("json", "regex", "choice", "grammar", "json_object")
+FORMS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 FIELD = "structured_outputs"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Thoughts:
+    """What may stand before a form: thoughts, behind `opener` and up to one of `closers`.
+
+    `begun`: the prompt ends inside of them, so they come first and must end. `then` is what the model writes behind them,
+    `answer` what it writes before the form, thoughts or none.
+    """
+
+    opener: str
+    closers: tuple[str, ...]
+    begun: bool = False
+    then: str = ""
+    answer: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StructuredOutputsParams:
-    """The form of an output. Exactly one of the first five is given.
+    """The form of an output. Exactly one of the first six is given.
 
     `json` is a JSON schema, as an object or as text; `choice` a list of texts of which the output is one; `grammar` a
-    grammar in Lark's or in GBNF notation; `json_object` asks for any JSON object. Values are normalized to text, tuples
-    and True, so that equal wishes are equal objects.
+    grammar in Lark's or in GBNF notation; `json_object` asks for any JSON object; `structural_tag` is free text with parts
+    that keep to forms, in xgrammar's notation. Values are normalized to text, tuples and True, so that equal wishes are
+    equal objects. `after` is filled in by the text side, for models that think first.
     """
 
     json: str | Mapping[str, Any] | None = None
@@ -31,9 +47,11 @@ class StructuredOutputsParams:
     choice: tuple[str, ...] | None = None
     grammar: str | None = None
     json_object: bool | None = None
+    structural_tag: str | Mapping[str, Any] | None = None
     disable_any_whitespace: bool = False
     disable_additional_properties: bool = False
     whitespace_pattern: str | None = None
+    after: Thoughts | None = None
 
     def __post_init__(self) -> None:
         """Check types and that there is one form. Raises ValidationError."""
@@ -44,7 +62,9 @@ class StructuredOutputsParams:
             found = " and ".join(given) if given else "none of them"
             raise ValidationError(f"{FIELD} takes exactly one of {', '.join(FORMS)}; found {found}", FIELD)
         if self.json is not None:
-            object.__setattr__(self, "json", _schema_text(self.json))
+            object.__setattr__(self, "json", _json_text("json", self.json))
+        if self.structural_tag is not None:
+            object.__setattr__(self, "structural_tag", _json_text("structural_tag", self.structural_tag))
         if self.choice is not None:
             object.__setattr__(self, "choice", _choices(self.choice))
         for name in ("regex", "grammar", "whitespace_pattern"):
@@ -62,15 +82,15 @@ class StructuredOutputsParams:
         return next(name for name in FORMS if getattr(self, name) is not None)
 
 
-def _schema_text(schema: object) -> str:
-    """A schema as JSON text."""
+def _json_text(name: str, schema: object) -> str:
+    """A schema, or a structural tag, as JSON text."""
     if not isinstance(schema, (str, Mapping, bool)):
-        raise ValidationError(f"{FIELD}.json must be a JSON schema: an object, or its text", FIELD)
+        raise ValidationError(f"{FIELD}.{name} must be an object, or its text", FIELD)
     try:
         text = schema if isinstance(schema, str) else json.dumps(schema, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValidationError(f"{FIELD}.json cannot be written as JSON: {str(error)[:200]}", FIELD) from error
-    _check_unicode("json", text)
+        raise ValidationError(f"{FIELD}.{name} cannot be written as JSON: {str(error)[:200]}", FIELD) from error
+    _check_unicode(name, text)
     return text
 
 

@@ -48,6 +48,16 @@ class Vocabulary:
     size: int
     end_ids: tuple[int, ...]
 
+    @property
+    def special(self) -> dict[str, int]:
+        """The special tokens by their text, the longest first; -1 for those that end an output, where a form does too."""
+        named = {
+            self.tokens.token_bytes(token_id).decode(errors="replace"): -1 if token_id in self.end_ids else token_id
+            for token_id in self.tokens.special_ids | frozenset(self.end_ids)
+            if token_id < self.size
+        }
+        return {text: named[text] for text in sorted(filter(None, named), key=len, reverse=True)}
+
     def build(self) -> LLTokenizer:
         """The vocabulary as llguidance wants it. Takes about a second for 150,000 tokens."""
         return LLTokenizer(TokenizerWrapper(_Bytes(self)), eos_token=list(self.end_ids))
@@ -92,6 +102,7 @@ class Grammars:
         self._pool = ThreadPoolExecutor(COMPILERS, thread_name_prefix="quire-grammar")
         self._tokenizer: LLTokenizer | None = None
         self._end_ids: frozenset[int] = frozenset()
+        self._special: dict[str, int] = {}
 
     def check(self, wish: StructuredOutputsParams) -> None:
         """Compile a wish, or find that it was. ValidationError says why it cannot be had, OverloadedError to wait."""
@@ -133,8 +144,9 @@ class Grammars:
             ) from None
 
     def _compile(self, wish: StructuredOutputsParams) -> LLMatcher:
-        source = source_of(wish)
-        matcher = LLMatcher(self._built(), source, limits=LIMITS, log_level=0)
+        tokenizer = self._built()
+        source = source_of(wish, self._special)
+        matcher = LLMatcher(tokenizer, source, limits=LIMITS, log_level=0)
         if matcher.is_error():
             reason = " ".join(matcher.get_error().split())[:300]
             raise ValidationError(f"{FIELD}.{wish.form} cannot be used: {reason}", FIELD)
@@ -145,5 +157,6 @@ class Grammars:
             if self._tokenizer is None:
                 vocabulary = self._make_vocabulary()
                 self._end_ids = frozenset(vocabulary.end_ids)
+                self._special = vocabulary.special
                 self._tokenizer = vocabulary.build()
             return self._tokenizer

@@ -6,20 +6,23 @@ Pure functions of the wish. A form that cannot be had raises ValidationError tha
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from llguidance import LLMatcher, regex_to_lark
 from llguidance.gbnf_to_lark import any_to_lark
 
-from quire.core.structured import FIELD, StructuredOutputsParams
+from quire.core.structured import FIELD, StructuredOutputsParams, Thoughts
 from quire.errors import ValidationError
+from quire.grammar.tags import Lark, Parts, Special, tag_expression
 
 MOST_DEPTH = 64  # levels of a schema; llguidance has its own limit for expressions and grammars
 LONGEST_SCHEMA = 256 * 1024  # characters
 LONGEST_REGEX = 16 * 1024
 LONGEST_GRAMMAR = 64 * 1024
 MOST_CHOICES = 4096
+AFTER_THOUGHTS = r"/[ \r\n\t]{0,8}/"
 # Between two parts of a JSON text: a space, or a new line with its indentation. Not more, since a model may like spaces so
 # much that it never writes anything else.
 ANY_WHITESPACE = r"\x20|\r?\n[\x20\t]{0,24}"
@@ -29,8 +32,48 @@ _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
 _SINGLES = ("items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames")
 
 
-def source_of(wish: StructuredOutputsParams) -> str:
-    """The grammar of a wish, in llguidance's own notation."""
+# As templates write JSON, so that models find their own habit again.
+TEMPLATE_SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+def source_of(wish: StructuredOutputsParams, special: Special = MappingProxyType({})) -> str:
+    """The grammar of a wish, in llguidance's own notation; `special` are the vocabulary's special tokens by text."""
+    if wish.structural_tag is None and wish.after is None:
+        return _form_source(wish)
+    lark = Lark(special)
+    if wish.structural_tag is None:
+        body = lark.other(_grammars(_form_source(wish)))
+    else:
+        tag = str(wish.structural_tag)
+        _check_length(tag, "structural_tag", LONGEST_SCHEMA)
+        body = tag_expression(tag, lark, _parts(wish))
+    return lark.source(body if wish.after is None else f"{_thoughts(wish.after, lark)} {body}")
+
+
+def _thoughts(after: Thoughts, lark: Lark) -> str:
+    """What may, or must, come before the form."""
+    thoughts = f"{lark.up_to(after.closers)} {lark.rule(AFTER_THOUGHTS)} {lark.marker(after.then)}"
+    if not after.begun:
+        thoughts = f"({lark.marker(after.opener)} {thoughts})?"
+    return f"{thoughts} {lark.marker(after.answer)}"
+
+
+def _parts(wish: StructuredOutputsParams) -> Parts:
+    """How the forms inside of a structural tag become grammars: like those that stand alone."""
+
+    def schema(given: Any, style: str) -> list[dict[str, Any]]:
+        read = _read_schema(given if isinstance(given, str) else json.dumps(given))
+        return _grammars(_schema_source(read, wish, TEMPLATE_SPACING if style == "template_json" else None))
+
+    return Parts(schema, lambda text: _grammars(_regex_source(text)), lambda text: _grammars(_grammar_source(text)))
+
+
+def _grammars(source: str) -> list[dict[str, Any]]:
+    """The parts of a source; one in Lark's notation is a single one."""
+    return json.loads(source)["grammars"] if source.startswith("{") else [{"lark_grammar": source}]
+
+
+def _form_source(wish: StructuredOutputsParams) -> str:
     form = wish.form
     if form == "json_object":
         return _schema_source({"type": "object"}, wish)
@@ -43,11 +86,13 @@ def source_of(wish: StructuredOutputsParams) -> str:
     return _grammar_source(wish.grammar or "")
 
 
-def _schema_source(schema: Any, wish: StructuredOutputsParams) -> str:
+def _schema_source(schema: Any, wish: StructuredOutputsParams, spacing: Mapping[str, Any] | None = None) -> str:
     if wish.disable_additional_properties:
         schema = closed(schema)
     options: dict[str, Any] = {"whitespace_flexible": not wish.disable_any_whitespace}
-    if wish.whitespace_pattern is not None:
+    if spacing is not None:
+        options = dict(spacing)
+    elif wish.whitespace_pattern is not None:
         _check_length(wish.whitespace_pattern, "whitespace_pattern", LONGEST_REGEX)
         options["whitespace_pattern"] = wish.whitespace_pattern
     elif not wish.disable_any_whitespace:

@@ -21,6 +21,8 @@ def wished_form(
         return form
     if form is not None:
         raise ValidationError("response_format and structured_outputs exclude each other.", "structured_outputs")
+    if "after" in structured_outputs:
+        raise ValidationError("structured_outputs has no field 'after'.", "structured_outputs")
     return StructuredOutputsParams(**{name: value for name, value in structured_outputs.items() if value is not None})
 
 
@@ -30,9 +32,11 @@ def _of_response_format(given: Mapping[str, Any]) -> StructuredOutputsParams | N
         return None
     if kind == "json_object":
         return StructuredOutputsParams(json_object=True)
+    if kind == "structural_tag":
+        return StructuredOutputsParams(structural_tag=given)
     if kind != "json_schema":
         raise ValidationError(
-            f"response_format.type must be text, json_object or json_schema; found {str(kind)[:40]!r}.",
+            f"response_format.type must be text, json_object, json_schema or structural_tag; found {str(kind)[:40]!r}.",
             "response_format",
         )
     described = given.get("json_schema")

@@ -32,10 +32,30 @@ class Region:
 
 
 @dataclass(frozen=True, slots=True)
+class Writing:
+    """How a grammar lets calls be written.
+
+    A call is `begin`, where NAME stands for the tool's name and # for a number, the arguments, `end`; calls are apart by
+    `between`, and all of them stand between `before` and `after`. In free text `trigger` begins them; without one, calls
+    within text cannot be told from text. `style` is that of the arguments. `alone`: a call ends the output.
+    """
+
+    begin: str
+    end: str
+    before: str = ""
+    between: str = ""
+    after: str = ""
+    trigger: str = ""
+    style: str = "template_json"
+    alone: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ToolFormat:
     """One way to write calls. `silent` markers are dropped, `separators` are characters allowed between two calls.
 
-    `signs`: a chat template that has all strings of one of these teaches the format.
+    `signs`: a chat template that has all strings of one of these teaches the format. `writing`: None where a grammar
+    cannot keep to the format.
     """
 
     name: str
@@ -44,6 +64,7 @@ class ToolFormat:
     separators: str = ""
     signs: tuple[tuple[str, ...], ...] = ()
     aliases: tuple[str, ...] = ()
+    writing: Writing | None = None
 
     @property
     def markers(self) -> tuple[str, ...]:
@@ -53,7 +74,10 @@ class ToolFormat:
 
 @dataclass(frozen=True, slots=True)
 class ReasoningFormat:
-    """One way to write reasoning. `implied`: an output begins with it even where nothing says so."""
+    """One way to write reasoning. `implied`: an output begins with it even where nothing says so.
+
+    `then` is what models write between their thoughts and what comes next, `answer` what begins an answer.
+    """
 
     name: str
     opener: str
@@ -61,6 +85,8 @@ class ReasoningFormat:
     implied: bool = False
     signs: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
+    then: str = ""
+    answer: str = ""
 
     @property
     def markers(self) -> tuple[str, ...]:
@@ -86,48 +112,115 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         ),
         signs=(("<|channel|>", "to=functions."),),
         aliases=("gpt_oss",),
+        writing=Writing(
+            "<|channel|>commentary to=functions.NAME <|constrain|>json<|message|>",
+            "<|call|>",
+            trigger="<|channel|>commentary to=functions.",
+            alone=True,
+        ),
     ),
     ToolFormat(
         "seed_oss",
         (Region("<seed:tool_call>", "</seed:tool_call>", "function_xml", "marker"),),
         signs=(("<seed:tool_call>",),),
+        writing=Writing(
+            "<seed:tool_call>\n<function=NAME>\n",
+            "</function>\n</seed:tool_call>",
+            between="\n",
+            trigger="<seed:tool_call>",
+            style="qwen_xml",
+        ),
     ),
     ToolFormat(
         "minimax_m2",
         (Region("<minimax:tool_call>", "</minimax:tool_call>", "invoke_xml", "marker"),),
         signs=(("<minimax:tool_call>",),),
+        writing=Writing(
+            '<invoke name="NAME">\n',
+            "</invoke>\n",
+            before="<minimax:tool_call>\n",
+            after="</minimax:tool_call>",
+            trigger="<minimax:tool_call>",
+            style="minimax_xml",
+        ),
     ),
     ToolFormat(
         "qwen3_coder",
         (Region("<tool_call>", "</tool_call>", "function_xml", "marker"),),
         signs=(("<tool_call>", "<function="),),
         aliases=("qwen3_xml", "step3p5", "mimo"),
+        writing=Writing(
+            "<tool_call>\n<function=NAME>\n",
+            "</function>\n</tool_call>",
+            between="\n",
+            trigger="<tool_call>",
+            style="qwen_xml",
+        ),
     ),
     ToolFormat(
         "glm45",
         (Region("<tool_call>", "</tool_call>", "key_value_xml", "marker"),),
         signs=(("<arg_key>",),),
         aliases=("glm47",),
+        writing=Writing("<tool_call>NAME\n", "</tool_call>", between="\n", trigger="<tool_call>", style="glm_xml"),
     ),
     ToolFormat(
         "kimi_k2",
         (Region("<|tool_call_begin|>", "<|tool_call_end|>", "kimi"),),
         silent=("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),
         signs=(("<|tool_call_begin|>",),),
+        writing=Writing(
+            "<|tool_call_begin|>functions.NAME:#<|tool_call_argument_begin|>",
+            "<|tool_call_end|>",
+            before="<|tool_calls_section_begin|>",
+            after="<|tool_calls_section_end|>",
+            trigger="<|tool_calls_section_begin|>",
+        ),
     ),
     ToolFormat(
         "deepseek_v3",
         (Region("<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "deepseek"),),
         silent=("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
+        signs=(("<｜tool▁call▁begin｜>", "```json"),),
+        writing=Writing(
+            "<｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME\n```json\n",
+            "\n```<｜tool▁call▁end｜>",
+            before="<｜tool▁calls▁begin｜>",
+            between="\n",
+            after="<｜tool▁calls▁end｜>",
+            trigger="<｜tool▁calls▁begin｜>",
+        ),
+    ),
+    ToolFormat(
+        "deepseek_v31",
+        (Region("<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "deepseek"),),
+        silent=("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
         signs=(("<｜tool▁call▁begin｜>",),),
-        aliases=("deepseek_v31",),
+        writing=Writing(
+            "<｜tool▁call▁begin｜>NAME<｜tool▁sep｜>",
+            "<｜tool▁call▁end｜>",
+            before="<｜tool▁calls▁begin｜>",
+            after="<｜tool▁calls▁end｜>",
+            trigger="<｜tool▁calls▁begin｜>",
+        ),
     ),
     ToolFormat(
         "functiongemma",
         (Region("<start_function_call>", "<end_function_call>", "gemma", "marker"),),
         signs=(("<start_function_call>",),),
     ),
-    ToolFormat("mistral", (Region("[TOOL_CALLS]", "", "mistral", "value"),), signs=(("[TOOL_CALLS]",),)),
+    ToolFormat(
+        "mistral_args",
+        (Region("[TOOL_CALLS]", "", "mistral", "value"),),
+        signs=(("[TOOL_CALLS]", "[ARGS]"),),
+        writing=Writing("[TOOL_CALLS]NAME[ARGS]", "", trigger="[TOOL_CALLS]"),
+    ),
+    ToolFormat(
+        "mistral",
+        (Region("[TOOL_CALLS]", "", "mistral", "value"),),
+        signs=(("[TOOL_CALLS]",),),
+        writing=Writing('{"name": "NAME", "arguments": ', "}", "[TOOL_CALLS] [", ", ", "]", trigger="[TOOL_CALLS]"),
+    ),
     ToolFormat(
         "lfm2",
         (Region("<|tool_call_start|>", "<|tool_call_end|>", "pythonic"),),
@@ -137,11 +230,13 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         "granite",
         (Region("<|tool_call|>", "", "json", "value"), Region("<tool_call>", "", "json", "value")),
         signs=(("<|start_of_role|>", "<|tool_call|>"),),
+        writing=Writing('{"name": "NAME", "arguments": ', "}", "<|tool_call|>[", ", ", "]", trigger="<|tool_call|>"),
     ),
     ToolFormat(
         "phi4_mini_json",
         (Region("functools", "", "json", "value"),),
         signs=(("functools",), ("<|tool|>", "<|/tool|>")),
+        writing=Writing('{"name": "NAME", "arguments": ', "}", "functools[", ", ", "]", trigger="functools["),
     ),
     ToolFormat(
         "llama4_pythonic",
@@ -158,25 +253,45 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         (Region("<|python_tag|>", "", "bare_json", "value"), Region("{", "", "bare_json", "value", bare=True)),
         separators=";,",
         signs=(("<|python_tag|>",), ('{"name": function name, "parameters"',)),
+        writing=Writing('{"name": "NAME", "parameters": ', "}", between="; "),
         aliases=("llama4_json",),
     ),
     ToolFormat(
         "longcat",
         (Region("<longcat_tool_call>", "</longcat_tool_call>", "json"),),
         signs=(("<longcat_tool_call>",),),
+        writing=Writing(
+            '<longcat_tool_call>{"name": "NAME", "arguments": ',
+            "}</longcat_tool_call>",
+            between="\n",
+            trigger="<longcat_tool_call>",
+        ),
     ),
     ToolFormat(
         "hunyuan_a13b",
         (Region("<tool_calls>", "</tool_calls>", "json"),),
         signs=(("<tool_calls>",),),
         aliases=("jamba",),
+        writing=Writing(
+            '{"name": "NAME", "arguments": ', "}", "<tool_calls>[", ", ", "]</tool_calls>", trigger="<tool_calls>"
+        ),
     ),
     ToolFormat(
         "hermes",
         (Region("<tool_call>", "</tool_call>", "json"),),
         signs=(("<tool_call>",),),
         aliases=("qwen", "qwen3_json", "granite4", "ernie45"),
+        writing=Writing(
+            '<tool_call>\n{"name": "NAME", "arguments": ', "}\n</tool_call>", between="\n", trigger="<tool_call>"
+        ),
     ),
+)
+
+# How forced calls are written where a grammar cannot keep to the model's own format.
+PLAIN_LIST = ToolFormat(
+    "list",
+    (Region("[", "", "bare_json", "value", bare=True),),
+    writing=Writing('{"name": "NAME", "parameters": ', "}", "[", ", ", "]"),
 )
 
 REASONING_FORMATS: tuple[ReasoningFormat, ...] = (
@@ -186,6 +301,8 @@ REASONING_FORMATS: tuple[ReasoningFormat, ...] = (
         ("<|end|>", "<|return|>"),
         signs=("<|channel|>analysis", "<|channel|>"),
         aliases=("gpt_oss", "openai"),
+        then="<|start|>assistant",
+        answer="<|channel|>final<|message|>",
     ),
     ReasoningFormat("mistral", "[THINK]", ("[/THINK]",), signs=("[THINK]",)),
     ReasoningFormat("seed_oss", "<seed:think>", ("</seed:think>",), signs=("<seed:think>",)),

@@ -5,7 +5,6 @@ Knows the formats and the shape of calls in the OpenAI API; knows no engine and 
 
 from __future__ import annotations
 
-import json
 import re
 import uuid
 from collections.abc import Mapping, Sequence
@@ -14,12 +13,13 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from quire.core.params import SamplingParams, ThinkingMarks
-from quire.core.structured import StructuredOutputsParams
+from quire.core.structured import StructuredOutputsParams, Thoughts
 from quire.errors import ValidationError
+from quire.text.calls import calls_within_text, only_calls
 from quire.text.format_parser import CallArguments, CallStart, Content, Delta, FormatParser, Reasoning
 from quire.text.formats import (
+    PLAIN_LIST,
     ReasoningFormat,
-    Region,
     ToolFormat,
     hidden_markers,
     reasoning_format,
@@ -29,25 +29,22 @@ from quire.text.formats import (
 )
 from quire.text.tokenizer import Tokenizer
 
-MOST_FORCED_CALLS = 8
 _NAME = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
-# How forced calls are written where the model's own format cannot be put into a grammar.
-PLAIN_LIST = ToolFormat("list", (Region("[", "", "bare_json", "value", bare=True),))
-# As templates write JSON, so that models find their own habit again.
-_SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 @dataclass(frozen=True, slots=True)
 class ToolWish:
     """The tools of a request by name, with the schemas of their arguments, and whether they must be used.
 
-    `only` is the one tool that must be called.
+    `only` is the one tool that must be called; `strict` are those whose arguments must keep to their schemas even where
+    the model is free to call.
     """
 
     choice: Literal["none", "auto", "required"] = "none"
     schemas: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     only: str | None = None
     parallel: bool = True
+    strict: frozenset[str] = frozenset()
 
 
 def tool_wish(tools: Sequence[Mapping[str, Any]] | None, choice: Any, parallel: bool | None) -> ToolWish:
@@ -61,7 +58,7 @@ def tool_wish(tools: Sequence[Mapping[str, Any]] | None, choice: Any, parallel: 
     if not schemas:
         raise ValidationError("tool_choice needs tools to choose from.", "tool_choice")
     if choice in ("auto", "required"):
-        return ToolWish(choice, schemas, None, many)
+        return ToolWish(choice, schemas, None, many, _strict(tools or ()))
     function = choice.get("function") if isinstance(choice, Mapping) and choice.get("type") == "function" else None
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(name, str):
@@ -72,6 +69,11 @@ def tool_wish(tools: Sequence[Mapping[str, Any]] | None, choice: Any, parallel: 
     if name not in schemas:
         raise ValidationError(f"tool_choice names {name[:64]!r}, which is not among the tools.", "tool_choice")
     return ToolWish("required", {name: schemas[name]}, name, False)
+
+
+def _strict(tools: Sequence[Mapping[str, Any]]) -> frozenset[str]:
+    """The names of the tools that say "strict": true."""
+    return frozenset(tool["function"]["name"] for tool in tools if tool["function"].get("strict") is True)
 
 
 def _tool(tool: Mapping[str, Any], place: str) -> tuple[str, Mapping[str, Any]]:
@@ -96,7 +98,7 @@ class Speech:
     tools: ToolFormat | None = None
     reasoning: ReasoningFormat | None = None
     thinking: bool = False  # the prompt ends inside of a thought
-    form: StructuredOutputsParams | None = None  # that calls are forced into
+    form: StructuredOutputsParams | None = None  # that the answer is held to
     marks: ThinkingMarks | None = None  # for a request that limits its thoughts
     shows_special: bool = False  # special tokens must be seen to read the answer
 
@@ -111,12 +113,7 @@ class Speech:
                 )
             params = replace(params, thinking=self.marks)
         if self.form is not None:
-            if params.structured_outputs is not None:
-                raise ValidationError(
-                    "A tool that must be called, and response_format or structured_outputs, exclude each other.",
-                    "tool_choice",
-                )
-            return replace(params, structured_outputs=self.form)
+            params = replace(params, structured_outputs=self.form)
         return replace(params, skip_special_tokens=False) if self.shows_special else params
 
     def reader(self) -> AnswerReader:
@@ -141,25 +138,56 @@ def speech_of(
     except ValidationError:  # a tokenizer that renders by its own code needs no template
         used = ""
     formats = _formats(used, tool_parser, reasoning_parser)
-    limits = params.thinking_token_budget is not None and formats.reasoning is not None
-    marks = _marks(tokenizer, formats.reasoning) if limits and formats.reasoning is not None else None
     special = [tokenizer.added_tokens.get(token_id, "") for token_id in tokenizer.special_ids]
+    reasoning = formats.reasoning
+    thinking = reasoning is not None and prompt.rstrip().endswith(reasoning.opener)
+    tools = _tools(wish, formats.tools)
+    form = _form(wish, tools, params)
+    if form is not None and reasoning is not None:
+        begun = thinking or reasoning.implied
+        # Calls bring marks of their own; anything else is an answer.
+        answer = reasoning.answer if form is params.structured_outputs else ""
+        form = replace(form, after=_thoughts(reasoning, begun, answer))
+    limits = params.thinking_token_budget is not None and reasoning is not None
+    marks = _marks(tokenizer, reasoning) if limits and reasoning is not None else None
+    markers = (*(tools.markers if tools else ()), *(reasoning.markers if reasoning else ()))
+    return Speech(wish, tools, reasoning, thinking, form, marks, hidden_markers(markers, special))
+
+
+def _thoughts(reasoning: ReasoningFormat, begun: bool, answer: str) -> Thoughts:
+    return Thoughts(opener=reasoning.opener, closers=reasoning.closers, begun=begun, then=reasoning.then, answer=answer)
+
+
+def _tools(wish: ToolWish, own: ToolFormat | None) -> ToolFormat | None:
+    """How calls will be written, and are read; of a format without calls, what must not be seen."""
     if wish.choice == "required":
-        written = _forced_format(formats.tools, special)
-        form = StructuredOutputsParams(grammar=_forced_grammar(wish, written))
-        return Speech(wish, written, form=form, marks=marks)
-    if wish.choice == "auto" and formats.tools is None:
+        return PLAIN_LIST if own is None or own.writing is None else own
+    if wish.choice == "auto" and own is None:
         raise ValidationError(
             'tool_choice "auto" needs to know how the model writes calls, and its chat template does not show that. '
             "Start the server with --tool-call-parser, or use tool_choice none or required.",
             "tool_choice",
         )
-    tools = formats.tools if wish.choice == "auto" else None
-    # An answer that is held to a form has no room for thoughts.
-    reasoning = formats.reasoning if params.structured_outputs is None else None
-    markers = (*(tools.markers if tools else ()), *(reasoning.markers if reasoning else ()))
-    thinking = reasoning is not None and prompt.rstrip().endswith(reasoning.opener)
-    return Speech(wish, tools, reasoning, thinking, None, marks, hidden_markers(markers, special))
+    if wish.choice == "auto" or own is None:
+        return own
+    return replace(own, regions=()) if own.silent else None
+
+
+def _form(wish: ToolWish, tools: ToolFormat | None, params: SamplingParams) -> StructuredOutputsParams | None:
+    """What an answer is held to: calls, strict tools within text, or what the request asks for."""
+    writing = tools.writing if tools is not None else None
+    if wish.choice == "required":
+        assert writing is not None, "_tools() has taken care of that"
+        if params.structured_outputs is not None:
+            raise ValidationError(
+                "A tool that must be called, and response_format or structured_outputs, exclude each other.",
+                "tool_choice",
+            )
+        return only_calls(writing, wish.schemas, wish.parallel)
+    wanted = params.structured_outputs
+    if wish.choice == "auto" and wish.strict and wanted is None and writing is not None and writing.trigger:
+        return calls_within_text(writing, wish.schemas, wish.strict, wish.parallel)
+    return wanted
 
 
 def thinking_marks(tokenizer: Tokenizer, parser: str | None = None) -> ThinkingMarks | None:
@@ -200,49 +228,6 @@ def _formats(template: str, tool_parser: str | None, reasoning_parser: str | Non
     )
 
 
-def _forced_format(own: ToolFormat | None, special: Sequence[str]) -> ToolFormat:
-    """The model's own way to write calls if that is text around JSON, else a plain list."""
-    if own is not None and not hidden_markers(own.markers, special):
-        region = own.regions[-1]
-        if region.reader == "bare_json" or (region.reader == "json" and region.ending == "quoted"):
-            return own
-    return PLAIN_LIST
-
-
-def _forced_grammar(wish: ToolWish, written: ToolFormat) -> str:
-    """A grammar of nothing but calls, in the way that `written` reads them."""
-    region = written.regions[-1]
-    before, between, after, key, first, last = "", "; ", "", "parameters", "", ""
-    if written is PLAIN_LIST:
-        between, first, last = ", ", "[", "]"
-    elif region.reader == "json":
-        before, between, after, key = f"{region.opener}\n", "\n", f"\n{region.closer}", "arguments"
-    most = MOST_FORCED_CALLS if wish.parallel else 1
-    more = f" ({_text(between)} call){{0,{most - 1}}}" if most > 1 else ""
-    ends = (f"{_text(first)} " if first else "", f" {_text(last)}" if last else "")
-    rules = [f"start: {ends[0]}call{more}{ends[1]}"]
-    rules.append("call: " + " | ".join(f"tool_{index}" for index in range(len(wish.schemas))))
-    for index, (name, schema) in enumerate(wish.schemas.items()):
-        head = f'{before}{{"name": {json.dumps(name)}, "{key}": '
-        rules.append(f"tool_{index}: {_text(head)} arguments_{index} {_text('}' + after)}")
-        rules.append(f"arguments_{index}: %json {_schema(schema)}")
-    return "\n".join(rules)
-
-
-def _text(text: str) -> str:
-    return json.dumps(text)
-
-
-def _schema(schema: Mapping[str, Any]) -> str:
-    """A tool's schema for the grammar: always an object, spaced as templates space it."""
-    kept = {key: value for key, value in schema.items() if key != "x-guidance"}
-    kept.setdefault("type", "object")
-    if not kept.get("properties"):
-        kept.setdefault("additionalProperties", False)
-    # "::=" anywhere would make the text look like another notation.
-    return json.dumps({**kept, "x-guidance": _SPACING}).replace("::=", "\\u003a:=")
-
-
 @dataclass(frozen=True, slots=True)
 class Said:
     """A piece of an answer: text, thoughts, and calls in the API's form."""
@@ -259,6 +244,7 @@ class AnswerReader:
         self._speech = speech
         self._parser = parser
         self.calls = 0
+        self._strips = speech.form is not None and speech.reasoning is not None  # spaces between thoughts and form
 
     def read(self, text: str, finished: bool) -> Said:
         """The next text of the answer."""
@@ -287,4 +273,7 @@ class AnswerReader:
                 calls.append({"index": delta.index, "id": call_id, "type": "function", "function": function})
             elif isinstance(delta, CallArguments) and calls and calls[-1]["index"] == delta.index:
                 calls[-1]["function"]["arguments"] += delta.text
+        if self._strips:
+            content = content.lstrip()
+            self._strips = not content
         return Said(content, reasoning, tuple(calls))

@@ -1,0 +1,75 @@
+"""The forms that tool calls are held to: structural tags made of a model's way of writing and the tools' schemas.
+
+Pure functions of plain data. Knows no request, no engine and no grammar engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from quire.core.structured import StructuredOutputsParams
+from quire.text.formats import Writing
+
+MOST_FORCED_CALLS = 8
+
+Schemas = Mapping[str, Mapping[str, Any]]
+
+
+def only_calls(writing: Writing, schemas: Schemas, parallel: bool) -> StructuredOutputsParams:
+    """Nothing but calls of these tools, at least one."""
+    return _form(_calls(writing, _tags(writing, schemas, schemas), parallel))
+
+
+def calls_within_text(
+    writing: Writing, schemas: Schemas, strict: Iterable[str], parallel: bool
+) -> StructuredOutputsParams:
+    """Any text; where a call begins, it is one of these tools, and the arguments of `strict` ones keep to their schemas."""
+    tags = _tags(writing, schemas, frozenset(strict))
+    if writing.before:
+        calls = _calls(writing, tags, parallel)
+        tags = [{"begin": writing.before, "content": calls["content"], "end": writing.after}]
+    once = writing.alone or not parallel
+    return _form({"type": "triggered_tags", "triggers": [writing.trigger], "tags": tags, "stop_after_first": once})
+
+
+def _form(content: Mapping[str, Any]) -> StructuredOutputsParams:
+    return StructuredOutputsParams(structural_tag={"type": "structural_tag", "format": content})
+
+
+def _calls(writing: Writing, tags: list[dict[str, Any]], parallel: bool) -> dict[str, Any]:
+    """One call or several, with what stands around and between them."""
+    several = {
+        "type": "tags_with_separator",
+        "tags": tags,
+        "separator": writing.between,
+        "at_least_one": True,
+        "max_tags": MOST_FORCED_CALLS if parallel and not writing.alone else 1,
+    }
+    return {"type": "tag", "begin": writing.before, "content": several, "end": writing.after}
+
+
+def _tags(writing: Writing, schemas: Schemas, strict: Iterable[str]) -> list[dict[str, Any]]:
+    """A tag for each tool."""
+    tags = []
+    for name, schema in schemas.items():
+        begin, _, rest = writing.begin.replace("NAME", name).partition("#")
+        arguments: dict[str, Any] = {
+            "type": "json_schema",
+            "json_schema": _arguments(schema) if name in strict else {"type": "object"},
+            "style": writing.style,
+        }
+        if rest:  # the number of the call stands in its beginning
+            parts = [{"type": "regex", "pattern": "[0-9]{1,3}"}, {"type": "const_string", "value": rest}, arguments]
+            arguments = {"type": "sequence", "elements": parts}
+        tags.append({"begin": begin, "content": arguments, "end": writing.end})
+    return tags
+
+
+def _arguments(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool's schema: always an object."""
+    kept = dict(schema)
+    kept.setdefault("type", "object")
+    if not kept.get("properties"):
+        kept.setdefault("additionalProperties", False)
+    return kept

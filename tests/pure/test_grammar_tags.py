@@ -1,0 +1,263 @@
+"""Structural tags, forms behind thoughts, and calls: what the grammars let through, format by format."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from quire.core.structured import StructuredOutputsParams, Thoughts
+from quire.errors import ValidationError
+from quire.grammar import Constraint, Grammars, MaskFiller, MaskWish, Vocabulary
+from quire.grammar.constraint import mask_width
+from quire.text.calls import calls_within_text, only_calls
+from quire.text.format_parser import CallArguments, CallStart, Content, FormatParser
+from quire.text.formats import PLAIN_LIST, TOOL_FORMATS, ToolFormat
+
+SPECIAL = ("<|call|>", "<|message|>", "<|channel|>", "<|constrain|>", "[TOOL_CALLS]", "</think>", "<｜tool▁sep｜>")
+END = 256
+FILLER = MaskFiller(1)
+
+
+class Tokens:
+    """One token for each byte, an end, and some marks that are special tokens; `end` is an end too."""
+
+    vocab_size = 257 + len(SPECIAL)
+    special_ids = frozenset(range(256, vocab_size))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        if token_id < 256:
+            return bytes([token_id])
+        return b"<end>" if token_id == END else SPECIAL[token_id - 257].encode()
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        found: list[int] = []
+        while text:
+            mark = next((index for index, name in enumerate(SPECIAL) if text.startswith(name)), None)
+            if mark is None:
+                found += text[0].encode()
+                text = text[1:]
+            else:
+                found.append(257 + mark)
+                text = text[len(SPECIAL[mark]) :]
+        return found
+
+
+TOKENS = Tokens()
+GRAMMARS = Grammars(lambda: Vocabulary(TOKENS, TOKENS.vocab_size, (END, 257)))
+SCHEMAS: dict[str, dict[str, Any]] = {
+    "get_weather": {
+        "type": "object",
+        "properties": {
+            "city": {"type": "string", "enum": ["Paris", "Rome"]},
+            "days": {"type": "integer", "minimum": 1, "maximum": 9},
+        },
+        "required": ["city", "days"],
+        "additionalProperties": False,
+    },
+    "add": {
+        "type": "object",
+        "properties": {"b": {"$ref": "#/$defs/pair"}},
+        "required": ["b"],
+        "additionalProperties": False,
+        "$defs": {"pair": {"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 2}},
+    },
+}
+WRITTEN = [item for item in (*TOOL_FORMATS, PLAIN_LIST) if item.writing is not None]
+
+
+def takes(wish: StructuredOutputsParams, text: str) -> bool:
+    """Whether the whole text is an output of this form."""
+    constraint = GRAMMARS.constraint(wish)
+    tokens = TOKENS.encode(text)
+    return constraint.advance([*tokens, END]) == len(tokens) + 1
+
+
+def walk(constraint: Constraint, chance: random.Random) -> str:
+    output: list[int] = []
+    while len(output) < 3000:
+        mask = np.zeros((1, mask_width(TOKENS.vocab_size)), dtype=np.int32)
+        FILLER.fill([MaskWish(constraint, 0)], mask)
+        choices = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist()
+        assert choices, "no way on"
+        token = END if END in choices and chance.random() < 0.2 else chance.choice(choices)
+        assert constraint.advance([token]) == 1
+        if token in (END, 257):
+            return b"".join(map(TOKENS.token_bytes, output)).decode()
+        output.append(token)
+    raise AssertionError("no end")
+
+
+def read(written: ToolFormat, text: str) -> tuple[list[tuple[str, Any]], str]:
+    parser = FormatParser(written, schemas=SCHEMAS)
+    names, arguments, content = [], [], ""
+    for delta in parser.push(text) + parser.finish():
+        if isinstance(delta, CallStart):
+            names.append(delta.name)
+            arguments.append("")
+        elif isinstance(delta, CallArguments):
+            arguments[delta.index] += delta.text
+        elif isinstance(delta, Content):
+            content += delta.text
+    return list(zip(names, map(json.loads, arguments), strict=True)), content
+
+
+def right(name: str, arguments: dict[str, Any]) -> bool:
+    if name == "add":
+        return list(arguments) == ["b"] and [type(item) for item in arguments["b"]] == [bool, bool]
+    return arguments["city"] in ("Paris", "Rome") and 1 <= arguments["days"] <= 9 and len(arguments) == 2
+
+
+@pytest.mark.parametrize("written", WRITTEN, ids=lambda item: item.name)
+def test_forced_calls_are_calls_that_the_parser_reads(written: ToolFormat) -> None:
+    assert written.writing is not None
+    counts = set()
+    for parallel in (True, False):
+        form = only_calls(written.writing, SCHEMAS, parallel)
+        for seed in range(12):
+            calls, content = read(written, walk(GRAMMARS.constraint(form), random.Random(seed)))
+            assert calls and not content and all(right(*call) for call in calls), calls
+            assert parallel or len(calls) == 1
+            counts.add(len(calls))
+    assert (len(counts) > 1) != written.writing.alone
+
+
+@pytest.mark.parametrize("written", [item for item in WRITTEN if item.writing.trigger], ids=lambda item: item.name)
+def test_calls_within_text_keep_to_strict_schemas(written: ToolFormat) -> None:
+    assert written.writing is not None
+    form = calls_within_text(written.writing, SCHEMAS, ["get_weather"], True)
+    single = only_calls(written.writing, SCHEMAS, False)
+    call = next(
+        text
+        for text in (walk(GRAMMARS.constraint(single), random.Random(seed)) for seed in range(50))
+        if "get_weather" in text
+    )
+    assert takes(form, "No call, [1] {2} <b>.")
+    assert takes(form, call) and takes(form, f"Let me see.\n{call}")
+    assert not takes(form, call.replace("get_weather", "get_whether"))
+    wrong = call.replace("Paris", "Berlin").replace("Rome", "Berlin")
+    assert wrong != call and not takes(form, wrong)
+    loose = calls_within_text(written.writing, SCHEMAS, ["add"], True)
+    assert takes(loose, wrong)
+
+
+def test_thoughts_come_before_a_form() -> None:
+    form = {"json": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}}
+    marks = {"opener": "<think>", "closers": ("</think>",)}
+    free = StructuredOutputsParams(**form, after=Thoughts(**marks))
+    begun = StructuredOutputsParams(**form, after=Thoughts(**marks, begun=True))
+    for thought in ("hm", "", '{"b" <think> ä\n', "</thin"):
+        assert takes(free, f'<think>{thought}</think>\n\n{{"a": 1}}')
+        assert takes(begun, f'{thought}</think>\n\n{{"a": 1}}')
+    assert takes(free, '{"a": 1}') and not takes(begun, '{"a": 1}')
+    assert not takes(free, '<think>hm</think>{"b": 1}')
+    channels = Thoughts(
+        opener="<|channel|>analysis<|message|>",
+        closers=("<|end|>",),
+        then="<|start|>assistant",
+        answer="<|channel|>final<|message|>",
+    )
+    form = StructuredOutputsParams(choice=["yes"], after=channels)
+    assert takes(form, "<|channel|>final<|message|>yes") and not takes(form, "yes")
+    assert takes(form, "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>yes")
+
+
+FUNCTION = {"begin": "<function=f>", "schema": {"type": "object", "properties": {}, "additionalProperties": False}}
+TAG = {"type": "tag", "begin": "<a>", "content": {"type": "any_text"}, "end": "</a>"}
+
+
+@pytest.mark.parametrize(
+    ("tag", "good", "bad"),
+    [
+        (
+            {"structures": [{**FUNCTION, "end": "</function>"}], "triggers": ["<function="]},
+            ["so", "so <function=f>{}</function> and <function=f>{ }</function>"],
+            ["<function=g>{}</function>", "<function=f>{}", '<function=f>{"a": 1}</function>'],
+        ),
+        ({"format": TAG}, ["<a></a>", "<a>b\n</b></a>"], ["<a>", "b", "<a></a>c"]),
+        (
+            {"format": {"type": "sequence", "elements": [TAG, {"type": "regex", "pattern": "[0-9]+"}]}},
+            ["<a>x</a>12"],
+            ["<a>x</a>", "<a>x</a>12a"],
+        ),
+        (
+            {"format": {"type": "or", "elements": [TAG, {"type": "const_string", "value": "no"}]}},
+            ["no", "<a>no</a>"],
+            ["nono", ""],
+        ),
+        ({"format": {"type": "grammar", "grammar": 'root ::= "x" root | "y"'}}, ["y", "xxy"], ["x"]),
+        (
+            {"format": {"type": "tags_with_separator", "tags": [TAG], "separator": ", ", "at_least_one": True}},
+            ["<a>1</a>", "<a>1</a>, <a>2</a>"],
+            ["", "<a>1</a><a>2</a>", "<a>1</a>, "],
+        ),
+        (
+            {"format": {"type": "tags_with_separator", "tags": [TAG], "separator": "", "stop_after_first": True}},
+            ["<a>1</a>", ""],
+            ["<a>1</a><a>2</a>"],
+        ),
+        (
+            {"format": {"type": "triggered_tags", "triggers": ["<a"], "tags": [TAG], "at_least_one": True}},
+            ["so <a>1</a> so", "<a>1</a><a>2</a>"],
+            ["so"],
+        ),
+        ({"format": {**TAG, "end": ["</a>", "</think>"]}}, ["<a>x</a>", "<a>x</think>"], ["<a>x"]),
+        (
+            {
+                "format": {
+                    "type": "json_schema",
+                    "style": "qwen_xml",
+                    "json_schema": {
+                        "properties": {"s": {"type": "string"}, "i": {"type": "integer"}},
+                        "required": ["i"],
+                    },
+                }
+            },
+            [
+                "<parameter=i>\n5\n</parameter>\n",
+                "<parameter=s>\na <b>\n</parameter>\n<parameter=i>\n5\n</parameter>\n",
+            ],
+            ["<parameter=i>\nx\n</parameter>\n", "<parameter=s>\na\n</parameter>\n"],
+        ),
+    ],
+)
+def test_structural_tags(tag: dict[str, Any], good: Sequence[str], bad: Sequence[str]) -> None:
+    for given in ({"type": "structural_tag", **tag}, json.dumps({"type": "structural_tag", **tag})):
+        form = StructuredOutputsParams(structural_tag=given)
+        assert [text for text in good if not takes(form, text)] == []
+        assert [text for text in bad if takes(form, text)] == []
+
+
+@pytest.mark.parametrize(
+    ("tag", "named"),
+    [
+        ({}, "needs a format"),
+        ({"type": "json_schema"}, "of the type"),
+        ("{", "not valid JSON"),
+        ({"format": {"type": "poem"}}, "'poem'"),
+        ({"format": {"type": "or", "elements": []}}, "elements"),
+        ({"format": {"type": "tag", "begin": 5}}, "begin"),
+        ({"format": {"type": "tag", "begin": "a", "content": {"type": "any_text"}, "end": 5}}, "end is neither"),
+        ({"format": {"type": "json_schema", "json_schema": {"not": {}}}}, "not"),
+        ({"format": {"type": "json_schema", "json_schema": {}, "style": "yaml"}}, "yaml"),
+        ({"format": {"type": "triggered_tags", "triggers": ["x"], "tags": [TAG]}}, "'x'"),
+        ({"format": {"type": "sequence", "elements": [{"type": "any_text"}, TAG]}}, "any_text where"),
+        ({"structures": [FUNCTION], "triggers": ["<function="]}, "end is neither"),
+    ],
+)
+def test_wrong_tags_are_refused(tag: Any, named: str) -> None:
+    with pytest.raises(ValidationError, match=named) as caught:
+        GRAMMARS.check(StructuredOutputsParams(structural_tag=tag))
+    assert caught.value.field == "structured_outputs"
+
+
+def test_formats_may_not_be_nested_for_ever() -> None:
+    tag: dict[str, Any] = TAG
+    for _ in range(20):
+        tag = {"type": "or", "elements": [tag]}
+    with pytest.raises(ValidationError, match="16 levels"):
+        GRAMMARS.check(StructuredOutputsParams(structural_tag={"type": "structural_tag", "format": tag}))
