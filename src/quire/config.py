@@ -45,6 +45,10 @@ class ModelOptions:
         None, help="longest prompt plus output in tokens; -1 or auto fits it to the memory"
     )
     quantization: str | None = option(None, help="how to quantize the weights while loading", aliases=("-q",))
+    packed_cache: Literal["auto", "on", "off"] = option(
+        "auto", help="keep packed weights on disk for the next start; auto does where weights are quantized while loading"
+    )
+    packed_cache_gb: float = option(50.0, help="most gigabytes that packed weights of all models may take on disk")
     model_impl: Literal["auto", "native", "transformers", "vllm"] = option(
         "auto", help="native class, or the Transformers code with its modules replaced; vllm means native"
     )

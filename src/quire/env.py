@@ -6,13 +6,18 @@ HF_TOKEN, HF_HOME, HF_HUB_OFFLINE and their kind belong to the huggingface_hub l
     QUIRE_CACHE       folder of what quire remembers between runs; ~/.cache/quire when not set
     QUIRE_API_KEY     key that clients must show, several separated by commas; VLLM_API_KEY works too
     QUIRE_LOG_LEVEL   debug, info, warning or error; info when not set
+    QUIRE_LOG_FORMAT  text or json; text when not set
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
 import sys
+import threading
+from datetime import UTC, datetime
 from pathlib import Path
 
 from quire.errors import ConfigError
@@ -36,6 +41,12 @@ def api_keys() -> tuple[str, ...]:
     return tuple(key.strip() for key in found.split(",") if key.strip())
 
 
+def lower_priority() -> None:
+    """Let the calling thread run only where others leave time. What the system does not allow is not done."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 15)
+
+
 def log_level() -> str:
     """One of LOG_LEVELS. Another word raises ConfigError."""
     level = (os.environ.get("QUIRE_LOG_LEVEL") or "info").lower()
@@ -50,6 +61,37 @@ def set_up_logging(level: str | None = None) -> None:
     logger.setLevel((level or log_level()).upper())
     if not logger.handlers:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
+        handler.setFormatter(
+            JsonLines()
+            if os.environ.get("QUIRE_LOG_FORMAT") == "json"
+            else logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
+        )
         logger.addHandler(handler)
         logger.propagate = False
+
+
+def log_as_json() -> None:
+    """Write quire's log as JSON from now on, in this process and in those that it starts."""
+    os.environ["QUIRE_LOG_FORMAT"] = "json"
+    for handler in logging.getLogger("quire").handlers:
+        handler.setFormatter(JsonLines())
+
+
+class JsonLines(logging.Formatter):
+    """One object a line: time, level, logger, process, message; `request` where a record carries one, `error` likewise."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as one line."""
+        content = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "process": record.process,
+            "message": record.getMessage(),
+        }
+        request = getattr(record, "request", None)
+        if request is not None:
+            content["request"] = request
+        if record.exc_info:
+            content["error"] = self.formatException(record.exc_info)
+        return json.dumps(content, ensure_ascii=False, default=str)

@@ -395,7 +395,7 @@ def anonymous():
 
 class Copying:
     # Packs as a native backend does, into memory of its own.
-    pack_linear = staticmethod(lambda w, b: reference.pack_linear(torch.cat(w), b))
+    pack_linear = staticmethod(lambda w, b, dtype: reference.pack_linear(torch.cat(w), b, dtype))
 
 files = find_model(ModelOptions(model=sys.argv[1]))
 model = NativeDecoder(files, torch.float32, torch.device("cpu"), ops_of(Copying))

@@ -47,9 +47,11 @@ class KVCache:
 # ---------------------------------------------------------------- linear
 
 
-def pack_linear(weight: Parts, bias: torch.Tensor | None) -> PackedLinear:
-    """weight [N, K] or its parts, bias [N] or None. May keep or copy them; the caller drops the originals."""
-    weight = joined(weight)
+def pack_linear(weight: Parts, bias: torch.Tensor | None, dtype: torch.dtype | None = None) -> PackedLinear:
+    """weight [N, K] or its parts, bias [N] or None, kept in `dtype`, else as they are. May keep or copy them; the caller
+    drops the originals."""
+    weight = joined(weight, dtype)
+    bias = None if bias is None else bias.to(weight.dtype)
     return PackedLinear(weight.shape[0], weight.shape[1], weight.dtype, weight.detach(), bias)
 
 
@@ -77,9 +79,11 @@ def pack_quantized(weights: QuantizedWeights, bias: torch.Tensor | None, dtype: 
     return QuantizedLinear(weights.values.shape[0], weights.values.shape[1], dtype, weights, bias)
 
 
-def round_linear(weight: Parts, bias: torch.Tensor | None, bits: int, group: int, zero_points: bool) -> QuantizedLinear:
-    """weight [N, K] or its parts, rounded as kernels/rounding.py says, and packed. Its dtype is that of the results."""
-    weight = joined(weight)
+def round_linear(
+    weight: Parts, bias: torch.Tensor | None, dtype: torch.dtype | None, bits: int, group: int, zero_points: bool
+) -> QuantizedLinear:
+    """weight [N, K] or its parts, in `dtype` or as they are, rounded as kernels/rounding.py says, and packed."""
+    weight = joined(weight, dtype)
     rounded = round_to_bytes(weight) if bits == 8 else round_to_nibbles(weight, group, zero_points)
     return pack_quantized(rounded, bias, weight.dtype)
 
@@ -134,7 +138,7 @@ def take_apart(packed: PackedLinear | QuantizedLinear) -> KeptLinear | None:
 
 def put_together(kept: KeptLinear) -> PackedLinear | QuantizedLinear:
     """The opposite. `data` is kept as it is, so it may be a view of a mapped file."""
-    raise NotImplementedError("weights that were never taken apart")
+    raise TypeError("this backend takes no weights apart")
 
 
 def checksum(data: torch.Tensor) -> int:

@@ -71,8 +71,8 @@ class KeptLinear:
     bias: torch.Tensor | None  # [N] in dtype
 
 
-def joined(weight: Parts) -> torch.Tensor:
-    """The weight as one tensor [N, K]."""
-    if isinstance(weight, torch.Tensor):
-        return weight
-    return weight[0] if len(weight) == 1 else torch.cat(list(weight))
+def joined(weight: Parts, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The weight as one tensor [N, K], in `dtype` or as it is."""
+    parts = [weight] if isinstance(weight, torch.Tensor) else list(weight)
+    parts = [part.detach() if dtype is None else part.detach().to(dtype) for part in parts]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -86,11 +86,10 @@ class Linear(nn.Module):
 
     def _place(self, kind: str, index: int, tensor: torch.Tensor) -> None:
         assert (kind, index) in self._missing, f"{kind} {index} given twice or not expected"
-        # Where nothing changes this is the view of the file itself.
-        self._waiting[kind, index] = tensor.to(device=self.device, dtype=self.dtype)
+        self._waiting[kind, index] = tensor.to(self.device)  # on a CPU the view of the file itself
         self._missing.discard((kind, index))
         if not self._missing:
             parts = range(len(self.sizes))
             bias = torch.cat([self._waiting["bias", index] for index in parts]) if self.has_bias else None
-            self.packed = self._ops.pack_linear([self._waiting["weight", index] for index in parts], bias)
+            self.packed = self._ops.pack_linear([self._waiting["weight", index] for index in parts], bias, self.dtype)
             self._waiting.clear()

@@ -5,12 +5,15 @@ Imports the Transformers path only when it is taken: it brings seconds of import
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from quire.config import ModelOptions
 from quire.kernels.table import Ops
 from quire.layers.spec import ModelLayout
 from quire.models.hub import ModelFiles
+from quire.models.packed_cache import packed_cache
 from quire.models.registry import ModelRegistry, select_impl
 from quire.models.served import ServedModel
 from quire.quant.format import quantized_ops
@@ -34,12 +37,19 @@ def build_model(
     Raises ModelError: nothing runs it, or its weights are missing, corrupt or not its own.
     """
     ops = quantized_ops(ops, options.quantization)
-    if select_impl(files, options.model_impl) == "native":
-        native = ModelRegistry.resolve(files.architecture)(files, dtype, device, ops)
-        native.load(files, options.seed)
-        served: ServedModel = native
-        return served
-    from quire.models.assemble import build_transformers
-    from quire.models.probe import probe
+    impl = select_impl(files, options.model_impl)
+    cache = packed_cache(files, options, impl, dtype, ops)
+    if cache is not None:
+        ops, files = cache.ops, replace(files, read_ahead=not cache.hit)
+    served: ServedModel
+    if impl == "native":
+        served = ModelRegistry.resolve(files.architecture)(files, dtype, device, ops)
+        served.load(files, options.seed)  # type: ignore[attr-defined]
+    else:
+        from quire.models.assemble import build_transformers
+        from quire.models.probe import probe
 
-    return build_transformers(files, probe(files, dtype), options.seed, dtype, device, ops)
+        served = build_transformers(files, probe(files, dtype), options.seed, dtype, device, ops)
+    if cache is not None:
+        cache.finish()
+    return served

@@ -51,7 +51,7 @@ class Checkpoint:
         """The tensor of that name; a view of the mapped file where the format allows."""
         header = self.headers[name]
         if header.path not in self._readers:
-            self._readers[header.path] = _SafetensorsFile(header.path)
+            self._readers[header.path] = _SafetensorsFile(header.path, self.files.read_ahead)
         return self._readers[header.path].read(header)
 
     def forget(self, name: str) -> None:
@@ -80,7 +80,8 @@ def stream_weights(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]
 class _SafetensorsFile:
     """A mapped safetensors file. The mapping lives as long as any view of it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, read_ahead: bool) -> None:
+        self._read_ahead = read_ahead
         try:
             with path.open("rb") as file:
                 # Copy-on-write: a stray write into a view changes this process's memory, never the file.
@@ -96,8 +97,9 @@ class _SafetensorsFile:
             raise CheckpointError(
                 f"The weight file {header.path} became shorter while tensor {header.name!r} was read."
             )
-        start = header.start // mmap.PAGESIZE * mmap.PAGESIZE
-        self._map.madvise(mmap.MADV_WILLNEED, start, header.start + header.nbytes - start)
+        if self._read_ahead:
+            start = header.start // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_WILLNEED, start, header.start + header.nbytes - start)
         if header.start % header.dtype.itemsize == 0:
             count = header.nbytes // header.dtype.itemsize
             return torch.frombuffer(self._map, dtype=header.dtype, count=count, offset=header.start).view(header.shape)

@@ -29,6 +29,7 @@ class PackedExperts:
         self.up: list[PackedLinear] = []
         self.down: list[PackedLinear] = []
         self._parts: dict[str, torch.Tensor] = {}
+        self._dtype: torch.dtype | None = None
         self.names = {name for name in (*_names(module, "up"), *_names(module, "down")) if name}
         self._up_names = _names(module, "up")
         self._down_names = _names(module, "down")
@@ -42,7 +43,8 @@ class PackedExperts:
         return found
 
     def _take(self, name: str, dtype: torch.dtype, tensor: torch.Tensor) -> None:
-        self._parts[name] = tensor.to(dtype)
+        self._parts[name] = tensor
+        self._dtype = dtype
         for names, packed in ((self._up_names, self.up), (self._down_names, self.down)):
             weight, bias = names
             if name in names and weight in self._parts and (not bias or bias in self._parts):
@@ -50,8 +52,8 @@ class PackedExperts:
 
     def _pack(self, packed: list[PackedLinear], weights: torch.Tensor, biases: torch.Tensor | None) -> None:
         for e in range(weights.shape[0]):
-            weight = weights[e].T.contiguous() if self._transposed else weights[e].contiguous()
-            packed.append(self._ops.pack_linear(weight.clone(), None if biases is None else biases[e].clone()))
+            weight = weights[e].T if self._transposed else weights[e]
+            packed.append(self._ops.pack_linear(weight, None if biases is None else biases[e], self._dtype))
 
     def __call__(self, module: nn.Module, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """x [T, size], chosen [T, K], weights [T, K] -> [T, size]. An expert number past the last adds nothing."""

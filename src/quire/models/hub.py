@@ -48,6 +48,7 @@ class ModelFiles:
     trust_remote_code: bool  # the user's decision
     remote_code: bool  # the model runs code of its own
     headers: dict[str, WeightHeader] | None = None  # of weights that were left on the hub
+    read_ahead: bool = True  # most of the weights' bytes will be read
 
     @property
     def text_config(self) -> Any:

@@ -34,8 +34,8 @@ class WeightFormat(Protocol):
         """Bytes that a weight [outputs, inputs] takes."""
         ...
 
-    def load(self, weight: Parts, bias: torch.Tensor | None) -> QuantizedLinear:
-        """Round and pack weight [N, K], or its parts, and bias [N]; both may be dropped afterwards."""
+    def load(self, weight: Parts, bias: torch.Tensor | None, dtype: torch.dtype | None = None) -> QuantizedLinear:
+        """Round and pack weight [N, K] or its parts, and bias [N], in `dtype` or as they are. They may be dropped then."""
         ...
 
     def apply(self, x: torch.Tensor, packed: QuantizedLinear) -> torch.Tensor:

@@ -26,10 +26,10 @@ class Int4:
         group = group_for(inputs, self._group)
         return outputs * -(-inputs // group) * (group // 2 + 2 + self._zero_points)
 
-    def load(self, weight: Parts, bias: torch.Tensor | None) -> QuantizedLinear:
+    def load(self, weight: Parts, bias: torch.Tensor | None, dtype: torch.dtype | None = None) -> QuantizedLinear:
         """Round and pack weight [N, K], or its parts, and bias [N]."""
         inputs = weight.shape[1] if isinstance(weight, torch.Tensor) else weight[0].shape[1]
-        return self._ops.round_linear(weight, bias, 4, group_for(inputs, self._group), self._zero_points)
+        return self._ops.round_linear(weight, bias, dtype, 4, group_for(inputs, self._group), self._zero_points)
 
 
 def group_for(inputs: int, wanted: int | None) -> int:

@@ -19,6 +19,6 @@ class Int8:
         """A byte for each value and a float32 for each output."""
         return outputs * (inputs + 4)
 
-    def load(self, weight: Parts, bias: torch.Tensor | None) -> QuantizedLinear:
+    def load(self, weight: Parts, bias: torch.Tensor | None, dtype: torch.dtype | None = None) -> QuantizedLinear:
         """Round and pack weight [N, K], or its parts, and bias [N]."""
-        return self._ops.round_linear(weight, bias, 8, 0, False)
+        return self._ops.round_linear(weight, bias, dtype, 8, 0, False)

@@ -15,7 +15,7 @@ import torch
 
 from quire.kernels import reference
 from quire.kernels.cpu import native
-from quire.kernels.weights import KeptLinear, PackedLinear, Parts, QuantizedLinear, QuantizedWeights, joined
+from quire.kernels.weights import KeptLinear, PackedLinear, Parts, QuantizedLinear, QuantizedWeights
 
 CODES = {torch.float32: 0, torch.bfloat16: 1}
 HUGE = 2 << 20
@@ -82,12 +82,12 @@ class NativePacking:
 
     # ------------------------------------------------------------ plain weights
 
-    def pack_linear(self, weight: Parts, bias: torch.Tensor | None) -> PackedLinear:
-        parts = _parts(weight)
+    def pack_linear(self, weight: Parts, bias: torch.Tensor | None, dtype: torch.dtype | None = None) -> PackedLinear:
+        parts = _parts(weight, dtype)
         dtype, k = parts[0].dtype, parts[0].shape[1]
         code = CODES.get(dtype)
-        if code is None or (bias is not None and bias.dtype != dtype):
-            return reference.pack_linear(weight, bias)
+        if code is None:
+            return reference.pack_linear(parts, bias)
         n = sum(part.shape[0] for part in parts)
         data = self._arena.take(self._lib.quire_packed_size(code, n, k) * dtype.itemsize)
         structs = _structs(parts)
@@ -103,7 +103,7 @@ class NativePacking:
         return weight
 
     def _plain(self, n: int, k: int, dtype: torch.dtype, data: torch.Tensor, bias: torch.Tensor | None) -> NativeLinear:
-        bias = None if bias is None else bias.detach().contiguous()
+        bias = None if bias is None else bias.detach().to(dtype).contiguous()
         return NativeLinear(n, k, dtype, data.view(dtype), bias, CODES[dtype], data.data_ptr(), _pointer(bias))
 
     # ------------------------------------------------------------ quantized weights
@@ -124,12 +124,18 @@ class NativePacking:
         return self._quantized(struct, dtype, data, bias)
 
     def round_linear(
-        self, weight: Parts, bias: torch.Tensor | None, bits: int, group: int, zero_points: bool
+        self,
+        weight: Parts,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype | None,
+        bits: int,
+        group: int,
+        zero_points: bool,
     ) -> QuantizedLinear:
-        parts = _parts(weight)
+        parts = _parts(weight, dtype)
         dtype, k = parts[0].dtype, parts[0].shape[1]
         if dtype not in CODES:
-            return reference.round_linear(weight, bias, bits, group, zero_points)
+            return reference.round_linear(parts, bias, dtype, bits, group, zero_points)
         n = sum(part.shape[0] for part in parts)
         struct = native.QuantizedStruct(bits, zero_points, group, n, k)
         data = self._arena.take(self._lib.quire_quantized_size(addressof(struct)))
@@ -191,11 +197,10 @@ class NativePacking:
         return self._lib.quire_checksum(data.data_ptr(), data.numel())
 
 
-def _parts(weight: Parts) -> list[torch.Tensor]:
-    """The parts with the elements of each row side by side; rows may stand apart. All in one dtype."""
+def _parts(weight: Parts, dtype: torch.dtype | None) -> list[torch.Tensor]:
+    """The parts in one dtype, with the elements of each row side by side; rows may stand apart."""
     parts = [weight] if isinstance(weight, torch.Tensor) else list(weight)
-    if any(part.dtype != parts[0].dtype for part in parts):
-        parts = [joined(parts)]
+    parts = [part.detach().to(dtype or parts[0].dtype) for part in parts]
     return [part if part.stride(1) == 1 or part.shape[1] == 1 else part.contiguous() for part in parts]
 
 
