@@ -138,6 +138,7 @@ class Simulation:
         self.live: dict[str, Case] = {}
         self.counts: Counter[str] = Counter()
         self.turn = 0
+        self.latest: tuple[int, ...] = ()  # the last prompt that came
         self.draining = False  # no arrivals, until all are gone and the prefix cache is reset
         self.flights: list[tuple[StepPlan, StepResult]] = []
         self.stems = [[tuple(self.rng.randrange(1, VOCABULARY) for _ in range(23)) for _ in range(2)] for _ in range(2)]
@@ -210,6 +211,9 @@ class Simulation:
         short = rng.random() < self.scenario.eager
         own = tuple(rng.randrange(1, VOCABULARY) for _ in range(rng.randint(1, 4 if short else 10)))
         prompt = stem[: rng.choice((0, 0, 4, 8, 8, 12, 16, 23))] + own
+        if rng.random() < 0.15 and self.latest:
+            prompt = self.latest  # one more answer to the same prompt
+        self.latest = prompt
         output = rng.randint(1, 6 if short else 30)
         params = SamplingParams(
             max_tokens=None if rng.random() < 0.02 else output,
@@ -352,6 +356,7 @@ class Simulation:
         options = self.scenario.options
         assert plan.num_tokens <= options.max_num_batched_tokens, "the plan is over its budget"
         assert len(self.flights) < options.max_in_flight, "too many plans in flight"
+        self.counts["begun pages copied"] += sum(options.groups[copy.group].kind != "state" for copy in plan.copies)
         if not options.chunked_prefill:
             for span in plan.spans:
                 assert span.count == 1 or span.start == 0, "a chunk, for a model that cannot do chunks"

@@ -168,3 +168,39 @@ def test_a_state_is_kept_at_the_last_full_page_of_the_prompt_and_taken_over() ->
     (fresh,) = (grant.pages[0] for grant in plan.grants if grant.group == 1)
     assert plan.copies == (PageCopy(1, copy.target, fresh),)
     assert plan.spans[0].start == 12
+
+
+def test_a_begun_page_is_copied_and_then_belongs_to_one() -> None:
+    """Three answers to one prompt: the first computes it, the others begin at its last token, each in its own page."""
+    scheduler = make(GroupSpec("full", 4, 40))
+    prompt = tuple(range(10, 21))
+    for name in ("a", "b", "c"):
+        ask(scheduler, name, prompt)
+    assert shape(step(scheduler)) == [(0, 0, 11, True)]
+    plan = scheduler.schedule()
+    assert shape(plan)[1:] == [(1, 10, 1, True), (2, 10, 1, True)]
+    first = plan.copies[0].source
+    targets = [copy.target for copy in plan.copies]
+    assert plan.copies == (PageCopy(0, first, targets[0]), PageCopy(0, first, targets[1]))
+    assert len({first, *targets}) == 3
+    granted = {grant.slot: grant.pages for grant in plan.grants if grant.slot}
+    assert granted[1][:2] == granted[2][:2], "whole pages are shared"
+    assert [granted[slot][2] for slot in (1, 2)] == targets
+    land(scheduler, plan)
+    assert scheduler.stats().cached_tokens == 20
+    finish(scheduler)
+
+
+def test_what_differs_is_not_copied() -> None:
+    prompt = tuple(range(10, 21))
+    for other, salt, starts in ((prompt[:9] + (99, 98), b"", 9), (prompt, b"else", 0), ((1, *prompt[1:]), b"", 0)):
+        scheduler = make(GroupSpec("full", 4, 40))
+        ask(scheduler, "a", prompt)
+        step(scheduler)
+        ask(scheduler, "b", other, salt=salt)
+        assert shape(scheduler.schedule())[1][1] == starts
+    scheduler = make(GroupSpec("full", 4, 40), enable_prefix_caching=False)
+    ask(scheduler, "a", prompt)
+    step(scheduler)
+    ask(scheduler, "b", prompt)
+    assert shape(scheduler.schedule())[1][1] == 0

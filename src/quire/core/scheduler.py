@@ -30,6 +30,7 @@ from quire.core.plan import (
 from quire.core.planning import Blocked, Flight, Sketch
 from quire.core.queue import WaitingLine
 from quire.core.request import GONE, NOWHERE, CoreRequest, Request
+from quire.core.siblings import copies, find_begun
 from quire.core.stats import Queue, Stats
 from quire.core.stop import check_stop, stop_rules
 from quire.core.tables import PageTables
@@ -385,6 +386,11 @@ class Scheduler:
 
     def _admit(self, request: Request, draft: Sketch) -> None:
         """Give a request, whose shared pages are found, a slot and its first span."""
+        # What was admitted in this step has nothing yet that could be copied.
+        settled = (other for other in self._running if other.epoch < self._steps)
+        begun = find_begun(request, settled, self._tables, self._longest_hit(request))
+        if begun is not None:
+            request.computed = request.planned = begun.start + begun.count
         bisect.insort(self._running, request, key=lambda other: other.key)
         given, hit = request.given, request.planned
         request.slot = self._slots.pop()
@@ -410,6 +416,8 @@ class Scheduler:
         )
         self._plan_span(request, self._span_end(request, draft.left), draft)
         draft.copies += self._tables.restore(request)
+        if begun is not None:
+            draft.copies += copies(request, begun, self._tables)
 
     # ---- results
 
