@@ -113,17 +113,27 @@ def _read_schema(text: str) -> Any:
             f"{FIELD}.json has {len(text)} characters, at most {LONGEST_SCHEMA} are taken. Split the schema.", FIELD
         )
     try:
-        schema = json.loads(text)
+        schema = json.loads(text, parse_float=_number)
     except (ValueError, RecursionError) as error:
         raise ValidationError(f"{FIELD}.json is not valid JSON: {str(error)[:200]}", FIELD) from error
     if not isinstance(schema, (dict, bool)):
         raise ValidationError(f"{FIELD}.json must be a JSON schema, an object", FIELD)
+    if schema is False:
+        raise ValidationError(f"{FIELD}.json is the schema false, which nothing fits.", FIELD)
+    if schema is True:
+        return {}
     level: list[Any] = [schema]
     for _ in range(MOST_DEPTH):
         level = [item for value in level for item in _inside(value)]
         if not level:
             return schema
     raise ValidationError(f"{FIELD}.json is nested more than {MOST_DEPTH} levels deep. Use a flatter schema.", FIELD)
+
+
+def _number(text: str) -> int | float:
+    """A number; 2.0 is an integer in JSON schema, also where a count is wanted."""
+    value = float(text)
+    return int(value) if value.is_integer() and abs(value) < 2**53 else value
 
 
 def _inside(value: Any) -> Iterator[Any]:
