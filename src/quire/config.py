@@ -227,7 +227,12 @@ class ServeOptions:
     )
     max_log_len: int = option(0, help="characters of each prompt that --enable-log-requests logs")
     enable_request_account: bool = option(False, help="tell in usage.quire where the time of each request went")
-    metrics_prefix: str = option("quire", help="what names of metrics begin with; vllm suits dashboards made for vLLM")
+    metrics_prefix: str = option(
+        "quire", help="a second prefix for the names of metrics; vllm suits dashboards made for vLLM"
+    )
+    otlp_traces_endpoint: str | None = option(
+        None, help="OpenTelemetry collector that gets a span for each request; needs quire[otel]"
+    )
     log_format: Literal["text", "json"] = option("text", help="how the log is written")
     max_stored_responses: int = option(1000, help="answers of /v1/responses that are kept in memory; 0 for none")
     stall_timeout: float = option(120.0, help="seconds without a step, with work to do, from which on health is denied")

@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,8 +17,8 @@ from served import Running, Setup, served
 
 from quire.config import ServeOptions
 from quire.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from quire.env import JsonLines
 from quire.serve.account import Account
-from quire.serve.logs import JsonLines, log_as_json
 from quire.serve.progress import Progress
 
 FIELDS = {
@@ -148,7 +151,7 @@ def test_a_log_in_json() -> None:
     logger.propagate = False
     stream = io.StringIO()
     logger.addHandler(logging.StreamHandler(stream))
-    log_as_json(logger)
+    logger.handlers[0].setFormatter(JsonLines())
     logger.warning("line one\nline two %s", "ä", extra={"request": {"id": "x"}})
     try:
         raise ValueError("no")
@@ -159,4 +162,12 @@ def test_a_log_in_json() -> None:
         first["message"] == "line one\nline two ä" and first["request"] == {"id": "x"} and first["level"] == "warning"
     )
     assert "ValueError: no" in second["error"] and "request" not in second and second["time"].endswith("+00:00")
-    assert isinstance(logger.handlers[0].formatter, JsonLines)
+    assert first["process"] == os.getpid()
+
+
+def test_processes_that_are_started_log_in_json_too() -> None:
+    code = "from quire import env; import logging; env.set_up_logging(); logging.getLogger('quire.x').warning('hello')"
+    found = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "QUIRE_LOG_FORMAT": "json"}, capture_output=True, text=True
+    )
+    assert json.loads(found.stderr)["message"] == "hello"

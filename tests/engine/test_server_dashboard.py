@@ -14,7 +14,7 @@ from served import Running, Setup, served
 
 from quire.config import EngineOptions, ServeOptions
 from quire.errors import ConfigError
-from quire.serve.admin import renamed
+from quire.serve.admin import with_prefix
 from quire.serve.run import run_server
 
 DASHBOARD = json.loads((Path(__file__).parent.parent.parent / "deploy" / "grafana.json").read_text())
@@ -71,7 +71,7 @@ def test_the_names_that_dashboards_for_vllm_use() -> None:
         server.client.completions.create(model="", prompt="say:hello;|")
         server.wait_idle()
         known = samples(server)
-        assert not [name for name in known if name.startswith("quire:")]
+        assert [name for name in known if name.startswith("quire:")], "the names of this engine stay"
         for name in (
             "num_requests_running",
             "num_requests_waiting",
@@ -95,10 +95,10 @@ def test_the_names_that_dashboards_for_vllm_use() -> None:
             assert f"vllm:{name}" in known
 
 
-def test_only_names_are_renamed() -> None:
+def test_only_names_get_a_second_prefix() -> None:
     text = b'# HELP quire:x about quire:x\n# TYPE quire:x gauge\nquire:x{model="quire:x"} 1.0\nhttp_quire:y 2\n'
-    expected = b'# HELP vllm:x about quire:x\n# TYPE vllm:x gauge\nvllm:x{model="quire:x"} 1.0\nhttp_quire:y 2\n'
-    assert renamed(text, "vllm") == expected and renamed(text, "quire") == text
+    expected = b'# HELP vllm:x about quire:x\n# TYPE vllm:x gauge\nvllm:x{model="quire:x"} 1.0\n'
+    assert with_prefix(text, "vllm") == text + expected and with_prefix(text, "quire") == text
 
 
 def test_a_prefix_that_prometheus_cannot_read() -> None:

@@ -76,13 +76,16 @@ async def metrics(request: Request) -> Response:
     service: Service = request.app.state.service
     if service.registry is None:
         raise NotFoundError("This server keeps no metrics (disable_log_stats).")
-    text = renamed(generate_latest(service.registry), service.options.metrics_prefix)
+    text = with_prefix(generate_latest(service.registry), service.options.metrics_prefix)
     return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
-def renamed(text: bytes, prefix: str) -> bytes:
-    """Metrics in Prometheus' text form whose names begin with another prefix than quire."""
-    return text if prefix == "quire" else _NAMES.sub(rb"\1" + prefix.encode() + b":", text)
+def with_prefix(text: bytes, prefix: str) -> bytes:
+    """Metrics in Prometheus' text form, with quire's own once more under names that begin with another prefix."""
+    if prefix == "quire":
+        return text
+    own = b"".join(line for line in text.splitlines(keepends=True) if _NAMES.match(line))
+    return text + _NAMES.sub(rb"\1" + prefix.encode() + b":", own)
 
 
 @router.get("/v1/models")

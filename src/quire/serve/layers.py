@@ -18,6 +18,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire.errors import ValidationError
+from quire.serve.caller import read_trace
 from quire.serve.errors import Failure, failure_of
 from quire.serve.sse import ClientLeft
 
@@ -28,7 +29,7 @@ _OPENING, _CLOSING = b"[{", b"]}"
 
 
 class RequestIds:
-    """Every answer carries X-Request-Id: the client's own or a new one."""
+    """Every answer carries X-Request-Id, the client's own or a new one, and the traceparent that came with the request."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -41,9 +42,14 @@ class RequestIds:
         given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
         own = given if 0 < len(given) <= 128 and given.isascii() else uuid.uuid4().hex.encode()
 
+        added = [(b"x-request-id", own)]
+        trace = next((value for name, value in scope["headers"] if name == b"traceparent"), b"")
+        if read_trace(trace.decode("latin-1")) is not None:
+            added.append((b"traceparent", trace))
+
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", own)]
+                message["headers"] = [*message.get("headers", ()), *added]
             await send(message)
 
         await self._app(scope, receive, named)

@@ -21,19 +21,21 @@ import uvicorn
 from starlette.types import ASGIApp
 
 import quire
+from quire import env
 from quire.config import EngineOptions, ServeOptions
 from quire.engine.async_engine import AsyncEngine
 from quire.engine.child import Child, ChildProcess
+from quire.engine.heap import keep_for_good
 from quire.engine.metrics import Metrics
 from quire.engine.supervisor import Patience
 from quire.errors import ConfigError, EngineError
 from quire.serve.app import create_app
 from quire.serve.auth import KeyCheck, check_bind, read_keys
 from quire.serve.chunks import ShortWay
-from quire.serve.logs import log_as_json
 from quire.serve.progress import Progress
 from quire.serve.service import ModelCard, Service, fingerprint
 from quire.serve.startup import Doorway, NotYet, StartReport
+from quire.serve.tracing import open_tracing
 from quire.text.speech import check_formats
 
 logger = logging.getLogger(__name__)
@@ -56,7 +58,7 @@ def run_server(
     CapacityError for what cannot be started.
     """
     if options.log_format == "json":
-        log_as_json(logging.getLogger("quire"))
+        env.log_as_json()
     report = StartReport(time.perf_counter() if began is None else began)
     if began is not None:
         report.add("importing", time.perf_counter() - began)
@@ -113,6 +115,8 @@ def start_service(
     patience = Patience(silence=options.engine_timeout)
     if not options.engine_spare:
         patience = replace(patience, spare_after=None)
+    served = engine_options.model.served_model_name or (engine_options.model.model or "bundled",)
+    tracing = None if options.otlp_traces_endpoint is None else open_tracing(options.otlp_traces_endpoint, served[0])
     engine = AsyncEngine.supervised(engine_options, progress, report.add, patience, new_process)
     settings = engine.engine.settings
     names = settings.model_names or (engine_options.model.model or "bundled",)
@@ -137,6 +141,7 @@ def start_service(
         None if metrics is None else metrics.registry,
         progress=progress,
         log_arrivals=engine_options.observe.enable_log_requests,
+        tracing=tracing,
         takes_priority=engine_options.schedule.scheduling_policy != "fcfs",
     )
 
@@ -317,6 +322,7 @@ async def _live(
     service = server.service = starting.result()
     service.draining = server.told_to_stop
     door.open(ShortWay(create_app(service, keys)))
+    keep_for_good()
     print("\n".join(report.lines(_address(service.options, listener), service.card.names[0], bool(keys))), flush=True)
     tasks = []
     if service.engine.tokenizer is not None:

@@ -40,6 +40,7 @@ from quire.serve.progress import Progress
 from quire.serve.protocol import GenerationRequest
 from quire.serve.renderer import RenderPool
 from quire.serve.store import Store
+from quire.serve.tracing import Tracing
 from quire.text import ChatOptions, Tokenizer, prompt_text
 from quire.text.chat import render_job
 from quire.text.speech import thinking_marks
@@ -104,6 +105,7 @@ class Service:
     live: Live = field(default_factory=Live)
     draining: bool = False
     log_arrivals: bool = False
+    tracing: Tracing | None = None
     takes_priority: bool = True  # whether the scheduler heeds it
     store: Store = field(init=False)
     server_templates: RenderPool = field(init=False)
@@ -121,6 +123,8 @@ class Service:
         await self.server_templates.close()
         await self.client_templates.close()
         await self.engine.close()
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.close)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -268,6 +272,8 @@ class Service:
         finally:
             self.live.remove(live)
             account.close()
+            if self.tracing is not None:
+                self.tracing.note(account, params)
             if logger.isEnabledFor(logging.INFO):
                 logger.info("%s", account.line(), extra={"request": account.record()})
 
