@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--seconds", type=float, default=60.0, help="of the search for long steps; 0 for none")
     found = parser.parse_args()
-    with both(found, max_num_seqs=found.streams) as (server, llm):
+    with both(found, max_num_seqs=found.streams, disable_log_stats=False) as (server, llm):
         rates: list[list[float]] = [[], []]
         for number in range(ROUNDS + 1):
             pair = (

@@ -84,7 +84,8 @@ def both(found: argparse.Namespace, **options: Any) -> Iterator[tuple[Started, L
         command = [sys.executable, "-m", "quire.cli.main", "serve", "--port", "0", "--no-engine-spare"]
         for name, value in options.items():
             flag = "--" + name.replace("_", "-")
-            command += [flag] if value is True else [flag, str(value)]
+            if value is not False:
+                command += [flag] if value is True else [flag, str(value)]
         with LLM(**options) as llm, server_process(command) as server:
             yield server, llm
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import signal
@@ -173,3 +174,23 @@ def test_a_unix_socket(tmp_path: Path) -> None:
             bind(ServeOptions(uds=str(path)))
     assert path.exists()  # left behind, as after a crash
     bind(ServeOptions(uds=str(path))).close()
+
+
+def test_connections_send_without_delay() -> None:
+    """Otherwise a small piece waits for the client's word about the one before it: 40 ms, in each first token."""
+
+    async def main() -> int:
+        options: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def connected(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            options.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        listener = bind(ServeOptions(port=0))
+        async with await asyncio.start_server(connected, sock=listener):
+            _, writer = await asyncio.open_connection(*listener.getsockname())
+            found = await options
+            writer.close()
+        return found
+
+    assert asyncio.run(main())

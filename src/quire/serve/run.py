@@ -176,7 +176,9 @@ def bind(options: ServeOptions) -> socket.socket:
         is_v6 = ":" in options.host
         family = socket.AF_INET6 if is_v6 else socket.AF_INET
         address, shown = (options.host.strip("[]"), options.port), f"{options.host}:{options.port}"
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # Named, for asyncio sends without delay (TCP_NODELAY) only where it reads TCP: else a first token waits 40 ms.
+    protocol = 0 if options.uds is not None else socket.IPPROTO_TCP
+    listener = socket.socket(family, socket.SOCK_STREAM, protocol)
     try:
         if options.uds is None:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
