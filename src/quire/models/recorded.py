@@ -147,8 +147,8 @@ def _record(model: Recordable, recorder: Recorder, plan: Plan) -> Program:
     takes = []
     for kind, width in zip(TAKES, WIDTHS, strict=True):
         batch = made_up(kind, plan, width)
-        hidden = replace(batch, prompt_lengths=None)
-        for name in ("starts_host", "lengths_host", "rows_host", "rows"):
+        hidden = replace(batch)
+        for name in ("starts_host", "lengths_host", "rows_host", "rows", "prompt_lengths"):
             setattr(hidden, name, HostOnly(name))
         names = [f"input {index}" for index in range(len(inputs_of(batch)))]
         names[1] = "positions"
@@ -167,7 +167,7 @@ def inputs_of(batch: Batch) -> list[torch.Tensor]:
     for group in batch.groups:
         found.append(group.tables)
         found.append(group.slots)
-    return found
+    return [tensor.contiguous() for tensor in found]
 
 
 def sizes_of(batch: Batch) -> list[int]:

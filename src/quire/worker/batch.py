@@ -44,6 +44,7 @@ class Rows:
     positions_host: np.ndarray  # int64 [R]
     slots: torch.Tensor  # int64 [R]
     positions: torch.Tensor  # int64 [R]
+    one_each: bool = False  # one row for each span, in order
 
 
 @dataclass(slots=True)
@@ -57,9 +58,8 @@ class Step:
 
 def gather(spans: Sequence[Span], slots: Slots, caches: list[Any], device: Device) -> Step:
     """The tensors for computing `spans`, in their order."""
-    rows = np.array([span.slot for span in spans], dtype=np.int64)
-    firsts = np.array([span.start for span in spans], dtype=np.int64)
-    counts = np.array([span.count for span in spans], dtype=np.int64)
+    columns = list(zip(*spans, strict=True))  # the fields of all spans
+    rows, firsts, counts = (np.array(column, dtype=np.int64) for column in columns[:3])
     starts = np.zeros(len(spans) + 1, dtype=np.int64)
     np.cumsum(counts, out=starts[1:])
     lengths = firsts + counts
@@ -69,7 +69,7 @@ def gather(spans: Sequence[Span], slots: Slots, caches: list[Any], device: Devic
     else:
         positions = np.arange(total) + np.repeat(firsts - starts[:-1], counts)
         row_of = np.repeat(rows, counts)
-    wanted = _wanted_rows(spans, slots, starts)
+    wanted = _wanted_rows(spans, slots, starts, all(columns[3]), any(columns[4]))
     device_rows = device.to_device(torch.from_numpy(rows))
     batch = Batch(
         token_ids=_take(slots.tokens, row_of * slots.width + positions, device).long(),
@@ -101,6 +101,7 @@ def gather(spans: Sequence[Span], slots: Slots, caches: list[Any], device: Devic
             picked_positions,
             device_rows if everyone else device.to_device(torch.from_numpy(picked_rows)),
             device.to_device(torch.from_numpy(picked_positions)),
+            everyone,
         ),
         wanted.prompts,
     )
@@ -117,10 +118,10 @@ class _Wanted:
     drafts: bool  # whether a span chooses several
 
 
-def _wanted_rows(spans: Sequence[Span], slots: Slots, starts: np.ndarray) -> _Wanted:
-    sampled = [index for index, span in enumerate(spans) if span.sample]
+def _wanted_rows(spans: Sequence[Span], slots: Slots, starts: np.ndarray, everyone: bool, drafts: bool) -> _Wanted:
+    """`everyone`: every span chooses a token; `drafts`: some have drafts."""
+    sampled = list(range(len(spans))) if everyone else [index for index, span in enumerate(spans) if span.sample]
     asking = slots.prompt_logprobs
-    drafts = any(span.drafts for span in spans)
     if not drafts and not (asking and any(span.slot in asking and _prompt_rows(span, slots) > 0 for span in spans)):
         ends = starts[1:] - 1
         return _Wanted(ends if len(sampled) == len(spans) else ends[sampled], sampled, [], [], drafts=False)

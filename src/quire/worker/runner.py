@@ -149,6 +149,10 @@ class Runner:
         logits: torch.Tensor,
         chosen_logits: torch.Tensor,
     ) -> list[SpanResult]:
+        if choices is not None and step.rows.one_each and not step.prompts and not choices.logprobs:
+            tokens = choices.tokens_host
+            if min(tokens) >= 0:  # the common case, in one go
+                return [SpanResult(span.slot, (token,)) for span, token in zip(spans, tokens, strict=True)]
         prompts = {part.span: self._sampler.prompt_logprobs(logits, part) for part in step.prompts}
         results = []
         row = 0

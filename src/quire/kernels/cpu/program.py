@@ -15,7 +15,7 @@ import torch
 from quire.kernels.cpu.native import Library
 from quire.kernels.cpu.program_draft import fill, join, run_eager, strided, tabulate, value
 from quire.kernels.cpu.program_fuse import fuse
-from quire.kernels.cpu.program_layout import LINE, Arena, Code, Native
+from quire.kernels.cpu.program_layout import CALL, LINE, Arena, Code, Native
 from quire.kernels.cpu.program_lower import lower
 from quire.kernels.cpu.program_trace import Eager, Tracer, View
 from quire.kernels.programs import Opaque, Take
@@ -51,7 +51,9 @@ class CpuProgram:
         made = [index for index, block in enumerate(blocks) if block.kind == "made"]
         moving = [*inputs, *(table.block for table in draft.tables), *made]
         self._bases = {block: place for place, block in enumerate(moving, 2)}
-        self._code = Code(draft, functions, self._bases, self._arena)
+        code = self._code = Code(draft, functions, self._bases, self._arena)
+        self._calls, self._patches = code.calls.ctypes.data, code.patches.ctypes.data
+        self._cells = code.cells.ctypes.data
         self._addresses = (ctypes.c_int64 * (2 + len(moving)))()
         self._sizes = (ctypes.c_int64 * (draft.sizes + 1))()
         self._owns_result = blocks[draft.result.block].kind == "arena"
@@ -65,12 +67,10 @@ class CpuProgram:
             self._fill_tables(highest)
         made: dict[int, torch.Tensor] = {}
         self._locate(inputs, sizes, made)
-        code = self._code
-        calls, patches, cells = code.calls.ctypes.data, code.patches.ctypes.data, code.cells.ctypes.data
-        for part in code.parts:
+        for part in self._code.parts:
             if isinstance(part, Native):
-                first = calls + part.first * code.calls.itemsize
-                if self._call(first, part.count, patches, cells, self._addresses, self._sizes) >= 0:
+                first = self._calls + part.first * CALL.itemsize
+                if self._call(first, part.count, self._patches, self._cells, self._addresses, self._sizes) >= 0:
                     raise IndexError("a token or a position lies outside the model's table")
                 continue
             run_eager(part, made, lambda view: self._tensor(view, inputs, sizes, made), sizes, step)
