@@ -1,8 +1,9 @@
 """FormatParser: generated text -> content, reasoning and tool calls, as it comes.
 
 Works character by character on what was seen so far and never on where a piece of text ends, so every way to cut the
-text gives the same result. A call is told when it is complete; what turns out to be none is content, with nothing lost
-but markers that only separate. Made anew for each output. Knows no tokens and no protocol.
+text gives the same result. A call is told as soon as its arguments begin, where they are written as JSON, and otherwise
+when it is complete; what turns out to be none is content, with nothing lost but markers that only separate. Made anew
+for each output. Knows no tokens and no protocol.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from typing import Any, Literal
 
 from quire.text.format_readers import READERS, Call
 from quire.text.formats import ReasoningFormat, Region, ToolFormat
+from quire.text.streamed import Arguments, head_of
 
 MOST_REREAD = 32 * 1024  # characters of regions that turn out to be no calls; they are read twice, so there is an end
 _BRACKETS = {"{": 1, "[": 1, "(": 1, "}": -1, "]": -1, ")": -1}
 _SPACES = " \t\r\n"
+_FORM = _SPACES + "}],`"  # what may stand behind the last call of a region
 _SELF_ENDING = ("function_xml", "invoke_xml")  # readers that see by themselves whether the inside is complete
 
 
@@ -76,6 +79,10 @@ class _Open:
     depth: int = 0
     begun: bool = False  # the value
     blank: bool = True  # nothing but spaces so far
+    head: int = 0  # where in the text the head of the next call begins
+    before: str = ""  # the last character that is no space
+    arguments: Arguments | None = None  # of the call that is being told
+    told: int = 0  # calls
 
 
 class FormatParser:
@@ -113,7 +120,7 @@ class FormatParser:
         self._reread = 0
         self._calls = 0
         self._out: list[Delta] = []
-        self._kind: type[Content] | type[Reasoning] | None = None  # of the parts that are not yet in _out
+        self._kind: type[Content] | type[Reasoning] | type[CallArguments] | None = None  # of parts not yet in _out
         self._parts: list[str] = []
 
     def push(self, text: str) -> list[Delta]:
@@ -214,7 +221,7 @@ class FormatParser:
             self._fresh = False
             self._append(Content, text)
 
-    def _append(self, kind: type[Content] | type[Reasoning], text: str) -> None:
+    def _append(self, kind: type[Content] | type[Reasoning] | type[CallArguments], text: str) -> None:
         if kind is not self._kind:
             self._join()
             self._kind = kind
@@ -222,8 +229,11 @@ class FormatParser:
 
     def _join(self) -> None:
         """Make one delta of the text that came in pieces."""
-        if self._kind is not None:
-            self._out.append(self._kind("".join(self._parts)))
+        text = "".join(self._parts)
+        if self._kind is CallArguments:
+            self._out.append(CallArguments(self._calls - 1, text))
+        elif self._kind is Content or self._kind is Reasoning:
+            self._out.append(self._kind(text))
         self._kind, self._parts = None, []
 
     # ---------------------------------------------------------------- inside of a call
@@ -237,6 +247,7 @@ class FormatParser:
                 self._fail(opened)
                 return
             self._follow(opened, character)
+            self._stream(opened, character)
         if region.ending == "value":
             if opened.begun and opened.depth <= 0:
                 self._close(opened)
@@ -244,6 +255,33 @@ class FormatParser:
         opened.tail = (opened.tail + character)[-len(region.closer) :]
         if opened.tail == region.closer and not opened.quote:
             self._close(opened)
+
+    def _stream(self, opened: _Open, character: str) -> None:
+        """Tell a call whose arguments begin, or more of them."""
+        arguments = opened.arguments
+        if arguments is None:
+            if opened.before == "{" and character in '"}':
+                head = head_of(opened.region.reader, "".join(opened.text[opened.head :]))
+                if head is not None:
+                    self._join()
+                    self._calls += 1
+                    opened.told += 1
+                    opened.arguments = arguments = Arguments()
+                    self._out.append(CallStart(self._calls - 1, head.name, head.id))
+                    self._append(CallArguments, "{")
+            if character not in _SPACES:
+                opened.before = character
+        if arguments is None or arguments.stopped:
+            return
+        told = arguments.step(character)
+        if told:
+            self._append(CallArguments, told)
+        if arguments.stopped:
+            opened.head = len(opened.text) - 1
+        elif not arguments.open:
+            self._join()
+            self._out.append(CallEnd(self._calls - 1))
+            opened.arguments, opened.head, opened.before = None, len(opened.text), ""
 
     def _cannot_begin(self, opened: _Open, character: str) -> bool:
         """Whether a region that holds nothing but JSON begins with something else."""
@@ -274,6 +312,9 @@ class FormatParser:
     def _close(self, opened: _Open, at_end: bool = False) -> None:
         """The region is over: calls, or content."""
         region = opened.region
+        if opened.told:
+            self._close_streamed(opened, at_end)
+            return
         inside = "".join(opened.text)
         if at_end:
             inside = _without_part(inside, region.closer)
@@ -289,6 +330,21 @@ class FormatParser:
         self._fresh = True
         for call in calls:
             self._tell_call(call)
+
+    def _close_streamed(self, opened: _Open, at_end: bool) -> None:
+        """The end of a region whose calls were told already; what stands behind them is content, if it is any."""
+        self._join()
+        self._open = None
+        self._spaces = ""
+        self._fresh = True
+        if opened.arguments is not None and not opened.arguments.stopped:
+            return
+        rest = "".join(opened.text[opened.head :])
+        closer = opened.region.closer
+        if closer:
+            rest = _without_part(rest, closer) if at_end else rest.removesuffix(closer)
+        if rest.strip(_FORM):
+            self._tell(rest)
 
     def _tell_call(self, call: Call) -> None:
         self._join()

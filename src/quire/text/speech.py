@@ -230,7 +230,10 @@ def _formats(template: str, tool_parser: str | None, reasoning_parser: str | Non
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """A piece of an answer: text, thoughts, and calls in the API's form."""
+    """A piece of an answer: text, thoughts, and calls in the API's form.
+
+    An entry of `calls` that begins a call has its id and name, a later one more of the arguments of the call `index`.
+    """
 
     content: str = ""
     reasoning: str = ""
@@ -271,7 +274,9 @@ class AnswerReader:
                 function = {"name": delta.name, "arguments": ""}
                 call_id = delta.id or f"chatcmpl-tool-{uuid.uuid4().hex}"
                 calls.append({"index": delta.index, "id": call_id, "type": "function", "function": function})
-            elif isinstance(delta, CallArguments) and calls and calls[-1]["index"] == delta.index:
+            elif isinstance(delta, CallArguments) and delta.index < self.calls:
+                if not calls or calls[-1]["index"] != delta.index:
+                    calls.append({"index": delta.index, "function": {"arguments": ""}})
                 calls[-1]["function"]["arguments"] += delta.text
         if self._strips:
             content = content.lstrip()
