@@ -7,6 +7,9 @@
 //       steps of 64              scores S = Q K, softmax, O += P V; S and O in blocks that stay near
 //         groups of 16           one panel of keys, one panel of steps of values: the products of tile.h
 //
+// In a cache of int8 the integers take part in the products as they are; the scale of a position is multiplied to its
+// scores and to its weights.
+//
 // Splits and steps lie at fixed positions of the sequence, and splits are merged in ascending order. So the bits of a row
 // do not depend on the batch, on how the prompt was cut, or on whether the splits of a task were done by one thread or by
 // several. Scores are kept in base 2.
@@ -14,16 +17,15 @@
 #include <limits>
 #include <vector>
 
-#include "pages.h"
+#include "groups.h"
 #include "threads.h"
 
 namespace quire {
 namespace {
 
-constexpr long STEP = BLOCK_COLUMNS;  // positions
-constexpr long STEP_GROUPS = STEP / PANEL;
 constexpr long SPLIT = 512;
-constexpr long TASK_ROWS = 32;  // unless one position alone has more query heads
+constexpr long TASK_ROWS = 32;
+constexpr long SHARED_TASK_ROWS = 64;  // where values are made from keys, for all rows of a task at once
 constexpr float LOG2_E = 1.44269504f;
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 
@@ -31,10 +33,12 @@ constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 template <class T>
 constexpr int STEP_WEIGHTS = int(STEP / Dot<T>::DEPTH * Dot<T>::STEP_A);
 
-// O[rows][panels * 16] += P[rows][groups * 16] * values, the values of group g being at values[g].
+// O[rows][panels * 16] += P[rows][groups * 16] * values, the values of group g being at values[g]. Meanwhile fetches the
+// lines from next[g] on, `line` bytes apart.
 template <class T, int ROWS, int PANELS>
 struct AddValues {
-    static void run(const typename Dot<T>::A* weights, const T* const* values, long groups, float* out, long stride) {
+    static void run(const typename Dot<T>::A* weights, const T* const* values, long groups, float* out, long stride,
+                    const char* const* next, long line) {
         constexpr long PER_GROUP = PANEL / Dot<T>::DEPTH;
         Tile<T, ROWS, PANELS> tile;
         tile.read(out, stride);
@@ -42,7 +46,11 @@ struct AddValues {
             const T* panels[PANELS];
             for (int p = 0; p < PANELS; p++) panels[p] = values[g] + p * Pages<T>::VALUE_PANEL;
             const auto* part = weights + g * PER_GROUP * Dot<T>::STEP_A;
-            for (long s = 0; s < PER_GROUP; s++) tile.template add_step<STEP_WEIGHTS<T>, 1>(part, panels, s);
+            const char* fetch = next[g];
+            for (long s = 0; s < PER_GROUP; s++) {
+                for (int p = 0; p < PANELS; p++) prefetch(fetch + (p * PER_GROUP + s) * line);
+                tile.template add_step<STEP_WEIGHTS<T>, 1>(part, panels, s);
+            }
         }
         tile.write(out, stride);
     }
@@ -50,11 +58,13 @@ struct AddValues {
 
 struct Task {
     int32_t sequence;
-    int32_t first, count;         // positions among the new rows of the sequence
+    int32_t first, count;           // positions among the new rows of the sequence
+    int32_t head, heads;            // query heads among those of the kv head
     int32_t split_low, split_high;  // the splits to walk
-    int32_t parts;                // 1: write the result; else one of so many tasks that share a result
-    int32_t part;                 // index of this task's first partial result
-    int32_t counter;              // index of the counter that tells the last of them
+    int32_t parts;                  // 1: write the result; else one of so many tasks that share a result
+    int32_t part;                   // index of this task's first partial result
+    int32_t counter;                // index of the counter that tells the last of them
+    long rows() const { return long(count) * heads; }
 };
 
 // The softmax of some rows over some positions: out is not yet divided by sum.
@@ -89,9 +99,11 @@ void merge(const State& total, const State& part) {
     }
 }
 
-template <class T>
+// Q: the dtype of queries and results. S: that of the cache. T: what the products are made of.
+template <class Q, class S>
 class Attention {
 public:
+    using T = WorkOf<S>;
     using A = typename Dot<T>::A;
 
     explicit Attention(const QuireAttention& call)
@@ -99,7 +111,7 @@ public:
           pages_(*call.cache),
           heads_(call.heads / pages_.kv_heads),
           columns_(pages_.value_panels() * PANEL),
-          most_rows_(std::max(TASK_ROWS, heads_)) {}
+          most_rows_(pages_.shared ? SHARED_TASK_ROWS : TASK_ROWS) {}
 
     void run() {
         plan();
@@ -116,10 +128,13 @@ public:
     }
 
 private:
+    static constexpr bool BYTES = Pages<S>::BYTES;
+    static constexpr long LINE = Pages<S>::STEP_B * long(sizeof(S));  // of one step of a panel, as stored
+
     long length(const Task& t) const { return call_.lengths[t.sequence]; }
     long new_rows(const Task& t) const { return call_.starts[t.sequence + 1] - call_.starts[t.sequence]; }
     // Row r of a task: the position it stands at, and the positions [low, position] that it sees.
-    long position(const Task& t, long r) const { return length(t) - new_rows(t) + t.first + r / heads_; }
+    long position(const Task& t, long r) const { return length(t) - new_rows(t) + t.first + r / t.heads; }
     long low(long position) const {
         long low = 0;
         if (call_.window) low = std::max<long>(0, position + 1 - call_.window);
@@ -127,22 +142,23 @@ private:
         return low;
     }
 
+    // A task has some positions with all their heads, or if these are too many, one position with some of them.
     void plan() {
-        const long per_task = std::max<long>(1, TASK_ROWS / heads_);
-        long simple = 0;
+        const long per_task = std::max<long>(1, most_rows_ / heads_), head_cuts = ceil_div(heads_, most_rows_);
         for (int32_t s = 0; s < call_.sequences; s++) {
             const long rows = call_.starts[s + 1] - call_.starts[s];
-            for (long tile = ceil_div(rows, per_task); tile-- > 0;) {  // the longest first
-                const long first = tile * per_task, count = std::min(per_task, rows - first);
-                Task t{s, int32_t(first), int32_t(count), 0, 0, 1, 0, 0};
-                t.split_low = int32_t(low(position(t, 0)) / SPLIT);
-                t.split_high = int32_t(position(t, (count - 1) * heads_) / SPLIT + 1);
-                work_ += (t.split_high - t.split_low) * SPLIT * count * heads_;
-                tasks_.push_back(t);
-                simple++;
-            }
+            for (long tile = ceil_div(rows, per_task); tile-- > 0;)  // the longest first
+                for (long cut = 0; cut < head_cuts; cut++) {
+                    const long first = tile * per_task, head = heads_ * cut / head_cuts;
+                    Task t{s, int32_t(first), int32_t(std::min(per_task, rows - first)), int32_t(head),
+                           int32_t(heads_ * (cut + 1) / head_cuts - head), 0, 0, 1, 0, 0};
+                    t.split_low = int32_t(low(position(t, 0)) / SPLIT);
+                    t.split_high = int32_t(position(t, t.rows() - 1) / SPLIT + 1);
+                    work_ += (t.split_high - t.split_low) * SPLIT * t.rows();
+                    tasks_.push_back(t);
+                }
         }
-        if (simple * pages_.kv_heads < 8 * team_size()) cut_at_splits();
+        if (long(tasks_.size()) * pages_.kv_heads < 8 * team_size()) cut_at_splits();
     }
 
     // Few tasks: let several threads share one, a split each.
@@ -170,15 +186,14 @@ private:
     struct Memory {
         A *query, *weights;
         float *scores, *lanes, *split, *total;
-        T* spare;  // STEP_GROUPS groups, for what cannot be read in its place
+        void* spare;  // of the GroupReader
     };
 
     Memory allot() const {
         struct Use;
         const long rows = most_rows_, state = State::floats(rows, columns_);
-        const long floats = rows * packed_row<T>(pages_.key_dim) + rows * STEP_WEIGHTS<T> + rows * STEP + rows * W +
-                            2 * state + STEP_GROUPS * pages_.group_elements();
-        float* p = static_cast<float*>(scratch<Use>((floats + 96) * 4));
+        const long floats = rows * packed_row<T>(pages_.key_dim) + rows * STEP_WEIGHTS<T> + rows * STEP + rows * W + 2 * state;
+        float* p = static_cast<float*>(scratch<Use>((floats + 96) * 4 + GroupReader<S>::bytes(pages_)));
         auto take = [&p](long count) {
             float* taken = p;
             p += ceil_div(count, 16) * 16;
@@ -191,14 +206,14 @@ private:
         m.lanes = take(rows * W);
         m.split = take(state);
         m.total = take(state);
-        m.spare = reinterpret_cast<T*>(p);
+        m.spare = p;
         return m;
     }
 
     void whole(const Task& t, long head) const {
         const Memory m = allot();
         pack_query(t, head, m);
-        const State total(m.total, t.count * heads_, columns_);
+        const State total(m.total, t.rows(), columns_);
         total.clear();
         for (long split = t.split_low; split < t.split_high; split++) {
             const State state(m.split, total.rows, columns_);
@@ -211,7 +226,7 @@ private:
     void part(const Task& t, long head, float* partial, std::atomic<int>& finished) const {
         const Memory m = allot();
         pack_query(t, head, m);
-        const long rows = t.count * heads_, size = State::floats(most_rows_, columns_);
+        const long rows = t.rows(), size = State::floats(most_rows_, columns_);
         auto state_of = [&](long index) { return State(partial + (index * pages_.kv_heads + head) * size, rows, columns_); };
         walk(t, head, t.split_low, m, state_of(t.part));
         if (finished.fetch_add(1, std::memory_order_acq_rel) != t.parts - 1) return;
@@ -222,11 +237,9 @@ private:
         finish(t, head, total);
     }
 
-    const T* query_row(const Task& t, long head, long r) const {
-        const long row = call_.starts[t.sequence] + t.first + r / heads_;
-        return static_cast<const T*>(call_.query) + row * call_.query_stride +
-               (head * heads_ + r % heads_) * pages_.key_dim;
-    }
+    // The row of queries and results, and the head, of row r of a task.
+    long row_of(const Task& t, long r) const { return call_.starts[t.sequence] + t.first + r / t.heads; }
+    long head_of(const Task& t, long head, long r) const { return head * heads_ + t.head + r % t.heads; }
 
     // The rows of a task go through the products in tiles of at most MAX_ROWS<T>.
     template <class Fn>
@@ -236,59 +249,14 @@ private:
     }
 
     void pack_query(const Task& t, long head, const Memory& m) const {
-        for_each_tile(t.count * heads_, [&](long r0, long r1) {
-            pack_rows<T>([&](int i) { return query_row(t, head, r0 + i); }, int(r1 - r0), pages_.key_dim,
-                         m.query + r0 * packed_row<T>(pages_.key_dim));
+        for_each_tile(t.rows(), [&](long r0, long r1) {
+            pack_rows<T>(
+                [&](int i) {
+                    return static_cast<const Q*>(call_.query) + row_of(t, r0 + i) * call_.query_stride +
+                           head_of(t, head, r0 + i) * pages_.key_dim;
+                },
+                int(r1 - r0), pages_.key_dim, m.query + r0 * packed_row<T>(pages_.key_dim));
         });
-    }
-
-    // The groups of one step: where their keys and values can be read.
-    struct Groups {
-        const T *keys[STEP_GROUPS], *values[STEP_GROUPS];
-        long count = 0;
-    };
-
-    Groups find_groups(const Task& t, long head, long start, long from, long to, T* spare) const {
-        Groups g;
-        const int32_t* table = call_.tables + t.sequence * call_.table_stride;
-        for (long p = start; p < std::min(to, start + STEP); p += PANEL, g.count++, spare += pages_.group_elements()) {
-            const T* group = spare;
-            if (pages_.page_size % PANEL != 0)
-                gather(table, head, p, std::max(from, p), std::min(to, p + PANEL), spare);
-            else if (p + PANEL > from)
-                group = pages_.group(table[p / pages_.page_size], head, p % pages_.page_size);
-            g.keys[g.count] = group;
-            g.values[g.count] = group + pages_.key_elements();
-            if (pages_.page_size % PANEL == 0 && (p < from || p + PANEL > to)) {
-                copy_values(g.values[g.count], from - p, to - p, spare + pages_.key_elements());
-                g.values[g.count] = spare + pages_.key_elements();
-            }
-        }
-        return g;
-    }
-
-    // Pages that do not hold whole groups: put positions [from, to) of the group at p together, zeros elsewhere.
-    void gather(const int32_t* table, long head, long p, long from, long to, T* out) const {
-        std::memset(static_cast<void*>(out), 0, size_t(pages_.group_elements()) * sizeof(T));
-        for (long q = from; q < to; q++) {
-            const long offset = q % pages_.page_size, j = offset % PANEL;
-            const T* in = pages_.group(table[q / pages_.page_size], head, offset);
-            for (long d = 0; d < pages_.key_dim; d++) out[pages_.key_at(q - p, d)] = in[pages_.key_at(j, d)];
-            in += pages_.key_elements();
-            T* values = out + pages_.key_elements();
-            for (long d = 0; d < pages_.value_dim; d++) values[pages_.value_at(q - p, d)] = in[pages_.value_at(j, d)];
-        }
-    }
-
-    // What a position outside [from, to) holds is unknown, and 0 * NaN is not 0: read zeros there instead.
-    void copy_values(const T* values, long from, long to, T* out) const {
-        constexpr long DEPTH = Dot<T>::DEPTH;
-        std::memset(static_cast<void*>(out), 0, size_t(pages_.value_panels() * Pages<T>::VALUE_PANEL) * sizeof(T));
-        for (long j = std::max<long>(from, 0); j < std::min<long>(to, PANEL); j++)
-            for (long e = 0; e < pages_.value_panels() * PANEL; e += PANEL) {
-                const long at = pages_.value_at(j, e);
-                for (long d = 0; d < PANEL * DEPTH; d += DEPTH) out[at + d] = values[at + d];
-            }
     }
 
     // One split of a task.
@@ -298,31 +266,35 @@ private:
         for (long i = 0; i < rows * W; i += W) store(m.lanes + i, zero());
         const long from = low(position(t, 0)), to = position(t, rows - 1) + 1;
         const long end = std::min(to, (split + 1) * SPLIT);
+        const GroupReader<S> reader(pages_, call_.tables + t.sequence * call_.table_stride, head, m.spare);
         for (long start = std::max(split * SPLIT, from / STEP * STEP); start < end; start += STEP) {
-            const Groups g = find_groups(t, head, start, from, to, m.spare);
+            const Groups<T> g = reader.read(start, from, to);
             for_each_tile(rows, [&](long r0, long r1) {
                 if (position(t, r1 - 1) < start || low(position(t, r0)) >= start + STEP) return;
                 score(g, m, r0, r1);
-                for (long r = r0; r < r1; r++) soften(t, r, start, g.count, m, state);
+                for (long r = r0; r < r1; r++) soften(t, r, start, g, m, state);
                 add_values(g, m, r0, r1, state);
             });
         }
         for (long r = 0; r < rows; r++) state.sum[r] = reduce_add(load(m.lanes + r * W));
     }
 
-    void score(const Groups& g, const Memory& m, long r0, long r1) const {
+    // Both products fetch the next step, if they are the first of a task to pass this one.
+    void score(const Groups<T>& g, const Memory& m, long r0, long r1) const {
         const A* query = m.query + r0 * packed_row<T>(pages_.key_dim);
         for (long i = 0, width; i < g.count; i += width) {
-            width = panels_for(int(r1 - r0));
+            width = panels_for<T>(int(r1 - r0));
             while (width > g.count - i) width /= 2;
+            Ahead ahead{{}, r0 == 0 ? LINE : 0};
+            for (long p = 0; p < width; p++) ahead.from[p] = g.next[i + p];
             kernel_for<Multiply, T>(r1 - r0, width)(query, g.keys + i, pages_.key_steps(), m.scores + r0 * STEP + i * PANEL,
-                                                    true, Ahead{g.values[i], Dot<T>::STEP_B * long(sizeof(T)), 0});
+                                                    true, ahead);
         }
     }
 
     // Scores of one row and step -> weights 2^(score - largest so far); when the largest grows, what was summed shrinks.
-    void soften(const Task& t, long r, long start, long groups, const Memory& m, const State& state) const {
-        const long at = position(t, r), lowest = low(at);
+    void soften(const Task& t, long r, long start, const Groups<T>& g, const Memory& m, const State& state) const {
+        const long at = position(t, r), lowest = low(at), groups = g.count;
         A* weights = m.weights + r * STEP_WEIGHTS<T>;
         if (at < start || lowest >= start + STEP) {
             std::memset(static_cast<void*>(weights), 0, size_t(STEP_WEIGHTS<T>) * sizeof(A));
@@ -333,6 +305,7 @@ private:
         F most = set1(LOWEST);
         for (long i = 0; i < groups * PANEL; i += W) {
             F x = mul(load(scores + i), set1(call_.scale));
+            if constexpr (BYTES) x = mul(x, load(g.key_scales[i / PANEL] + i % PANEL));
             if (call_.softcap != 0) x = mul(set1(call_.softcap), tanh(div(x, set1(call_.softcap))));
             x = mul(x, set1(LOG2_E));
             if (partial) x = keep_range(x, int(start + i), int(lowest), int(at + 1), set1(LOWEST));
@@ -350,31 +323,41 @@ private:
         }
         const F base = set1(state.largest[r]);
         for (long i = 0; i < groups * PANEL; i += W) {
-            const F weight = exp2(sub(load(scores + i), base));
+            F weight = exp2(sub(load(scores + i), base));
             lanes = add(lanes, weight);
-            if constexpr (sizeof(A) == sizeof(float) && Dot<T>::STEP_A == Dot<T>::DEPTH)
+            if constexpr (BYTES) {
+                weight = mul(weight, load(g.value_scales[i / PANEL] + i % PANEL));
+                // What was never written may have any scale.
+                if (partial) weight = keep_range(weight, int(start + i), int(lowest), int(at + 1), zero());
+            }
+            if constexpr (Dot<T>::STEP_A == Dot<T>::DEPTH)
                 store(reinterpret_cast<float*>(weights) + i, weight);
             else
-                store(reinterpret_cast<bf16*>(weights) + i, weight);
+                store_narrow(reinterpret_cast<bf16*>(weights) + i, weight);
         }
         store(m.lanes + r * W, lanes);
     }
 
-    void add_values(const Groups& g, const Memory& m, long r0, long r1, const State& state) const {
+    void add_values(const Groups<T>& g, const Memory& m, long r0, long r1, const State& state) const {
+        const bool fetch = r0 == 0 && !pages_.shared;
         for (long p = 0, width; p < pages_.value_panels(); p += width) {
-            width = panels_for(int(r1 - r0));
+            width = panels_for<T>(int(r1 - r0));
             while (width > pages_.value_panels() - p) width /= 2;
             const T* values[STEP_GROUPS];
-            for (long i = 0; i < g.count; i++) values[i] = g.values[i] + p * Pages<T>::VALUE_PANEL;
+            const char* next[STEP_GROUPS];
+            for (long i = 0; i < g.count; i++) {
+                values[i] = g.values[i] + p * Pages<S>::VALUE_PANEL;
+                next[i] = g.next[i] + (pages_.key_elements() + p * Pages<S>::VALUE_PANEL) * long(sizeof(S));
+            }
             kernel_for<AddValues, T>(r1 - r0, width)(m.weights + r0 * STEP_WEIGHTS<T>, values, g.count,
-                                                     state.out + r0 * columns_ + p * PANEL, columns_);
+                                                     state.out + r0 * columns_ + p * PANEL, columns_, next, fetch ? LINE : 0);
         }
     }
 
     // Divide by the sum and write the rows out; a sink is one more score without a value.
     void finish(const Task& t, long head, const State& total) const {
         for (long r = 0; r < total.rows; r++) {
-            const long row = call_.starts[t.sequence] + t.first + r / heads_, h = head * heads_ + r % heads_;
+            const long row = row_of(t, r), h = head_of(t, head, r);
             float factor = 1, sum = total.sum[r];
             if (call_.sinks != nullptr) {
                 const float sink = call_.sinks[h] * LOG2_E, largest = std::max(sink, total.largest[r]);
@@ -383,7 +366,7 @@ private:
             }
             const F scale = set1(factor / sum);
             const float* in = total.out + r * columns_;
-            T* out = static_cast<T*>(call_.out) + (row * call_.heads + h) * pages_.value_dim;
+            Q* out = static_cast<Q*>(call_.out) + (row * call_.heads + h) * pages_.value_dim;
             for (long i = 0; i < pages_.value_dim; i += W) {
                 const long rest = pages_.value_dim - i;
                 const F x = mul(load(in + i), scale);
@@ -393,7 +376,7 @@ private:
     }
 
     const QuireAttention& call_;
-    const Pages<T> pages_;
+    const Pages<S> pages_;
     const long heads_;    // query heads of one kv head
     const long columns_;  // value_dim filled up to whole panels
     const long most_rows_;
@@ -406,8 +389,13 @@ private:
 
 void quire_attention(const QuireAttention* call) {
     using namespace quire;
-    if (call->cache->dtype == QUIRE_BFLOAT16)
-        Attention<bf16>(*call).run();
+    const QuireCache& cache = *call->cache;
+    if (cache.dtype == QUIRE_BFLOAT16)
+        Attention<bf16, bf16>(*call).run();
+    else if (cache.dtype == QUIRE_FLOAT32)
+        Attention<float, float>(*call).run();
+    else if (cache.rows == QUIRE_BFLOAT16)
+        Attention<bf16, int8_t>(*call).run();
     else
-        Attention<float>(*call).run();
+        Attention<float, int8_t>(*call).run();
 }

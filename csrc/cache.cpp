@@ -7,8 +7,8 @@ namespace {
 
 constexpr long WORTH = 1 << 15;  // elements from which the team is woken
 
-template <class T>
-void write_cache(const Pages<T>& pages, const T* key, long key_stride, const T* value, long value_stride,
+template <class S, class T>
+void write_cache(const Pages<S>& pages, const T* key, long key_stride, const T* value, long value_stride,
                  const int64_t* slots, long tokens) {
     const long size = pages.kv_heads * (pages.key_dim + pages.value_dim);
     for_each_item(ceil_div(tokens, PANEL), tokens * size > WORTH, [&](long block) {
@@ -80,9 +80,12 @@ void rotary(const QuireRotary& call) {
                     rotate(x, t, key_out + (t * call.kv_heads + h) * dim);
                     continue;
                 }
-                const Pages<T> pages(*call.cache);
                 rotate(x, t, turned);
-                pages.write(call.slots[t], h, turned, value + t * call.value_stride + h * pages.value_dim);
+                const T* v = value + t * call.value_stride + h * call.cache->value_dim;
+                if (call.cache->dtype == QUIRE_INT8)
+                    Pages<int8_t>(*call.cache).write(call.slots[t], h, turned, v);
+                else
+                    Pages<T>(*call.cache).write(call.slots[t], h, turned, v);
             }
         }
     });
@@ -94,18 +97,26 @@ void rotary(const QuireRotary& call) {
 using namespace quire;
 
 int64_t quire_page_size(int32_t dtype, int64_t page_size, int64_t kv_heads, int64_t key_dim, int64_t value_dim) {
-    const QuireCache cache{nullptr, page_size, kv_heads, key_dim, value_dim, dtype};
-    return dtype == QUIRE_BFLOAT16 ? Pages<bf16>(cache).page_elements() : Pages<float>(cache).page_elements();
+    int64_t elements = 0;
+    with_pages(QuireCache{nullptr, page_size, kv_heads, key_dim, value_dim, dtype, 0, 0},
+               [&](const auto& pages) { elements = pages.page_elements(); });
+    return elements;
 }
 
 void quire_write_cache(const QuireCache* cache, const void* key, int64_t key_stride, const void* value,
                        int64_t value_stride, const int64_t* slots, int64_t tokens) {
-    if (cache->dtype == QUIRE_BFLOAT16)
-        write_cache(Pages<bf16>(*cache), static_cast<const bf16*>(key), key_stride, static_cast<const bf16*>(value),
-                    value_stride, slots, tokens);
-    else
-        write_cache(Pages<float>(*cache), static_cast<const float*>(key), key_stride, static_cast<const float*>(value),
-                    value_stride, slots, tokens);
+    with_pages(*cache, [&](const auto& pages) {
+        using S = std::remove_pointer_t<decltype(pages.data)>;
+        auto write = [&](auto zero) {
+            using T = decltype(zero);
+            write_cache(pages, static_cast<const T*>(key), key_stride, static_cast<const T*>(value), value_stride, slots,
+                        tokens);
+        };
+        if constexpr (std::is_same_v<S, int8_t>)
+            cache->rows == QUIRE_BFLOAT16 ? write(bf16{}) : write(0.0f);
+        else
+            write(S{});
+    });
 }
 
 void quire_rotary(const QuireRotary* call) {

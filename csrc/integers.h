@@ -3,8 +3,11 @@
 //   bytes      int8 weights times int8 values, in runs of BYTE_DEPTH values of k per column: pairs that are widened to 16
 //              bits, or quads where the machine has VNNI, which wants unsigned weights: they are stored BYTE_OFFSET higher
 //   nibbles    weights 0..15 times int8 values, in quads of k per column; the low nibbles of a byte belong to one quad, the
-//              high ones to the next. Sums of NIBBLE_CHUNK values of k fit in 16 bits: 32 / 4 * 2 * 15 * 127 = 30480.
+//              high ones to the next. Where NIBBLE_WIDE is false a dot product sums in 16 bits, in which NIBBLE_CHUNK values
+//              of k fit: 32 / 4 * 2 * 15 * 127 = 30480.
 #pragma once
+
+#include <cmath>
 
 #include "simd.h"
 
@@ -30,10 +33,20 @@ QUIRE_INLINE I high_nibbles(I x) { return _mm512_and_si512(_mm512_srli_epi16(x, 
 constexpr int BYTE_DEPTH = 4;
 constexpr int BYTE_OFFSET = 128;
 QUIRE_INLINE I byte_weights(const uint8_t* p) { return _mm512_loadu_si512(p); }
-QUIRE_INLINE I byte_dot(I sum, I weights, I values) { return _mm512_dpbusd_epi32(sum, weights, values); }
-QUIRE_INLINE I nibble_dot(I part, I weights, I values) { return _mm512_dpbusd_epi32(part, weights, values); }
+// The sums are added to in place, by name: left to itself the compiler copies each of them at every step.
+QUIRE_INLINE I byte_dot(I sum, I weights, I values) {
+#if defined(QUIRE_SIMDE)
+    return _mm512_dpbusd_epi32(sum, weights, values);
+#else
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(values));
+    return sum;
+#endif
+}
+constexpr bool NIBBLE_WIDE = true;
+QUIRE_INLINE I nibble_dot(I sum, I weights, I values) { return byte_dot(sum, weights, values); }
 QUIRE_INLINE I nibble_sum(I sum, I part) { return add_ints(sum, part); }
 #else
+constexpr bool NIBBLE_WIDE = false;
 constexpr int BYTE_DEPTH = 2;
 constexpr int BYTE_OFFSET = 0;
 QUIRE_INLINE I byte_weights(const uint8_t* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
@@ -68,6 +81,7 @@ QUIRE_INLINE I byte_dot(I sum, I weights, I values) {
 QUIRE_INLINE I load_nibbles(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
 QUIRE_INLINE I low_nibbles(I x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
 QUIRE_INLINE I high_nibbles(I x) { return _mm256_and_si256(_mm256_srli_epi16(x, 4), _mm256_set1_epi8(15)); }
+constexpr bool NIBBLE_WIDE = false;
 QUIRE_INLINE I nibble_dot(I part, I weights, I values) {
     const I products = _mm256_maddubs_epi16(weights, values);
     __asm__("vpaddw %1, %0, %0" : "+x"(part) : "x"(products));
@@ -107,6 +121,7 @@ QUIRE_INLINE I load_nibbles(const uint8_t* p) {
 }
 QUIRE_INLINE I low_nibbles(I x) { return x & 0x0f0f0f0f; }
 QUIRE_INLINE I high_nibbles(I x) { return (x >> 4) & 0x0f0f0f0f; }
+constexpr bool NIBBLE_WIDE = true;
 QUIRE_INLINE I nibble_dot(I part, I weights, I values) {
     for (int shift = 0; shift < 32; shift += 8) part += ((weights >> shift) & 15) * ((values << (24 - shift)) >> 24);
     return part;
@@ -124,6 +139,36 @@ QUIRE_INLINE P* after(I x, P* p) {
     (void)x;
 #endif
     return p;
+}
+
+// Rounds k values to bytes: x is near q * scale. A row with inf or NaN in it gets a scale of NaN. Returns the sum of q.
+template <class T>
+int32_t round_values(const T* x, long k, int8_t* q, float* scale) {
+    F most = set1(0), bad = set1(0);
+    long at = 0;
+    auto look = [&](F v) {
+        most = max(most, max(v, sub(set1(0), v)));
+        bad = add(bad, mul(v, set1(0)));
+    };
+    for (; at + W <= k; at += W) look(load(x + at));
+    if (at < k) look(load_some(x + at, k - at));
+    const float largest = reduce_max(most);
+    const bool finite = reduce_add(bad) == 0 && largest >= 1e-30f;  // below, 127 / largest is not safe: nothing is left
+    *scale = reduce_add(bad) == 0 ? (finite ? largest / 127.0f : 0.0f) : NAN;
+    const F factor = set1(finite ? 127.0f / largest : 0.0f);
+    int32_t sum = 0;
+    if (!finite) {
+        std::memset(q, 0, size_t(k));
+        return 0;
+    }
+    for (at = 0; at + W <= k; at += W) store_bytes(q + at, mul(load(x + at), factor));
+    if (at < k) {
+        int8_t rest[W];
+        store_bytes(rest, mul(load_some(x + at, k - at), factor));
+        std::memcpy(q + at, rest, size_t(k - at));
+    }
+    for (at = 0; at < k; at++) sum += q[at];
+    return sum;
 }
 
 // The word of A that stands for BYTE_DEPTH values of k of one row.

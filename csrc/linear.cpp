@@ -7,11 +7,14 @@
 //   ...    |panel0|panel1|           N is filled up with zero outputs, K (bf16: to an even number) with zero values
 //
 // For many rows the product is cut so that what is used again stays near: a block of up to BLOCK_ROWS rows of x is packed
-// (tile by tile, k after k), and for each item of GROUP panels
+// (tile by tile, k after k), and for each group of GROUP panels
 //
-//     for a block of STEP_VALUES values of k                 x: rows * STEP_VALUES values stay in L2
-//         for each panel of the group                        weights: STEP_VALUES * 16 values stay in L1
-//             for each tile of rows:  C += x tile * panel    C: rows * 64 floats, between the blocks in L2
+//     for a block of k                                       x: the block of all rows stays in L2
+//         for one, two or four panels of the group           weights: up to BLOCK_BYTES stay in L1
+//             for each tile of rows:  C += x tile * panels   C: rows * 64 floats, between the blocks in L2
+//
+// and while the tiles pass a block of weights each fetches its share of the next one. A lone tile has nothing to wait for:
+// it streams through k and fetches a little ahead.
 //
 // Where the machine has no bf16 dot product, many rows share the widening of a block of weights: it is written out as
 // floats once, in L1, and the tiles are those of float. The sums are the same, in the same order.
@@ -32,13 +35,17 @@ namespace {
 constexpr long GROUP = BLOCK_COLUMNS / PANEL;
 constexpr long ITEM_ROWS = 96;   // rows of one item
 constexpr long BLOCK_ROWS = 384;  // rows that are packed at a time
-constexpr long FETCH_BYTES = 1024;  // how far ahead a lone stream is fetched
-constexpr long STEP_VALUES = 384;  // values of k in a block
+constexpr long FETCH_STEPS = 16;  // how far ahead a lone stream is fetched
+constexpr long RUNS = 16;         // items for each thread of the team, if there are groups enough
 #if defined(QUIRE_NATIVE_DOT)
 constexpr long WIDEN_ROWS = LONG_MAX;
+constexpr long LONE_ROWS = 6;  // one tile of more rows would hold up the stream: two tiles fetch a whole block ahead
 #else
 constexpr long WIDEN_ROWS = 13;  // rows from which on weights are widened
+constexpr long LONE_ROWS = LONG_MAX;
 #endif
+constexpr long BLOCK_VALUES = 384;  // values of k in a block of one panel, where weights are widened; or else ...
+constexpr long BLOCK_BYTES = 32 << 10;  // ... of all its panels
 
 template <class T>
 long panel_elements(long k) {
@@ -82,6 +89,7 @@ struct Call {
     long m, n, k;
     bool widen;
     long tiles;  // the m rows are cut evenly into this many tiles
+    long width;  // panels side by side
     long block;  // steps of a block of k
     long first_row(long tile) const { return m * tile / tiles; }
     long steps() const { return ceil_div(k, Dot<T>::DEPTH); }
@@ -117,7 +125,10 @@ void widen(const bf16* panel, long steps, float* out) {
 }
 #endif
 
-// A block of k for some panels side by side: what multiply_item hands to multiply_panels.
+template <class T>
+constexpr long LINE = Dot<T>::STEP_B * long(sizeof(T));  // bytes of one step of a panel
+
+// A block of k for some panels side by side: what multiply_group hands to multiply_panels.
 template <class T>
 struct Block {
     const T* weights;  // step `step` of the first panel
@@ -125,12 +136,21 @@ struct Block {
     long width, step, steps;
 };
 
-// All tiles of rows [tile0, tile1) on one block; the last of them fetches the next block meanwhile, a lone one what
-// follows in its own stream.
+// What tile number `index` of `count` fetches: its share of the next block, or what follows in a lone tile's own stream.
+template <class T>
+Ahead ahead_of(const Call<T>& call, const Block<T>& block, long index, long count) {
+    const bool stream = count == 1 && block.step + block.steps < call.steps();
+    const char* from = stream ? reinterpret_cast<const char*>(block.weights) + FETCH_STEPS * LINE<T>
+                              : reinterpret_cast<const char*>(block.next) + block.steps * LINE<T> * index / count;
+    Ahead ahead{{}, stream ? LINE<T> : LINE<T> / count};
+    for (int p = 0; p < MAX_PANELS; p++) ahead.from[p] = from + p * panel_elements<T>(call.k) * long(sizeof(T));
+    return ahead;
+}
+
+// All tiles of rows [tile0, tile1) on one block.
 template <class T>
 void multiply_panels(const Call<T>& call, long tile0, long tile1, const Block<T>& block, float* c) {
     const long panel = panel_elements<T>(call.k), row0 = call.first_row(tile0);
-    const bool lone = tile1 - tile0 == 1;
     const T* panels[GROUP];
     for (long i = 0; i < block.width; i++) panels[i] = block.weights + i * panel;
     const float* wides[1] = {nullptr};
@@ -138,7 +158,7 @@ void multiply_panels(const Call<T>& call, long tile0, long tile1, const Block<T>
     if constexpr (Dot<T>::DEPTH == 2) {
         if (call.widen) {
             struct Wide;
-            float* wide = static_cast<float*>(scratch<Wide>(STEP_VALUES * PANEL * long(sizeof(float))));
+            float* wide = static_cast<float*>(scratch<Wide>(BLOCK_VALUES * PANEL * long(sizeof(float))));
             widen(block.weights, block.steps, wide);
             wides[0] = wide;
         }
@@ -148,8 +168,7 @@ void multiply_panels(const Call<T>& call, long tile0, long tile1, const Block<T>
         const long row = call.first_row(t), rows = call.first_row(t + 1) - row;
         const auto* a = call.a + call.tile_at(row, block.step);
         float* corner = c + (row - row0) * BLOCK_COLUMNS;
-        const T* from = lone ? block.weights + FETCH_BYTES / long(sizeof(T)) : t + 1 == tile1 ? block.next : block.weights;
-        Ahead ahead{from, PANEL * Dot<T>::DEPTH * long(sizeof(T)), panel * long(sizeof(T))};
+        Ahead ahead = ahead_of(call, block, t - tile0, tile1 - tile0);
         if constexpr (Dot<T>::STEP_A == Dot<T>::DEPTH) {
             if (wides[0] != nullptr) {
                 ahead.step /= 2;
@@ -161,22 +180,40 @@ void multiply_panels(const Call<T>& call, long tile0, long tile1, const Block<T>
     }
 }
 
-// Tiles [tile0, tile1) of rows by panels [panel0, panel1).
+// Tiles [tile0, tile1) of rows by the panels of one group.
 template <class T>
-void multiply_item(const Call<T>& call, long tile0, long tile1, long panel0, long panel1) {
+void multiply_group(const Call<T>& call, long tile0, long tile1, long group) {
     float* c = static_cast<float*>(scratch<Call<T>>(ITEM_ROWS * BLOCK_COLUMNS * long(sizeof(float))));
-    const long panel = panel_elements<T>(call.k);
-    for (long s = 0; s < call.steps(); s += call.block)
+    const long panel0 = group * GROUP, panel1 = std::min(ceil_div(call.n, PANEL), panel0 + GROUP);
+    const long panel = panel_elements<T>(call.k), steps = call.steps();
+    for (long s = 0; s < steps; s += call.block)
         for (long p = panel0, width; p < panel1; p += width) {
-            width = call.widen ? 1 : panels_for(int(ceil_div(call.m, call.tiles)));
+            width = call.width;
             while (width > panel1 - p) width /= 2;
             const T* weights = call.packed + p * panel + s * Dot<T>::STEP_B;
-            const T* next = p + width < panel1 ? weights + width * panel
-                                               : call.packed + panel0 * panel + (s + call.block) * Dot<T>::STEP_B;
+            const T* next = weights + width * panel;
+            if (p + width == panel1)
+                next = s + call.block < steps ? call.packed + panel0 * panel + (s + call.block) * Dot<T>::STEP_B
+                                              : call.packed + panel1 * panel;
             multiply_panels(call, tile0, tile1, Block<T>{weights, next, width, s, call.steps_of_block(s)},
                             c + (p - panel0) * PANEL);
         }
     write_out(call, c, call.first_row(tile0), call.first_row(tile1), panel0 * PANEL, std::min(call.n, panel1 * PANEL));
+}
+
+// How the rows are cut into tiles and k into blocks.
+template <class T>
+void choose_cuts(Call<T>& call) {
+    call.widen = Dot<T>::DEPTH == 2 && call.m >= WIDEN_ROWS;
+    call.tiles = ceil_div(call.m, call.widen ? MAX_ROWS<float> : MAX_ROWS<T>);
+    if (call.m > LONE_ROWS) call.tiles = std::max<long>(2, call.tiles);
+    call.width = call.widen ? 1 : panels_for<T>(int(ceil_div(call.m, call.tiles)));
+    if (call.widen)
+        call.block = BLOCK_VALUES / Dot<T>::DEPTH;
+    else if (call.tiles > 1)
+        call.block = BLOCK_BYTES / call.width / LINE<T>;
+    else  // the last steps fetch the next group
+        call.block = call.steps() > 2 * FETCH_STEPS ? call.steps() - FETCH_STEPS : call.steps();
 }
 
 template <class T>
@@ -184,10 +221,7 @@ void linear_block(const T* x, long x_stride, Call<T> call) {
     struct Rows;
     auto* a = static_cast<typename Dot<T>::A*>(scratch<Rows>(call.m * packed_row<T>(call.k) * 4));
     call.a = a;
-    call.widen = Dot<T>::DEPTH == 2 && call.m >= WIDEN_ROWS;
-    const long most_rows = call.widen ? MAX_ROWS<float> : MAX_ROWS<T>;
-    call.tiles = ceil_div(call.m, most_rows);
-    call.block = call.tiles == 1 && !call.widen ? call.steps() : STEP_VALUES / Dot<T>::DEPTH;
+    choose_cuts(call);
     for_each_item(call.tiles, call.m * call.k > 1 << 15, [&](long t) {
         const long row = call.first_row(t), rows = call.first_row(t + 1) - row;
         for (long s = 0; s < call.steps(); s += call.block) {
@@ -195,12 +229,12 @@ void linear_block(const T* x, long x_stride, Call<T> call) {
             pack_rows<T>([&](int i) { return x + (row + i) * x_stride + first; }, int(rows), values, a + call.tile_at(row, s));
         }
     });
-    const long panels = ceil_div(call.n, PANEL), groups = ceil_div(panels, GROUP);
-    const long blocks = ceil_div(call.tiles, ITEM_ROWS / most_rows);
-    for_each_item(groups * blocks, call.m * call.n * call.k > 1 << 17, [&](long item) {
-        const long block = item / groups, group = item % groups;
-        multiply_item(call, call.tiles * block / blocks, call.tiles * (block + 1) / blocks, group * GROUP,
-                      std::min(panels, (group + 1) * GROUP));
+    const long groups = ceil_div(call.n, BLOCK_COLUMNS), blocks = ceil_div(call.m, ITEM_ROWS);
+    const long run = std::max<long>(1, groups * blocks / (RUNS * team_size())), runs = ceil_div(groups, run);
+    for_each_item(runs * blocks, call.m * call.n * call.k > 1 << 17, [&](long item) {
+        const long block = item / runs, first = item % runs * run;
+        for (long group = first; group < std::min(groups, first + run); group++)
+            multiply_group(call, call.tiles * block / blocks, call.tiles * (block + 1) / blocks, group);
     });
 }
 
@@ -208,7 +242,7 @@ template <class T>
 void linear(const T* x, long x_stride, const T* packed, const T* bias, T* out, long m, long n, long k) {
     for (long row = 0; row < m; row += BLOCK_ROWS) {
         const long rows = std::min(BLOCK_ROWS, m - row);
-        linear_block(x + row * x_stride, x_stride, Call<T>{nullptr, packed, bias, out + row * n, rows, n, k, false, 0, 0});
+        linear_block(x + row * x_stride, x_stride, Call<T>{nullptr, packed, bias, out + row * n, rows, n, k, false, 0, 0, 0});
     }
 }
 

@@ -10,6 +10,7 @@
 // N is filled up with zero outputs, K with zero values of x. A tile of rows runs over the whole of K in registers, because
 // a panel of bytes lies in L1 or L2 while all tiles of an item pass it, each fetching its share of the next one.
 #include <algorithm>
+#include <climits>
 #include <cmath>
 
 #include "integers.h"
@@ -26,6 +27,10 @@ struct nibble;  // the tag of kernels for weights of 4 bits, as int8_t is of tho
 #if defined(QUIRE_AVX512) || defined(QUIRE_AVX512BF16)
 template <>
 constexpr int MAX_ROWS<nibble> = 6;
+template <>
+constexpr int panels_for<nibble>(int rows) {
+    return rows <= 3 ? 4 : 2;  // sums of integers and of floats
+}
 #elif defined(QUIRE_AVX2)
 template <>
 constexpr int MAX_ROWS<nibble> = 4;
@@ -40,6 +45,11 @@ constexpr long ITEM_PANELS = BLOCK_COLUMNS / PANEL;
 constexpr long ITEM_ROWS = 96;
 constexpr long BLOCK_ROWS = 384;    // rows of x that are rounded and packed at a time
 constexpr long FETCH_BYTES = 1024;  // how far ahead a lone stream is fetched
+#if defined(QUIRE_AVX512BF16)
+constexpr long LONE_ROWS = 6;  // one tile of more rows would hold up the stream: two tiles fetch whole panels ahead
+#else
+constexpr long LONE_ROWS = LONG_MAX;
+#endif
 constexpr int DEFAULT_ZERO = 8;     // of weights without zero points
 
 // How the weights of one linear lie in memory.
@@ -67,6 +77,21 @@ struct Layout {
     int shift(long at) const { return at / 4 % 2 * 4; }
 };
 
+// One row's values into its column of a panel, whose bytes are set already where the row ends early.
+void pack_nibbles(const int8_t* values, long k, uint8_t* column) {
+    for (long at = 0; at < k; at += 8, column += PANEL * 4) {
+        uint64_t eight = 0;
+        std::memcpy(&eight, values + at, size_t(std::min<long>(8, k - at)));
+        const uint32_t four = uint32_t(eight) | uint32_t(eight >> 32) << 4;  // a value is below 16
+        std::memcpy(column, &four, 4);
+    }
+}
+
+void pack_bytes(const int8_t* values, long k, uint8_t* column) {
+    for (long at = 0; at < k; at += BYTE_DEPTH, column += PANEL * BYTE_DEPTH)
+        for (long i = 0; i < std::min<long>(BYTE_DEPTH, k - at); i++) column[i] = uint8_t(values[at + i] + BYTE_OFFSET);
+}
+
 void pack(const Layout& w, const int8_t* values, const float* scales, const uint8_t* zeros, uint8_t* packed) {
     for_each_item(w.panels, w.n * w.k > 1 << 16, [&](long p) {
         uint8_t* panel = packed + p * w.panel;
@@ -74,11 +99,8 @@ void pack(const Layout& w, const int8_t* values, const float* scales, const uint
         std::memset(panel + w.data, 0, size_t(w.panel - w.data));
         for (long column = 0; column < std::min<long>(PANEL, w.n - p * PANEL); column++) {
             const long row = p * PANEL + column;
-            const int8_t* from = values + row * w.k;
-            for (long at = 0; at < w.k; at++) {
-                uint8_t* byte = w.byte_at(panel, column, at);
-                *byte = w.nibbles ? uint8_t(*byte | from[at] << w.shift(at)) : uint8_t(from[at] + BYTE_OFFSET);
-            }
+            w.nibbles ? pack_nibbles(values + row * w.k, w.k, panel + column * 4)
+                      : pack_bytes(values + row * w.k, w.k, panel + column * BYTE_DEPTH);
             for (long g = 0; g < w.groups; g++) {
                 const long at = g * PANEL + column;
                 const float scale = scales[row * w.groups + g];
@@ -109,37 +131,7 @@ void unpack(const Layout& w, uint8_t* packed, int8_t* values, float* scales, uin
     });
 }
 
-// ---- rounding rows of x
-
-// Rounds k values to bytes: x is near q * scale. A row with inf or NaN in it gets a scale of NaN. Returns the sum of q.
-template <class T>
-int32_t round_values(const T* x, long k, int8_t* q, float* scale) {
-    F most = set1(0), bad = set1(0);
-    long at = 0;
-    auto look = [&](F v) {
-        most = max(most, max(v, sub(set1(0), v)));
-        bad = add(bad, mul(v, set1(0)));
-    };
-    for (; at + W <= k; at += W) look(load(x + at));
-    if (at < k) look(load_some(x + at, k - at));
-    const float largest = reduce_max(most);
-    const bool finite = reduce_add(bad) == 0 && largest >= 1e-30f;  // below, 127 / largest is not safe: nothing is left
-    *scale = reduce_add(bad) == 0 ? (finite ? largest / 127.0f : 0.0f) : NAN;
-    const F factor = set1(finite ? 127.0f / largest : 0.0f);
-    int32_t sum = 0;
-    if (!finite) {
-        std::memset(q, 0, size_t(k));
-        return 0;
-    }
-    for (at = 0; at + W <= k; at += W) store_bytes(q + at, mul(load(x + at), factor));
-    if (at < k) {
-        int8_t rest[W];
-        store_bytes(rest, mul(load_some(x + at, k - at), factor));
-        std::memcpy(q + at, rest, size_t(k - at));
-    }
-    for (at = 0; at < k; at++) sum += q[at];
-    return sum;
-}
+// ---- rows of x
 
 // A block of rows, rounded and packed tile by tile: [words][rows of the tile]; scales and sums are [row][groups].
 template <class T>
@@ -237,21 +229,38 @@ template <class, int ROWS, int PANELS>
 struct MultiplyNibbles {
     static constexpr int VECTORS = PANELS * PANEL_VECTORS;
 
+    // part += the products of NIBBLE_CHUNK values of k, holding in registers what there is less of.
+    static QUIRE_INLINE void add_products(I (&part)[ROWS][VECTORS], const uint32_t* a, const uint8_t* panels, long panel) {
+        QUIRE_UNROLL for (int j = 0; j < NIBBLE_CHUNK / 8; j++, a += 2 * ROWS, panels += PANEL * 4) {
+            auto both = [&](int v) { return load_nibbles(panels + v / PANEL_VECTORS * panel + v % PANEL_VECTORS * W * 4); };
+            if constexpr (ROWS < VECTORS || !NIBBLE_WIDE) {
+                QUIRE_UNROLL for (int v = 0; v < VECTORS; v++) {
+                    const I low = low_nibbles(both(v)), high = high_nibbles(both(v));
+                    QUIRE_UNROLL for (int i = 0; i < ROWS; i++) {
+                        part[i][v] = nibble_dot(part[i][v], low, set1_int(int32_t(a[i])));
+                        part[i][v] = nibble_dot(part[i][v], high, set1_int(int32_t(a[ROWS + i])));
+                        if (ROWS > 2) a = after(part[i][v], a);
+                    }
+                }
+            } else {
+                I low[VECTORS], high[VECTORS];
+                QUIRE_UNROLL for (int v = 0; v < VECTORS; v++) low[v] = low_nibbles(both(v)), high[v] = high_nibbles(both(v));
+                QUIRE_UNROLL for (int i = 0; i < ROWS; i++) {
+                    const I first = set1_int(int32_t(a[i])), second = set1_int(int32_t(a[ROWS + i]));
+                    QUIRE_UNROLL for (int v = 0; v < VECTORS; v++) part[i][v] = nibble_dot(part[i][v], low[v], first);
+                    QUIRE_UNROLL for (int v = 0; v < VECTORS; v++) part[i][v] = nibble_dot(part[i][v], high[v], second);
+                }
+            }
+        }
+    }
+
     // sum += the products of NIBBLE_CHUNK values of k
     static QUIRE_INLINE void add_chunk(I (&sum)[ROWS][VECTORS], const uint32_t* a, const uint8_t* panels, long panel) {
+        if constexpr (NIBBLE_WIDE) return add_products(sum, a, panels, panel);
         I part[ROWS][VECTORS];
         QUIRE_UNROLL for (int i = 0; i < ROWS; i++)
             QUIRE_UNROLL for (int v = 0; v < VECTORS; v++) part[i][v] = set1_int(0);
-        QUIRE_UNROLL for (int j = 0; j < NIBBLE_CHUNK / 8; j++, a += 2 * ROWS, panels += PANEL * 4)
-            QUIRE_UNROLL for (int v = 0; v < VECTORS; v++) {
-                const I both = load_nibbles(panels + v / PANEL_VECTORS * panel + v % PANEL_VECTORS * W * 4);
-                const I low = low_nibbles(both), high = high_nibbles(both);
-                QUIRE_UNROLL for (int i = 0; i < ROWS; i++) {
-                    part[i][v] = nibble_dot(part[i][v], low, set1_int(int32_t(a[i])));
-                    part[i][v] = nibble_dot(part[i][v], high, set1_int(int32_t(a[ROWS + i])));
-                    if (ROWS > 2) a = after(part[i][v], a);
-                }
-            }
+        add_products(part, a, panels, panel);
         QUIRE_UNROLL for (int i = 0; i < ROWS; i++)
             QUIRE_UNROLL for (int v = 0; v < VECTORS; v++) sum[i][v] = nibble_sum(sum[i][v], part[i][v]);
     }
@@ -321,7 +330,8 @@ void multiply_item(const Call<T>& call, long tile0, long tile1, long panel0, lon
     alignas(64) float block[std::max(MAX_ROWS<int8_t>, MAX_ROWS<nibble>) * BLOCK_COLUMNS];
     const bool lone = tile1 - tile0 == 1;
     for (long p = panel0, width; p < panel1; p += width) {
-        width = panels_for(int(ceil_div(call.m, call.tiles)));
+        const int rows_of_tile = int(ceil_div(call.m, call.tiles));
+        width = w.nibbles ? panels_for<nibble>(rows_of_tile) : panels_for<int8_t>(rows_of_tile);
         while (width > panel1 - p) width /= 2;
         const uint8_t* panels = call.packed + p * w.panel;
         const uint8_t* next = p + width < w.panels ? panels + width * w.panel : panels;
@@ -357,6 +367,7 @@ void linear_block(Call<T> call) {
     call.sums = static_cast<int32_t*>(scratch<Sums>(call.m * w.groups * 4));
     const long most_rows = w.nibbles ? MAX_ROWS<nibble> : MAX_ROWS<int8_t>;
     call.tiles = ceil_div(call.m, most_rows);
+    if (call.m > LONE_ROWS) call.tiles = std::max<long>(2, call.tiles);
     for_each_item(call.tiles, call.m * w.k > 1 << 15, [&](long tile) { call.round_tile(tile); });
     const long groups = ceil_div(w.panels, ITEM_PANELS), blocks = ceil_div(call.tiles, ITEM_ROWS / most_rows);
     for_each_item(groups * blocks, call.m * w.n * w.k > 1 << 17, [&](long item) {

@@ -9,7 +9,7 @@
 
 #define QUIRE_API extern "C" __attribute__((visibility("default")))
 
-enum { QUIRE_FLOAT32 = 0, QUIRE_BFLOAT16 = 1 };
+enum { QUIRE_FLOAT32 = 0, QUIRE_BFLOAT16 = 1, QUIRE_INT8 = 2 };  // int8: only of a cache
 
 // ---- the team (threads.cpp)
 QUIRE_API void quire_set_threads(int32_t size);
@@ -35,14 +35,16 @@ QUIRE_API void quire_unpack_quantized(const QuireQuantized* weight, void* packed
 QUIRE_API void quire_quantized_linear(const QuireQuantized* weight, int32_t dtype, const void* x, int64_t x_stride,
                                       const void* packed, const void* bias, void* out, int64_t m);
 
-// ---- cache.cpp, attention.cpp. A cache of one layer; pages.h draws a page.
+// ---- cache.cpp, attention.cpp. A cache of one layer; pages.h draws a page. Keys, values, queries and results are of the
+// cache's dtype, with int8 of the dtype `rows`. shared: values are the first value_dim elements of the keys; what is given
+// as value is not used, and quire_page_size is asked with a value_dim of 0.
 typedef struct {
     void* data;
     int64_t page_size;
     int64_t kv_heads;
     int64_t key_dim;
     int64_t value_dim;
-    int32_t dtype;
+    int32_t dtype, rows, shared;
 } QuireCache;
 
 QUIRE_API int64_t quire_page_size(int32_t dtype, int64_t page_size, int64_t kv_heads, int64_t key_dim,

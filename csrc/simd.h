@@ -88,6 +88,9 @@ QUIRE_INLINE F power_of_two(F n) {
 QUIRE_INLINE F load(const bf16* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
+QUIRE_INLINE F load(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
 QUIRE_INLINE I rounded_bits(F x) {  // the bf16 in the low half of each lane
     I bits = _mm512_castps_si512(x);
     I odd_bit = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -148,6 +151,9 @@ QUIRE_INLINE F power_of_two(F n) {
 }
 QUIRE_INLINE F load(const bf16* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+}
+QUIRE_INLINE F load(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 }
 QUIRE_INLINE I rounded_bits(F x) {  // the bf16 in the low half of each lane
     I bits = _mm256_castps_si256(x);
@@ -217,6 +223,7 @@ QUIRE_INLINE F load(const bf16* p) {
     return (F)U{uint32_t(p[0].bits) << 16, uint32_t(p[1].bits) << 16, uint32_t(p[2].bits) << 16,
                 uint32_t(p[3].bits) << 16};
 }
+QUIRE_INLINE F load(const int8_t* p) { return F{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
 QUIRE_INLINE U rounded_bits(F x) {
     U bits = (U)x;
     U up = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -299,6 +306,18 @@ QUIRE_INLINE F rounded<bf16>(F x) {
     return round_bf16(x);
 }
 
+// As store, but what is below the smallest normal number may become 0.
+template <class T>
+QUIRE_INLINE void store_narrow(T* p, F x) {
+    store(p, x);
+}
+#if defined(QUIRE_NATIVE_DOT) && !defined(QUIRE_SIMDE)
+template <>
+QUIRE_INLINE void store_narrow<bf16>(bf16* p, F x) {
+    _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x));
+}
+#endif
+
 // e^r for |r| <= ln(2) / 2, to about one unit in the last place.
 QUIRE_INLINE F exp_small(F r) {
     F p = fma(set1(1.9875691500e-4f), r, set1(1.3981999507e-3f));
@@ -309,12 +328,24 @@ QUIRE_INLINE F exp_small(F r) {
     return add(fma(p, mul(r, r), r), set1(1.0f));
 }
 
-// Below 2^-126 the result is exactly 0 (so exp2(-inf) is too), from 2^128 on it is inf; NaN stays NaN.
+// Where there is nothing left of it the result is exactly 0 (so exp2(-inf) is too), from 2^128 on it is inf; NaN stays NaN.
+#if defined(QUIRE_AVX512) || defined(QUIRE_AVX512BF16)
+QUIRE_INLINE F exp2(F x) {
+    x = max(set1(-200.0f), min(set1(128.0f), x));
+    const F n = _mm512_roundscale_ps(x, 8), r = sub(x, n);
+    F p = fma(set1(1.326473133e-3f), r, set1(9.671513410e-3f));
+    p = fma(p, r, set1(5.550733728e-2f));
+    p = fma(p, r, set1(2.402224207e-1f));
+    p = fma(p, r, set1(6.931469776e-1f));
+    return _mm512_scalef_ps(fma(p, r, set1(1.0f)), n);
+}
+#else
 QUIRE_INLINE F exp2(F x) {
     x = max(set1(-127.0f), min(set1(128.0f), x));
     F n = round_whole(x);
     return mul(exp_small(mul(sub(x, n), set1(0.693147181f))), power_of_two(n));
 }
+#endif
 
 // From e^88.4 on the result is inf; below e^-87.3 it stays at that, about 1e-38. NaN stays NaN.
 QUIRE_INLINE F exp(F x) {

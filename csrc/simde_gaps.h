@@ -45,6 +45,14 @@ inline __m512i emulated_cvtepu8_epi32(__m128i x) {
     return _mm512_loadu_si512(out);
 }
 
+inline __m512i emulated_cvtepi8_epi32(__m128i x) {
+    int8_t in[16];
+    int32_t out[16];
+    _mm_storeu_si128((__m128i*)in, x);
+    for (int i = 0; i < 16; i++) out[i] = in[i];
+    return _mm512_loadu_si512(out);
+}
+
 }  // namespace quire
 
 #undef _mm512_madd_epi16  // SIMDe's own alias takes the arguments of the masked one
@@ -54,3 +62,4 @@ inline __m512i emulated_cvtepu8_epi32(__m128i x) {
 #define _mm512_cvtps_epi32 quire::emulated_cvtps_epi32
 #define _mm512_cvtepu16_epi32 quire::emulated_cvtepu16_epi32
 #define _mm512_cvtepi32_epi16 quire::emulated_cvtepi32_epi16
+#define _mm512_cvtepi8_epi32 quire::emulated_cvtepi8_epi32

@@ -23,24 +23,33 @@ namespace quire {
 constexpr int PANEL = 16;
 constexpr int PANEL_VECTORS = PANEL / W;
 
-// How many rows a tile of T may have, and how many panels side by side keep enough sums in flight for few rows. Widening
-// bf16 costs registers.
+// How many rows a tile of T may have, and how many panels side by side keep enough sums in flight for few rows: a product
+// takes four to six cycles and two begin in each. Widening bf16 costs registers.
 #if defined(QUIRE_AVX512) || defined(QUIRE_AVX512BF16)
 template <class T>
 constexpr int MAX_ROWS = 12;
-constexpr int panels_for(int rows) { return rows <= 3 ? 4 : 2; }
+template <class T>
+constexpr int panels_for(int rows) {
+    return rows <= 6 ? 4 : 2;
+}
 #elif defined(QUIRE_AVX2)
 template <class T>
 constexpr int MAX_ROWS = sizeof(T) == 2 ? 4 : 6;
-constexpr int panels_for(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
-#elif defined(__aarch64__)
 template <class T>
-constexpr int MAX_ROWS = sizeof(T) == 2 ? 4 : 6;
-constexpr int panels_for(int rows) { return rows == 1 ? 2 : 1; }
+constexpr int panels_for(int rows) {
+    return rows == 1 ? 4 : rows == 2 ? 2 : 1;
+}
 #else
 template <class T>
+#if defined(__aarch64__)
+constexpr int MAX_ROWS = sizeof(T) == 2 ? 4 : 6;
+#else
 constexpr int MAX_ROWS = sizeof(T) == 2 ? 2 : 3;
-constexpr int panels_for(int rows) { return rows == 1 ? 2 : 1; }
+#endif
+template <class T>
+constexpr int panels_for(int rows) {
+    return rows == 1 ? 2 : 1;
+}
 #endif
 
 constexpr int least(int a, int b) { return a < b ? a : b; }
@@ -139,13 +148,16 @@ template <class T, class RowAt>
 inline void pack_rows(const RowAt& row_at, int rows, long k, typename Dot<T>::A* out) {
     const long whole = (k + Dot<T>::DEPTH - 1) / Dot<T>::DEPTH * Dot<T>::DEPTH;
     for (int i = 0; i < rows; i++) {
-        const T* row = row_at(i);
+        const auto* row = row_at(i);
         if constexpr (Dot<T>::DEPTH == Dot<T>::STEP_A) {  // A is float
             for (long j = 0; j < k; j++) out[j * rows + i] = to_float(row[j]);
             for (long j = k; j < whole; j++) out[j * rows + i] = 0;
         } else {
-            for (long j = 0; j + 1 < k; j += 2) std::memcpy(&out[j / 2 * rows + i], row + j, 4);
-            if (k % 2) std::memcpy(&(out[k / 2 * rows + i] = 0), row + k - 1, sizeof(T));
+            auto narrow = [&](long j) { return uint32_t(j < k ? from_float<T>(to_float(row[j])).bits : 0); };
+            long j = 0;
+            if constexpr (sizeof(*row) == sizeof(T))
+                for (; j + 1 < k; j += 2) std::memcpy(&out[j / 2 * rows + i], row + j, 4);
+            for (; j < k; j += 2) out[j / 2 * rows + i] = narrow(j + 1) << 16 | narrow(j);
         }
     }
 }
@@ -159,11 +171,11 @@ constexpr long packed_row(long k) {
 // Every kernel keeps C in a small block of rows of 64 columns, wherever it goes in the end.
 constexpr long BLOCK_COLUMNS = 64;
 
-// What to fetch into the cache meanwhile: at step s for panel p the line at from + s * step + p * panel (bytes).
+// What to fetch into the cache meanwhile: at step s the line at from[p] + s * step (bytes) for each panel p.
+constexpr int MAX_PANELS = 4;
 struct Ahead {
-    const void* from;
-    long step, panel;
-    QUIRE_INLINE void fetch(long s, int p) const { prefetch(static_cast<const char*>(from) + s * step + p * panel); }
+    const char* from[MAX_PANELS];
+    long step;
 };
 
 // C = or += (packed rows of A) * (1, 2 or 4 panels side by side).
@@ -173,11 +185,12 @@ struct Multiply {
         Tile<T, ROWS, PANELS> tile;
         tile.read(c, BLOCK_COLUMNS, !first);
         const T* panels[PANELS];
-        for (int p = 0; p < PANELS; p++) panels[p] = b[p];
-        const Ahead fetch = ahead;
+        const char* fetch[PANELS];
+        for (int p = 0; p < PANELS; p++) panels[p] = b[p], fetch[p] = ahead.from[p];
+        const long step = ahead.step;
         long s = 0;
         do {  // there is at least one step
-            for (int p = 0; p < PANELS; p++) fetch.fetch(s, p);
+            for (int p = 0; p < PANELS; p++) prefetch(fetch[p] + s * step);
             tile.template add_step<1, ROWS>(a, panels, s);
         } while (++s < steps);
         tile.write(c, BLOCK_COLUMNS);
@@ -189,8 +202,9 @@ template <template <class, int, int> class Kernel, class T, int PANELS, int... R
 constexpr auto table_of(std::integer_sequence<int, ROW...>) {
     using Function = decltype(&Kernel<T, 1, 1>::run);
     std::array<Function, MAX_ROWS<T> + 1> table{};
-    ((PANELS <= panels_for(ROW + 1) ? void(table[ROW + 1] = &Kernel<T, ROW + 1, least(PANELS, panels_for(ROW + 1))>::run)
-                                    : void()),
+    ((PANELS <= panels_for<T>(ROW + 1)
+          ? void(table[ROW + 1] = &Kernel<T, ROW + 1, least(PANELS, panels_for<T>(ROW + 1))>::run)
+          : void()),
      ...);
     return table;
 }

@@ -122,7 +122,7 @@ def resolve(options: EngineOptions, machine: Machine | None = None, download: bo
     dtype = log.take("dtype", choose_dtype(options.model.dtype, checkpoint_dtype(files), machine.device))
     check_dtype(files, dtype)
     layout = layout_of(files, impl, dtype)
-    cache_dtype = log.take("kv_cache_dtype", choose_cache_dtype(options.cache.kv_cache_dtype, dtype))
+    cache_dtype = log.take("kv_cache_dtype", choose_cache_dtype(options.cache.kv_cache_dtype, dtype, machine.device))
     block_size = log.take("block_size", choose_block_size(options.cache.block_size, machine.device))
     limit = model_length(files)
     log.take("longest context", limit)
@@ -135,8 +135,8 @@ def resolve(options: EngineOptions, machine: Machine | None = None, download: bo
     scores = most_scores(max_num_seqs, speculation)
     memory = log.take("memory", choose_memory(options, machine, files, layout, dtype, step, scores, draft))
     cache_bytes = load_ops(machine.device).cache_bytes
-    costs = sizing.group_costs(layout, block_size, cache_dtype, cache_bytes)
-    costs = costs if draft is None else sizing.with_draft(costs, draft.layout, cache_dtype, cache_bytes)
+    of_draft = None if draft is None else draft.layout
+    costs = sizing.group_costs(layout, block_size, cache_dtype, cache_bytes, of_draft)
     length = log.take("max_model_len", choose_max_model_len(options.model.max_model_len, limit, costs, memory, step))
     groups = log.take(
         "pages", choose_groups(options.cache.num_gpu_blocks_override, costs, memory, length, max_num_seqs, step)
@@ -284,10 +284,17 @@ def check_quantized_device(method: str | None, device: str) -> None:
         )
 
 
-def choose_cache_dtype(wanted: str, dtype: torch.dtype) -> Choice[torch.dtype]:
+def choose_cache_dtype(wanted: str, dtype: torch.dtype, device: str) -> Choice[torch.dtype]:
     """The data type of keys and values."""
     if wanted == "auto":
         return Choice(dtype, "as the weights")
+    if wanted == "int8":
+        if device != "cpu":
+            raise ConfigError(
+                f"kv_cache_dtype is int8, and the device {device}; quire keeps keys and values in 8 bits on the CPU only. "
+                "Leave it out, or use --device cpu."
+            )
+        return Choice(torch.int8, "as asked, with a scale for each token and head")
     return Choice(DTYPES[wanted], "as asked")
 
 
@@ -403,9 +410,9 @@ def choose_memory(
     max_num_seqs: int, draft: DraftModel | None = None,
 ) -> Choice[MemoryBudget]:  # fmt: skip
     """How many bytes the pages may take, after weights and activations."""
-    check_quantized_device(options.model.quantization, machine.device)
+    check_quantized_device(files.method, machine.device)
     stored = checkpoint_dtype(files) or torch.float32
-    weights = footprint.weight_bytes(files, layout, dtype, stored, options.model.quantization)
+    weights = footprint.weight_bytes(files, layout, dtype, stored, files.method)
     if draft is not None and draft.files is not files:
         of_draft = checkpoint_dtype(draft.files) or torch.float32
         weights += footprint.weight_bytes(draft.files, draft.layout, dtype, of_draft)

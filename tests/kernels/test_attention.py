@@ -11,7 +11,7 @@ from quire.kernels.reference import KVCache
 from quire.kernels.table import Ops
 
 DTYPES = [torch.float32, torch.bfloat16]
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.2e-2}
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.2e-2, torch.int8: 1.2e-2}
 
 
 @dataclass
@@ -27,6 +27,8 @@ class Scene:
     page_size: int = 16
     dtype: torch.dtype = torch.float32
     low: int = 0  # positions below have no page any more: their table entries are 0
+    stored: torch.dtype | None = None  # of the cache, where it is not dtype
+    shared: bool = False
     query: torch.Tensor = field(init=False)
     keys: list[torch.Tensor] = field(init=False)
     values: list[torch.Tensor] = field(init=False)
@@ -51,8 +53,8 @@ class Scene:
     def cache(self, ops: Ops) -> KVCache:
         """Everything that no live position owns, page 0 with it, is NaN."""
         size = (self.num_pages, self.page_size, self.kv_heads, self.key_dim, self.value_dim)
-        cache = ops.new_cache(*size, self.dtype, "cpu")
-        cache.data.fill_(float("nan"))
+        cache = ops.new_cache(*size, self.stored or self.dtype, "cpu", self.shared)
+        cache.data.view(torch.uint8).fill_(255)  # NaN in every dtype, and as a scale of bytes
         for s, length in enumerate(self.lengths):
             at = torch.arange(self.low, length)
             slots = self.tables[s, at // self.page_size].long() * self.page_size + at % self.page_size
@@ -68,7 +70,8 @@ class Scene:
     def check(self, ops: Ops, oracle: Ops, **options: object) -> None:
         got, want = self.attend(ops, **options), self.attend(oracle, **options)
         assert not got.isnan().any()
-        torch.testing.assert_close(got, want, rtol=TOLERANCE[self.dtype], atol=TOLERANCE[self.dtype])
+        tolerance = TOLERANCE[self.stored or self.dtype]
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -117,11 +120,55 @@ def test_several_splits_of_the_context(ops: Ops, oracle: Ops, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_bytes_with_scales(ops: Ops, oracle: Ops, dtype: torch.dtype) -> None:
+    Scene([1, 40, 77, 200], [1, 1, 77, 5], dtype=dtype, stored=torch.int8).check(ops, oracle)
+    Scene([50, 19], [1, 9], heads=12, kv_heads=4, key_dim=80, dtype=dtype, stored=torch.int8).check(ops, oracle)
+    Scene([50, 19], [1, 9], key_dim=7, value_dim=5, dtype=dtype, stored=torch.int8).check(ops, oracle)
+    for page_size in (12, 16, 48):
+        scene = Scene([90, 131], [1, 40], page_size=page_size, dtype=dtype, low=50, stored=torch.int8)
+        scene.check(ops, oracle, window=40, softcap=2.0, sinks=torch.randn(4))
+    Scene([1300, 513], [1, 3], dtype=dtype, stored=torch.int8).check(ops, oracle)
+
+
+def test_bytes_keep_large_and_small_tokens(ops: Ops, oracle: Ops) -> None:
+    """Each token and head has a scale of its own: a token a thousand times as large as its neighbours spoils none."""
+    scene = Scene([60], [2], stored=torch.int8)
+    scene.values[0] *= torch.logspace(-3, 0, 60)[torch.randperm(60)][:, None, None]
+    exact = Scene([60], [2])
+    exact.query, exact.keys, exact.values, exact.tables = scene.query, scene.keys, scene.values, scene.tables
+    scene.check(ops, oracle)
+    torch.testing.assert_close(scene.attend(ops), exact.attend(oracle), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("stored", [*DTYPES, torch.int8])
+@pytest.mark.parametrize(("heads", "key_dim", "value_dim"), [(16, 576, 512), (3, 40, 32), (100, 24, 24), (5, 21, 17)])
+def test_values_that_are_a_part_of_the_keys(
+    ops: Ops, oracle: Ops, stored: torch.dtype, heads: int, key_dim: int, value_dim: int
+) -> None:
+    """Multi-head latent attention: one latent for all heads, kept once."""
+    dtype = torch.bfloat16 if stored == torch.int8 else stored
+    shape = {"heads": heads, "kv_heads": 1, "key_dim": key_dim, "value_dim": value_dim}
+    for page_size in (16, 12):
+        scene = Scene([37, 90], [1, 4], **shape, page_size=page_size, dtype=dtype, stored=stored, shared=True)
+        scene.check(ops, oracle)
+    scene = Scene([90, 530], [20, 1], **shape, dtype=dtype, stored=stored, shared=True, low=30)
+    scene.check(ops, oracle, window=40)
+    latent = ops.cache_bytes(16, 1, key_dim, value_dim, stored, True)
+    assert latent < 1.15 * 16 * (key_dim * stored.itemsize + 8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("stored", "shared"), [(None, False), (torch.int8, False), (None, True)])
 @pytest.mark.parametrize("page_size", [16, 12])
-def test_bits_do_not_depend_on_company_or_chunking(ops: Ops, dtype: torch.dtype, page_size: int) -> None:
+def test_bits_do_not_depend_on_company_or_chunking(
+    ops: Ops, dtype: torch.dtype, page_size: int, stored: torch.dtype | None, shared: bool
+) -> None:
     """A prompt at once, in pieces, one by one, alone or with others, on one thread or several: the same bits."""
     length = 1100
-    scene = Scene([length, 700], [length, 1], dtype=dtype, page_size=page_size)
+    kv_heads = 1 if shared else 2
+    scene = Scene(
+        [length, 700], [length, 1], 4, kv_heads, page_size=page_size, dtype=dtype, stored=stored, shared=shared
+    )
     cache = scene.cache(ops)
     whole = scene.attend(ops, cache)[:length]
 
@@ -169,8 +216,16 @@ def test_copied_pages_hold_the_same(ops: Ops, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("angles", DTYPES)
 @pytest.mark.parametrize("style", ["half", "interleaved"])
 @pytest.mark.parametrize(("dim", "rotated"), [(64, 64), (64, 16), (20, 10), (36, 36), (6, 2)])
+@pytest.mark.parametrize("stored", [None, torch.int8])
 def test_rotary(
-    ops: Ops, oracle: Ops, dtype: torch.dtype, angles: torch.dtype, style: str, dim: int, rotated: int
+    ops: Ops,
+    oracle: Ops,
+    dtype: torch.dtype,
+    angles: torch.dtype,
+    style: str,
+    dim: int,
+    rotated: int,
+    stored: torch.dtype | None,
 ) -> None:
     tokens = 21
     qkv = torch.randn(tokens, 8, dim).to(dtype)
@@ -179,7 +234,7 @@ def test_rotary(
     got, want = ops.rotary(query, key, cos, sin, style), oracle.rotary(query, key, cos, sin, style)
     assert torch.equal(got[0], want[0])
     assert torch.equal(got[1], want[1])
-    caches = [ops.new_cache(4, 16, 2, dim, dim, dtype, "cpu") for _ in range(2)]
+    caches = [ops.new_cache(4, 16, 2, dim, dim, stored or dtype, "cpu") for _ in range(2)]
     for cache in caches:
         cache.data.zero_()
     slots = torch.randperm(64)[:tokens]

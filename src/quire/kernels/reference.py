@@ -33,7 +33,11 @@ ACTIVATIONS = {
 
 @dataclass(slots=True)
 class KVCache:
-    """The pages of one layer, [num_pages, elements of a page]; how a page is laid out is its backend's own affair."""
+    """The pages of one layer, [num_pages, elements of a page]; how a page is laid out is its backend's own affair.
+
+    In a cache of int8 each key and each value is rounded to bytes with a float32 scale of its own (per token and head).
+    `shared`: values are the first value_dim elements of the keys and are not stored again (multi-head latent attention).
+    """
 
     data: torch.Tensor
     num_pages: int
@@ -42,6 +46,7 @@ class KVCache:
     key_dim: int
     value_dim: int
     dtype: torch.dtype
+    shared: bool = False
 
 
 # ---------------------------------------------------------------- linear
@@ -74,6 +79,7 @@ def linear(x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
 
 # ---------------------------------------------------------------- linear with weights of 8 or 4 bits
 
+
 def pack_quantized(weights: QuantizedWeights, bias: torch.Tensor | None, dtype: torch.dtype) -> QuantizedLinear:
     """bias [N] or None in `dtype`. May keep or copy them; the caller drops the originals."""
     return QuantizedLinear(weights.values.shape[0], weights.values.shape[1], dtype, weights, bias)
@@ -94,6 +100,15 @@ def unpack_quantized(packed: QuantizedLinear) -> QuantizedWeights:
     return packed.data
 
 
+def _round_to_bytes(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 x [..., N] -> (whole numbers -127..127 [..., N], scale [..., 1]), both float32; NaN where x is not finite."""
+    largest = x.abs().amax(-1, keepdim=True)
+    usable = largest.isfinite() & (largest >= SMALLEST)
+    factor = torch.where(usable, torch.full_like(largest, 127.0) / largest, 0.0)  # a division: ties are many
+    q = torch.where(usable, (x * factor).round(), 0.0)
+    return q, torch.where(usable, largest / 127.0, torch.where(largest.isfinite(), 0.0, torch.nan))
+
+
 def quantized_linear(x: torch.Tensor, packed: QuantizedLinear) -> torch.Tensor:
     """x [..., K] -> [..., N] in x's dtype, each group of a row rounded to int8 first (8 bits: the whole row).
 
@@ -107,12 +122,7 @@ def quantized_linear(x: torch.Tensor, packed: QuantizedLinear) -> torch.Tensor:
     rows = x.to(packed.dtype).reshape(-1, k).float()
     total = torch.zeros(rows.shape[0], n, device=x.device)
     for g, start in enumerate(range(0, k, group)):
-        part = rows[:, start : start + group]
-        largest = part.abs().amax(-1, keepdim=True)
-        usable = largest.isfinite() & (largest >= SMALLEST)
-        factor = torch.where(usable, torch.full_like(largest, 127.0) / largest, 0.0)  # a division: ties are many
-        q = torch.where(usable, (part * factor).round(), 0.0)
-        scale = torch.where(usable, largest / 127.0, torch.where(largest.isfinite(), 0.0, torch.nan))
+        q, scale = _round_to_bytes(rows[:, start : start + group])
         values = weights.values[:, start : start + group].double()
         if weights.bits == 4:
             values = values - (8 if weights.zeros is None else weights.zeros[:, g : g + 1].double())
@@ -149,9 +159,13 @@ def checksum(data: torch.Tensor) -> int:
 # ---------------------------------------------------------------- paged keys and values
 
 
-def cache_bytes(page_size: int, kv_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> int:
+def cache_bytes(
+    page_size: int, kv_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype, shared: bool = False
+) -> int:
     """Bytes that one page of one layer takes."""
-    return page_size * kv_heads * (key_dim + value_dim) * dtype.itemsize
+    numbers = page_size * kv_heads * (key_dim + (0 if shared else value_dim)) * dtype.itemsize
+    scales = page_size * kv_heads * 8 if dtype == torch.int8 else 0
+    return -(-numbers // 4) * 4 + scales if scales else numbers
 
 
 def new_cache(
@@ -162,10 +176,12 @@ def new_cache(
     value_dim: int,
     dtype: torch.dtype,
     device: torch.device | str,
+    shared: bool = False,
 ) -> KVCache:
     """Pages for one layer. Nothing is promised about the content of a position that was never written."""
-    data = torch.zeros(num_pages, page_size * kv_heads * (key_dim + value_dim), dtype=dtype, device=device)
-    return KVCache(data, num_pages, page_size, kv_heads, key_dim, value_dim, dtype)
+    nbytes = cache_bytes(page_size, kv_heads, key_dim, value_dim, dtype, shared)
+    data = torch.zeros(num_pages, nbytes // dtype.itemsize, dtype=dtype, device=device)
+    return KVCache(data, num_pages, page_size, kv_heads, key_dim, value_dim, dtype, shared)
 
 
 def _keys(cache: KVCache) -> torch.Tensor:
@@ -175,16 +191,33 @@ def _keys(cache: KVCache) -> torch.Tensor:
 
 
 def _values(cache: KVCache) -> torch.Tensor:
-    """View [num_pages, page_size, kv_heads, value_dim] of the second part of each page."""
-    size = cache.page_size * cache.kv_heads * cache.key_dim
-    return cache.data[:, size:].view(cache.num_pages, cache.page_size, cache.kv_heads, cache.value_dim)
+    """View [num_pages, page_size, kv_heads, value_dim] of the second part of each page, or of a part of its keys."""
+    if cache.shared:
+        return _keys(cache)[..., : cache.value_dim]
+    first = cache.page_size * cache.kv_heads * cache.key_dim
+    size = cache.page_size * cache.kv_heads * cache.value_dim
+    return cache.data[:, first : first + size].view(cache.num_pages, cache.page_size, cache.kv_heads, cache.value_dim)
+
+
+def _scales(cache: KVCache) -> torch.Tensor:
+    """View float32 [num_pages, 2 (key, value), page_size, kv_heads] of the end of each page of int8."""
+    size = 8 * cache.page_size * cache.kv_heads
+    scales = cache.data[:, cache.data.shape[1] - size :].view(torch.float32)
+    return scales.view(cache.num_pages, 2, cache.page_size, cache.kv_heads)
 
 
 def write_cache(cache: KVCache, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
-    """key [T, Hkv, Dk], value [T, Hkv, Dv] go to slots [T], a slot being page * page_size + offset."""
+    """key [T, Hkv, Dk], value [T, Hkv, Dv] go to slots [T], a slot being page * page_size + offset.
+
+    A cache of int8 rounds each of them as quantized_linear rounds a row; a shared one does not look at value.
+    """
     pages, offsets = slots // cache.page_size, slots % cache.page_size
-    _keys(cache)[pages, offsets] = key.to(cache.dtype)
-    _values(cache)[pages, offsets] = value.to(cache.dtype)
+    parts = [(_keys(cache), key)] if cache.shared else [(_keys(cache), key), (_values(cache), value)]
+    for index, (place, new) in enumerate(parts):
+        if cache.dtype == torch.int8:
+            new, scale = _round_to_bytes(new.float())
+            _scales(cache)[pages, index, offsets] = scale[..., 0]
+        place[pages, offsets] = new.to(cache.dtype)
 
 
 def copy_pages(cache: KVCache, pairs: list[tuple[int, int]]) -> None:
@@ -240,8 +273,12 @@ def _attend(
     """One query row [H, Dk] over the positions `seen` of its sequence -> [H, Dv] in float32."""
     pages, offsets = table[seen // cache.page_size].long(), seen % cache.page_size
     group = query.shape[0] // cache.kv_heads
-    keys = _keys(cache)[pages, offsets].float().repeat_interleave(group, dim=1)  # [L, H, Dk]
-    values = _values(cache)[pages, offsets].float().repeat_interleave(group, dim=1)  # [L, H, Dv]
+    keys, values = _keys(cache)[pages, offsets].float(), _values(cache)[pages, offsets].float()
+    if cache.dtype == torch.int8:
+        scales = _scales(cache)
+        keys = keys * scales[pages, 0, offsets, :, None]
+        values = values * scales[pages, 0 if cache.shared else 1, offsets, :, None]
+    keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)  # [L, H, D]
     scores = torch.einsum("hd,lhd->hl", query.float(), keys) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)

@@ -80,6 +80,8 @@ class CacheStruct(ctypes.Structure):
         ("key_dim", _L),
         ("value_dim", _L),
         ("dtype", _I),
+        ("rows", _I),
+        ("shared", _I),
     ]
 
 

@@ -13,8 +13,8 @@ import torch
 
 from quire.kernels import reference
 from quire.kernels.cpu import native
-from quire.kernels.cpu.program import CpuRecorder
 from quire.kernels.cpu.packing import CODES, NativeLinear, NativePacking, NativeQuantized
+from quire.kernels.cpu.program import CpuRecorder
 from quire.kernels.reference import (
     KVCache,
     NormStyle,
@@ -25,6 +25,7 @@ from quire.kernels.reference import (
 
 logger = logging.getLogger(__name__)
 
+CACHE_CODES = {**CODES, torch.int8: 2}
 NORM_STYLES = {"down_then_scale": 0, "scale_then_down": 1, "plus_one": 2}
 NO_WEIGHT = 3
 ROTARY_STYLES = {"half": 0, "interleaved": 1}
@@ -32,7 +33,7 @@ ACTIVATIONS = {name: code for code, name in enumerate(("silu", "gelu", "gelu_tan
 ACTIVATIONS["quick_gelu"] = 6
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class NativeCache(KVCache):
     """A KVCache laid out as csrc/pages.h draws it, and the C struct that describes it."""
 
@@ -62,6 +63,15 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 def _tokens(x: torch.Tensor) -> torch.Tensor:
     """x [T, H, D] with each token's heads side by side; the tokens themselves may stand apart."""
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+
+
+def _rows_dtype(cache: NativeCache, x: torch.Tensor) -> torch.dtype:
+    """The dtype in which x, a key or a query, meets the cache; a cache of int8 takes note of it."""
+    if cache.dtype != torch.int8:
+        return cache.dtype
+    dtype = x.dtype if x.dtype in CODES else torch.float32
+    cache.struct.rows = CODES[dtype]
+    return dtype
 
 
 def _pointer(x: torch.Tensor | None) -> int | None:
@@ -146,10 +156,13 @@ class CpuOps:
 
     # ------------------------------------------------------------ paged keys and values
 
-    def cache_bytes(self, page_size: int, kv_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> int:
-        if dtype not in CODES:
-            return reference.cache_bytes(page_size, kv_heads, key_dim, value_dim, dtype)
-        return self._lib.quire_page_size(CODES[dtype], page_size, kv_heads, key_dim, value_dim) * dtype.itemsize
+    def cache_bytes(
+        self, page_size: int, kv_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype, shared: bool = False
+    ) -> int:
+        if dtype not in CACHE_CODES:
+            return reference.cache_bytes(page_size, kv_heads, key_dim, value_dim, dtype, shared)
+        stored = 0 if shared else value_dim
+        return self._lib.quire_page_size(CACHE_CODES[dtype], page_size, kv_heads, key_dim, stored) * dtype.itemsize
 
     def new_cache(
         self,
@@ -160,20 +173,24 @@ class CpuOps:
         value_dim: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        shared: bool = False,
     ) -> KVCache:
-        if dtype not in CODES:
-            return reference.new_cache(num_pages, page_size, kv_heads, key_dim, value_dim, dtype, device)
-        elements = self._lib.quire_page_size(CODES[dtype], page_size, kv_heads, key_dim, value_dim)
+        if dtype not in CACHE_CODES:
+            return reference.new_cache(num_pages, page_size, kv_heads, key_dim, value_dim, dtype, device, shared)
+        nbytes = self.cache_bytes(page_size, kv_heads, key_dim, value_dim, dtype, shared)
         # Left as it comes, so that pages take memory only once they are written.
-        data = torch.empty(num_pages, elements, dtype=dtype)
-        struct = native.CacheStruct(data.data_ptr(), page_size, kv_heads, key_dim, value_dim, CODES[dtype])
-        return NativeCache(data, num_pages, page_size, kv_heads, key_dim, value_dim, dtype, struct)
+        data = torch.empty(num_pages, nbytes // dtype.itemsize, dtype=dtype)
+        code = CACHE_CODES[dtype]
+        struct = native.CacheStruct(data.data_ptr(), page_size, kv_heads, key_dim, value_dim, code, 0, shared)
+        return NativeCache(data, num_pages, page_size, kv_heads, key_dim, value_dim, dtype, shared, struct=struct)
 
     def write_cache(self, cache: KVCache, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
         if not isinstance(cache, NativeCache):
             reference.write_cache(cache, key, value, slots)
             return
-        key, value = _tokens(key.to(cache.dtype)), _tokens(value.to(cache.dtype))
+        dtype = _rows_dtype(cache, key)
+        key = _tokens(key.to(dtype))
+        value = key if cache.shared else _tokens(value.to(dtype))
         slots = slots.contiguous()
         self._lib.quire_write_cache(
             addressof(cache.struct),
@@ -200,8 +217,9 @@ class CpuOps:
     ) -> torch.Tensor:
         if not isinstance(cache, NativeCache):
             return reference.attention(query, cache, tables, starts, lengths, scale, window, chunk, softcap, sinks)
-        rows = _tokens(query if query.dtype == cache.dtype else query.to(cache.dtype))
-        out = torch.empty(query.shape[0], query.shape[1], cache.value_dim, dtype=cache.dtype)
+        dtype = _rows_dtype(cache, query)
+        rows = _tokens(query if query.dtype == dtype else query.to(dtype))
+        out = torch.empty(query.shape[0], query.shape[1], cache.value_dim, dtype=dtype)
         tables = tables.contiguous()
         starts, lengths = starts.contiguous(), lengths.contiguous()
         if sinks is not None:
@@ -224,7 +242,7 @@ class CpuOps:
             softcap or 0.0,
         )
         self._lib.quire_attention(byref(call))
-        return out if query.dtype == cache.dtype else out.to(query.dtype)
+        return out if query.dtype == dtype else out.to(query.dtype)
 
     # ------------------------------------------------------------ norms, activations, rotary
 
@@ -332,7 +350,7 @@ class CpuOps:
         cache: KVCache,
         slots: torch.Tensor,
     ) -> torch.Tensor:
-        if not isinstance(cache, NativeCache) or cache.dtype != query.dtype:
+        if not isinstance(cache, NativeCache) or _rows_dtype(cache, query) != query.dtype:
             query, key = self.rotary(query, key, cos, sin, style)
             self.write_cache(cache, key, value, slots)
             return query
