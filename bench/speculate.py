@@ -1,11 +1,10 @@
 """What speculative decoding brings: acceptance and wall-clock speed-up over plain decoding, per method and batch size.
 
 python bench/speculate.py --batch-sizes 1 32                     # the bundled model: retelling, summarising, prose
-python bench/speculate.py --shape llama-3.2-1b --output-len 24   # random weights; a bias makes them repeat one token
+python bench/speculate.py --shape llama-3.2-1b --output-len 64   # random weights, a summary and an edit dictated to them
 
-The second shows what verifying several tokens at once brings at best, since every guess is right.
-
-All engines are alive at once and take turns, so that whatever else runs on the machine slows all of them.
+Without --forced the engine leaves off where guesses do not pay, as it does by itself. All engines are alive at once and
+take turns, so that whatever else runs on the machine slows all of them.
 """
 
 from __future__ import annotations
@@ -18,10 +17,14 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from dictation import DICTATIONS
 from shapes import SHAPES, write_shape
 
+import quire
 from quire import LLM, SamplingParams
+from quire.text.tokenizer import load_tokenizer
 
+BUNDLED = Path(quire.__file__).parent / "bundled" / "model"
 WORDS = (
     "mill",
     "blue",
@@ -56,45 +59,54 @@ class Figure:
     tokens_per_step: float  # of one request
 
 
-def prompts_of(workload: str, count: int, llm: LLM) -> list[list[int]]:
-    """Prompts as token ids, each its own."""
+@dataclass(frozen=True)
+class Job:
+    """One request: its prompt, and what is dictated to it, both as token ids."""
+
+    prompt: list[int]
+    says: list[int] | None = None
+
+
+def jobs_of(workload: str, count: int, dictating: bool) -> list[Job]:
+    """Requests, each its own. All models get the bundled model's token ids."""
     rng = random.Random(5)
-    tokenizer = llm.get_tokenizer()
+    tokenizer = load_tokenizer(str(BUNDLED))
     found = []
-    for _ in range(count):
+    for index in range(count):
         words = " ".join(rng.choice(WORDS) for _ in range(40))
-        if workload == "repeat":
-            found.append([rng.randrange(10, 30_000) for _ in range(128)])
+        if workload in DICTATIONS and dictating:
+            prompt, says = DICTATIONS[workload]
+            found.append(Job(tokenizer.encode(f"{index}. {prompt}"), tokenizer.encode(says)))
         elif workload == "prose":
-            found.append(tokenizer.encode(f"Once upon a time there was a {words[:30]}"))
+            found.append(Job(tokenizer.encode(f"Once upon a time there was a {words[:30]}")))
         else:
             ask = f"Say again: {words}." if workload == "retell" else f"Tell in short: {STORY}{words}."
             text = tokenizer.apply_chat_template([{"role": "user", "content": ask}], add_generation_prompt=True)
-            found.append(tokenizer.encode(text, add_special_tokens=False))
+            found.append(Job(tokenizer.encode(text, add_special_tokens=False)))
     return found
 
 
-def once(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> tuple[float, int]:
+def once(llm: LLM, jobs: list[Job], wish: dict[str, object]) -> tuple[float, int]:
     """Seconds and tokens of one run."""
+    params = [SamplingParams(**wish, extra_args={"says": job.says} if job.says else None) for job in jobs]
     began = time.perf_counter()
-    outputs = llm.generate(prompts, params, use_tqdm=False)
+    outputs = llm.generate([{"prompt_token_ids": job.prompt} for job in jobs], params, use_tqdm=False)
     return time.perf_counter() - began, sum(len(item.outputs[0].token_ids) for item in outputs)
 
 
 def measure(
-    llms: dict[str, LLM], workload: str, batch: int, output_len: int, temperature: float, repeats: int
+    llms: dict[str, LLM], workload: str, batch: int, output_len: int, temperature: float, repeats: int, dictating: bool
 ) -> list[Figure]:
     """Every method on one workload, the best of `repeats` runs each; the first run warms up."""
-    bias = {10: 100.0} if workload == "repeat" else None
-    params = SamplingParams(temperature=temperature, max_tokens=output_len, ignore_eos=True, seed=1, logit_bias=bias)
+    wish = {"temperature": temperature, "max_tokens": output_len, "ignore_eos": True, "seed": 1, "detokenize": False}
     best: dict[str, float] = {}
     tokens = 0
     figures = []
     before = {name: llm._engine.stats() for name, llm in llms.items()}
-    prompts = prompts_of(workload, batch, next(iter(llms.values())))
+    jobs = jobs_of(workload, batch, dictating)
     for turn in range(repeats + 1):
         for name, llm in llms.items():
-            seconds, tokens = once(llm, prompts, params)
+            seconds, tokens = once(llm, jobs, wish)
             if turn:
                 best[name] = min(best.get(name, seconds), seconds)
     for name, llm in llms.items():
@@ -127,19 +139,21 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--methods", nargs="+", default=["ngram", "suffix", "draft_model", "eagle"])
+    parser.add_argument("--workloads", nargs="+", help="some of retell, summary, prose; with --shape summary, edit")
     parser.add_argument("--forced", action="store_true", help="guess even where it does not pay")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     found = parser.parse_args()
-    methods = {"plain": {}, "ngram": {"method": "ngram"}, "draft model": {"method": "draft_model"}}
+    methods = {name: {"method": name} if name != "plain" else {} for name in ("plain", *found.methods)}
     options = {"device": "cpu", "threads": found.threads, "max_model_len": 1024, "kv_cache_memory_bytes": 1 << 28}
-    workloads = ["retell", "summary", "prose"]
+    workloads = found.workloads or (["retell", "summary", "prose"] if found.shape is None else list(DICTATIONS))
     figures: list[Figure] = []
     with tempfile.TemporaryDirectory() as folder:
         if found.shape is not None:
             options |= {"model": str(write_shape(found.shape, Path(folder)))}
             options |= {"load_format": "dummy", "skip_tokenizer_init": True, "kv_cache_memory_bytes": 1 << 30}
-            del methods["draft model"]
-            workloads = ["repeat"]
+            options |= {"logits_processors": ("dictation:dictated",)}
+            methods = {name: config for name, config in methods.items() if name in ("plain", "ngram", "suffix")}
         llms = {
             name: LLM(**options, speculative_config={**config, "adaptive": not found.forced} if config else {})
             for name, config in methods.items()
@@ -149,7 +163,9 @@ def main() -> None:
         )
         for batch in found.batch_sizes:
             for workload in workloads:
-                for item in measure(llms, workload, batch, found.output_len, found.temperature, found.repeats):
+                for item in measure(
+                    llms, workload, batch, found.output_len, found.temperature, found.repeats, found.shape is not None
+                ):
                     print(
                         f"{item.workload:10}{item.batch:6}  {item.method:14}{item.tokens_per_second:10.1f}"
                         f"{item.speedup:10.2f}{item.accepted:10.1%}{item.tokens_per_step:10.2f}"

@@ -106,7 +106,9 @@ class NextLayerTrainer(nn.Module):
     def save(self, folder: Path) -> None:
         """In the format of published EAGLE heads, or of a model's mtp layers, in bfloat16."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps({**self.config.to_dict(), "dtype": "bfloat16"}, indent=2) + "\n")
+        (folder / "config.json").write_text(
+            json.dumps({**self.config.to_diff_dict(), "dtype": "bfloat16"}, indent=2) + "\n"
+        )
         prefix = "mtp." if self.mtp else ""
         tensors = {f"{prefix}fc.weight": self.fc.weight}
         for name, tensor in self.body.layers.state_dict().items():

@@ -52,9 +52,16 @@ def layer_page_bytes(layer: LayerSpec, page_size: int, dtype: torch.dtype, cache
 
 
 def group_costs(
-    layout: ModelLayout, page_size: int, dtype: torch.dtype, cache_bytes: CacheBytes
+    layout: ModelLayout,
+    page_size: int,
+    dtype: torch.dtype,
+    cache_bytes: CacheBytes,
+    draft: ModelLayout | None = None,
 ) -> tuple[GroupCost, ...]:
-    """One GroupCost per group index of the layout, in order; empty for a model that keeps nothing."""
+    """One GroupCost per group index of the layout, in order; empty for a model that keeps nothing.
+
+    The keys and values of a `draft` lie under the numbers of the first full group's pages, and count there.
+    """
     count = 1 + max((layer.group for layer in layout.layers), default=-1)
     costs = []
     for index in range(count):
@@ -67,13 +74,12 @@ def group_costs(
         writers = sum(layer.shares is None for layer in layers)
         window = max(windows) if windows and len(windows) == writers else None
         costs.append(GroupCost("full" if window is None else "window", page_size, total, window))
-    return tuple(costs)
+    return tuple(costs) if draft is None else _with_draft(tuple(costs), draft, dtype, cache_bytes)
 
 
-def with_draft(
+def _with_draft(
     costs: tuple[GroupCost, ...], draft: ModelLayout, dtype: torch.dtype, cache_bytes: CacheBytes
 ) -> tuple[GroupCost, ...]:
-    """The same with a draft's keys and values, which lie under the numbers of the first full group's pages."""
     if not draft.layers:
         return costs
     for index, cost in enumerate(costs):

@@ -17,11 +17,13 @@ from tiny import write_tiny
 
 import quire
 from quire import LLM, SamplingParams, sizing
+from quire.cli.plan import make_plan
 from quire.config import EngineOptions, Speculation
 from quire.core.params import StructuredOutputsParams
 from quire.core.plan import Admission, Span, SpanResult
 from quire.engine.outputs import RequestOutput
 from quire.errors import ConfigError
+from quire.kernels.table import load_ops
 from quire.layers.spec import LayerSpec, ModelLayout, StateSpec
 from quire.resolve import choose_speculation, resolve
 from quire.worker.drafter import History, Seen
@@ -386,9 +388,19 @@ def test_a_draft_takes_its_share_of_the_memory():
     assert drafting.memory.weights - plain.memory.weights > 2e6
     small, large = (sum(group.num_pages for group in config.groups) for config in (drafting, plain))
     assert small <= large
-    costs = sizing.group_costs(plain.layout, 16, torch.bfloat16, lambda size, heads, key, value, dtype: 100)
-    grown = sizing.with_draft(costs, drafting.draft.layout, torch.bfloat16, lambda *sizes: 100)
-    assert (costs[0].page_bytes, grown[0].page_bytes) == (600, 900)
+    costs = [
+        sizing.group_costs(plain.layout, 16, torch.bfloat16, lambda *sizes: 100, draft)[0].page_bytes
+        for draft in (None, drafting.draft.layout)
+    ]
+    assert costs == [600, 900]
+    plans = [make_plan(config) for config in (plain, drafting)]
+    assert [plan.groups[0].page_bytes for plan in plans] == [
+        sizing.group_costs(plain.layout, plain.block_size, plain.cache_dtype, load_ops("cpu").cache_bytes, draft)[
+            0
+        ].page_bytes
+        for draft in (None, drafting.draft.layout)
+    ]
+    assert plans[1].weights_bytes > plans[0].weights_bytes
 
 
 @pytest.mark.parametrize(

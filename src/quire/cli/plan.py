@@ -89,9 +89,8 @@ def make_plan(config: EngineConfig) -> Plan:
     from quire import resolve, sizing
     from quire.kernels.table import load_ops
 
-    costs = sizing.group_costs(
-        config.layout, config.block_size, config.cache_dtype, load_ops(config.device).cache_bytes
-    )
+    cache_bytes, draft = load_ops(config.device).cache_bytes, None if config.draft is None else config.draft.layout
+    costs = sizing.group_costs(config.layout, config.block_size, config.cache_dtype, cache_bytes, draft)
     speed = roofline.measure(config)
     load = roofline.load_of(config)
     at_2k = min(USUAL_CONTEXT, config.max_model_len)

@@ -126,9 +126,10 @@ def page_groups(config: EngineConfig, layout: ModelLayout) -> tuple[GroupSpec, .
     """The groups of pages: as resolved, unless the loaded model needs other ones than its config promised."""
     if layout.layers == config.layout.layers:
         return config.groups
-    costs = sizing.group_costs(layout, config.block_size, config.cache_dtype, load_ops(config.device).cache_bytes)
-    if config.draft is not None:
-        costs = sizing.with_draft(costs, config.draft.layout, config.cache_dtype, load_ops(config.device).cache_bytes)
+    draft = None if config.draft is None else config.draft.layout
+    costs = sizing.group_costs(
+        layout, config.block_size, config.cache_dtype, load_ops(config.device).cache_bytes, draft
+    )
     logger.info("the loaded model's layers differ from what its config promised; pages are divided again")
     return sizing.page_groups(
         costs, config.memory.pages, config.max_model_len, config.max_num_seqs, config.max_num_batched_tokens

@@ -35,6 +35,8 @@ class Speculator:
         self._governor = governor
         self._model = model
         self._able = np.zeros(len(history.lengths), dtype=bool)
+        self._ended = 0.0  # when the last step did
+        self._steady = 0  # its rows, if all of them were up to date
 
     def admit(self, new: Admission) -> None:
         """Take in a request."""
@@ -51,9 +53,17 @@ class Speculator:
             self._follow(spans, results, self._model)
         if governor is None or governor.wanted(len(spans)):
             found = self._with_guesses(spans, results, told.able)
-        if governor is not None and told.up_to_date and told.tokens:
-            governor.note(len(spans), told.tokens, time.perf_counter() - began)
+        if governor is not None:
+            self._note(governor, len(spans), told, began)
         return found
+
+    def _note(self, governor: Governor, rows: int, told: _Told, began: float) -> None:
+        """Tell how long the step took: from the end of the one before it where nothing lay between, since drafts make
+        work outside of the worker, too."""
+        now = time.perf_counter()
+        if told.up_to_date and told.tokens:
+            governor.note(rows, told.tokens, now - (self._ended if self._steady == rows else began))
+        self._ended, self._steady = now, rows if told.up_to_date else 0
 
     def _follow(self, spans: Sequence[Span], results: tuple[SpanResult, ...], model: KeepsStates) -> None:
         """Show the drafter the states of a step, if they are of all its spans: after a failure they are not."""
