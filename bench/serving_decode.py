@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import statistics
 import time
 
@@ -93,8 +94,11 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--seconds", type=float, default=60.0, help="of the search for long steps; 0 for none")
+    parser.add_argument("--nice", type=int, default=0, help="give the API process's event loop this niceness")
     found = parser.parse_args()
     with both(found, max_num_seqs=found.streams, disable_log_stats=False) as (server, llm):
+        if found.nice:
+            os.setpriority(os.PRIO_PROCESS, server.pid, found.nice)  # on Linux: of its main thread alone
         rates: list[list[float]] = [[], []]
         for number in range(ROUNDS + 1):
             pair = (

@@ -11,7 +11,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from quire.config import EngineOptions
@@ -37,10 +37,27 @@ _Answer = TypeVar("_Answer")
 
 @dataclass(slots=True)
 class _Waiter:
-    """The coroutine behind a request: outputs, or the error that ended it, go into its queue."""
+    """The coroutine behind a request, for which outputs, or the error that ended it, are kept until it takes them.
+
+    What asyncio.Queue does, for one taker and without a limit; it is passed once per token.
+    """
 
     loop: asyncio.AbstractEventLoop
-    queue: asyncio.Queue[RequestOutput | Exception]
+    items: deque[RequestOutput | Exception] = field(default_factory=deque)
+    wanted: asyncio.Future[None] | None = None  # what the coroutine waits for
+
+    def put(self, item: RequestOutput | Exception) -> None:
+        """Keep an item. In the event loop alone."""
+        self.items.append(item)
+        if self.wanted is not None and not self.wanted.done():
+            self.wanted.set_result(None)
+
+    async def take(self) -> RequestOutput | Exception:
+        """The next item."""
+        while not self.items:
+            self.wanted = self.loop.create_future()
+            await self.wanted
+        return self.items.popleft()
 
 
 _Mail = deque[tuple[_Waiter, "RequestOutput | Exception"]]  # for one event loop, which empties it from the left
@@ -157,12 +174,12 @@ class AsyncEngine:
             prepared = await asyncio.to_thread(self._engine.prepare, *arguments)
         else:
             prepared = self._engine.prepare(*arguments)
-        waiter = _Waiter(asyncio.get_running_loop(), asyncio.Queue())
+        waiter = _Waiter(asyncio.get_running_loop())
         self._command(lambda: self._admit(prepared, waiter), lambda error: self._put([(waiter, error)]))
         ended = False
         try:
             while not ended:
-                item = await waiter.queue.get()
+                item = await waiter.take()
                 if isinstance(item, Exception):
                     ended = True
                     raise item
@@ -322,7 +339,7 @@ class AsyncEngine:
 def _fill(mail: _Mail) -> None:
     while mail:
         waiter, item = mail[0]
-        waiter.queue.put_nowait(item)
+        waiter.put(item)
         mail.popleft()
 
 
