@@ -8,7 +8,6 @@ STAMPS := .stamps
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -qq
 NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -type f 2>/dev/null)
 ARGS   ?=
-SCHEDULES ?= 50
 
 # Packages are installed without byte code, which is made when a module is first used: most of it never is.
 unexport PYTHONDONTWRITEBYTECODE

@@ -1,6 +1,6 @@
 """The long tests, one after the other, with one line each at the end: python tests/soak.py [--minutes 60] [--only NAME]
 
-The seeded simulation of the scheduler, faults at every call, 10,000 dropped connections, overload, fuzzing.
+The seeded simulation of the scheduler, a mixed workload under random schedules, faults at every call, 10,000 dropped connections, overload, fuzzing.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ PARTS = (
     Part("simulation", ("pure/simulation.py",), 0.3),
     Part("overload", ("e2e/overload.py",), 0.2),
     Part("schema", ("security/test_security_schema.py",), 0.2),
+    Part("schedules", ("engine/schedules.py", "--count", "60")),
     Part("faults", ("engine/fault_rig.py",)),
     Part("memory", ("engine/short_memory.py",)),
     Part("storms", ("engine/storms.py", "--connections", "10000")),

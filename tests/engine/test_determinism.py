@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from schedules import Schedule, Workload, differences
 
-SCHEDULES = 15  # `make soak` runs 50 and more
+SCHEDULES = 15  # `make soak` runs 60 drawn ones
 FIRST = random.Random().randrange(1 << 30)
 
 
