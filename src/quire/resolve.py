@@ -21,7 +21,7 @@ from quire.kernels.table import load_ops
 from quire.layers.spec import ModelLayout
 from quire.models import footprint
 from quire.models.build import layout_of
-from quire.models.draft import DraftModel, find_draft, find_heads
+from quire.models.draft import DraftModel, find_guesser
 from quire.models.hub import ModelFiles, find_model
 from quire.models.registry import select_impl
 from quire.worker.device import Device
@@ -129,7 +129,7 @@ def resolve(options: EngineOptions, machine: Machine | None = None, download: bo
     max_num_seqs = log.take("max_num_seqs", choose_max_num_seqs(options.schedule.max_num_seqs, layout))
     chunked = log.take("chunked_prefill", choose_chunked(options.schedule.enable_chunked_prefill, layout))
     speculation = log.take("speculation", choose_speculation(options.speculate.chosen(), layout, chunked))
-    draft = choose_draft(speculation, files, layout, options, dtype, download)
+    draft = find_guesser(speculation, files, layout, options.model, dtype, download)
     wanted, most = wanted_length(options.model.max_model_len, limit.value), options.schedule.max_num_batched_tokens
     step = log.take("max_num_batched_tokens", choose_step_tokens(most, machine.device, max_num_seqs, wanted, chunked))
     scores = most_scores(max_num_seqs, speculation)
@@ -356,18 +356,6 @@ def choose_speculation(wanted: Speculation | None, layout: ModelLayout, chunked:
     if wanted is not None and not (chunked and layout.chunked_prefill):
         return Choice(None, "verifying guesses takes steps that begin in the middle of a text, as chunked prefill does")
     return Choice(wanted, "not asked for" if wanted is None else "as asked")
-
-
-def choose_draft(
-    speculation: Speculation | None, files: ModelFiles, layout: ModelLayout, options: EngineOptions,
-    dtype: torch.dtype, download: bool,
-) -> DraftModel | None:  # fmt: skip
-    """The model, heads or layer that guesses, where the method has one."""
-    if speculation is None or speculation.method in ("ngram", "suffix"):
-        return None
-    if speculation.method == "draft_model":
-        return find_draft(speculation.model, files, layout, options.model, dtype, download)
-    return find_heads(speculation.method, speculation.model, files, layout, options.model, download)
 
 
 def most_scores(max_num_seqs: int, speculation: Speculation | None) -> int:

@@ -46,6 +46,7 @@ GUESSING: dict[str, dict[str, object]] = {
     "nobody": {},
     "ngram": {"method": "ngram", "prompt_lookup_min": 1, "num_speculative_tokens": 5, "adaptive": False},
     "suffix": {"method": "suffix", "prompt_lookup_min": 1, "adaptive": False},
+    "eagle": {"method": "eagle", "num_speculative_tokens": 3, "adaptive": False},
     "draft model": {"method": "draft_model", "num_speculative_tokens": 3, "adaptive": False},
 }
 

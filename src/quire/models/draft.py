@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from quire.config import ModelOptions
+from quire.config import ModelOptions, Speculation
 from quire.errors import ConfigError
 from quire.layers.spec import ModelLayout
 from quire.models.build import layout_of
@@ -30,6 +30,18 @@ class DraftModel:
     layout: ModelLayout
     longest: int  # positions that it can read
     style: Style | None = None  # of the layer, for eagle and mtp
+
+
+def find_guesser(
+    speculation: Speculation | None, target: ModelFiles, layout: ModelLayout, options: ModelOptions, dtype: torch.dtype,
+    download: bool,
+) -> DraftModel | None:  # fmt: skip
+    """The model, heads or layer that guesses for `target`, where the method has one; see find_draft and find_heads."""
+    if speculation is None or speculation.method in ("ngram", "suffix"):
+        return None
+    if speculation.method == "draft_model":
+        return find_draft(speculation.model, target, layout, options, dtype, download)
+    return find_heads(speculation.method, speculation.model, target, layout, options, download)
 
 
 def find_draft(
