@@ -189,6 +189,8 @@ def test_unknown_formats_are_refused_at_the_start() -> None:
 class _Tokens:
     """The part of a tokenizer that a speech is made of."""
 
+    has_response_template = False
+
     def __init__(self, template: str, special: str = "") -> None:
         self._template = template
         self.added_tokens = {0: special}

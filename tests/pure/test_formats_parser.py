@@ -135,8 +135,34 @@ BOTH["deepseek_v31"] = (
     + "<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
 )
 BOTH["mistral_args"] = f"[TOOL_CALLS]get_weather[ARGS]{json.dumps(PARIS[1])}[TOOL_CALLS]add[ARGS]{json.dumps(ADD[1])}"
+BOTH["cohere_command3"] = (
+    "<|START_ACTION|>["
+    + json.dumps({"tool_call_id": "0", "tool_name": PARIS[0], "parameters": PARIS[1]})
+    + ", "
+    + json.dumps({"tool_call_id": "1", "tool_name": ADD[0], "parameters": ADD[1]})
+    + "]<|END_ACTION|>"
+)
+BOTH["deepseek_v32"] = (
+    '<｜DSML｜function_calls>\n<｜DSML｜invoke name="get_weather">\n<｜DSML｜parameter name="city" string="true">Paris'
+    '</｜DSML｜parameter>\n<｜DSML｜parameter name="days" string="false">3</｜DSML｜parameter>\n</｜DSML｜invoke>\n'
+    '<｜DSML｜invoke name="add">\n<｜DSML｜parameter name="a" string="false">1</｜DSML｜parameter>\n'
+    '<｜DSML｜parameter name="b" string="false">[2, {"c": null}]</｜DSML｜parameter>\n</｜DSML｜invoke>\n'
+    "</｜DSML｜function_calls>"
+)
+BOTH["apertus"] = f"<|tools_prefix|>[{json.dumps(dict([PARIS]))}, {json.dumps(dict([ADD]))}]<|tools_suffix|>"
+BOTH["gemma4"] = (
+    '<|tool_call>call:get_weather{city:<|"|>Paris<|"|>,days:3}<tool_call|>'
+    "<|tool_call>call:add{a:1,b:[2,{c:null}]}<tool_call|>"
+)
+BOTH["internlm"] = "".join(
+    f"<|action_start|><|plugin|>\n{as_json(*call, 'parameters')}<|action_end|>" for call in (PARIS, ADD)
+)
+BOTH["granite-20b-fc"] = f"<function_call> {WEATHER}\n<function_call> {SUM}"
+BOTH["olmo3"] = '<function_calls>get_weather(city="Paris", days=3)\nadd(a=1, b=[2, {"c": None}])</function_calls>'
+BOTH["xlam"] = f"[{WEATHER}, {SUM}]"
 BOTH["seed_oss"] = BOTH["qwen3_coder"].replace("tool_call>", "seed:tool_call>")
-BARE = {"llama3_json", "llama4_pythonic"}
+BARE = {"llama3_json", "llama4_pythonic", "xlam"}
+IDS = {"kimi_k2": ["functions.get_weather:0", "functions.add:1"], "cohere_command3": ["0", "1"]}
 
 # (format, reasoning format, text): whole answers, cut-off ones and broken ones
 TEXTS: list[tuple[str, str | None, str]] = []
@@ -170,7 +196,7 @@ TEXTS += [
 def test_both_calls_are_found(name: str) -> None:
     found = read([BOTH[name]], name)
     assert (found.calls, found.content) == ([PARIS, ADD], "")
-    assert found.ids == (["functions.get_weather:0", "functions.add:1"] if name == "kimi_k2" else [None, None])
+    assert found.ids == IDS.get(name, [None, None])
 
 
 @pytest.mark.parametrize("name", sorted(set(BOTH) - BARE))

@@ -121,6 +121,47 @@ def read_pythonic(text: str, schemas: Schemas) -> list[Call] | None:
     return [call for call in calls if call is not None] if None not in calls else None
 
 
+def read_python_lines(text: str, schemas: Schemas) -> list[Call] | None:
+    """name(key=literal), one to a line, as read_pythonic() reads them."""
+    return read_pythonic("[" + ",".join(line for line in text.splitlines() if line.strip()) + "]", schemas)
+
+
+def read_keyed(text: str, schemas: Schemas) -> list[Call] | None:
+    """[{name: {...}}, ...]"""
+    value = _json(text)
+    if not isinstance(value, list) or not all(isinstance(item, dict) and len(item) == 1 for item in value):
+        return None
+    calls = [_call(name, arguments) for item in value for name, arguments in item.items()]
+    return [call for call in calls if call is not None] if calls and None not in calls else None
+
+
+def read_gemma4(text: str, schemas: Schemas) -> list[Call] | None:
+    """The notation of read_gemma() with other marks around texts."""
+    return None if "<escape>" in text else read_gemma(text.replace('<|"|>', "<escape>"), schemas)
+
+
+def read_dsml(text: str, schemas: Schemas) -> list[Call] | None:
+    """Elements that say of each value whether it is a text or JSON."""
+    calls: list[Call] = []
+    parameter = re.compile(
+        r'\s*<｜DSML｜parameter name="([^"]+)" string="(true|false)">(.*?)</｜DSML｜parameter>\s*', re.DOTALL
+    )
+    for name, body in _pairs(text, r'\s*<｜DSML｜invoke name="([^"]+)">(.*?)</｜DSML｜invoke>\s*') or []:
+        arguments: dict[str, Any] = {}
+        place = 0
+        while body[place:].strip():
+            found = parameter.match(body, place)
+            if found is None:
+                return None
+            arguments[found[1]] = found[3] if found[2] == "true" else _json_or_text(found[3])
+            place = found.end()
+        call = _call(name, arguments)
+        if call is None:
+            return None
+        calls.append(call)
+    return calls or None
+
+
 def _python_call(node: ast.expr) -> Call | None:
     if not isinstance(node, ast.Call) or node.args or any(key.arg is None for key in node.keywords):
         return None
@@ -269,6 +310,11 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON")
 
 
+def calls_of_value(value: Any) -> list[Call] | None:
+    """Calls from an object of any of the shapes that JSON formats have, or from a list of them."""
+    return _of_value(value, needs_arguments=False)
+
+
 def _of_value(value: Any, needs_arguments: bool) -> list[Call] | None:
     """Calls from a parsed object or a list of them."""
     items = value if isinstance(value, list) else [value]
@@ -278,7 +324,7 @@ def _of_value(value: Any, needs_arguments: bool) -> list[Call] | None:
             return None
         inner = item.get("function")
         described = inner if isinstance(inner, dict) else item
-        name = described.get("name", inner if isinstance(inner, str) else None)
+        name = described.get("name", inner if isinstance(inner, str) else described.get("tool_name"))
         arguments = next((described[key] for key in ("arguments", "parameters") if key in described), None)
         if arguments is None:
             if needs_arguments:
@@ -286,7 +332,8 @@ def _of_value(value: Any, needs_arguments: bool) -> list[Call] | None:
             arguments = {}
         if isinstance(arguments, str):
             arguments = _json(arguments)
-        call = _call(name, arguments)
+        call_id = item.get("tool_call_id", item.get("id"))
+        call = _call(name, arguments, call_id if isinstance(call_id, str) and call_id else None)
         if call is None:
             return None
         calls.append(call)
@@ -326,5 +373,9 @@ READERS: dict[str, Reader] = {
     "invoke_xml": read_invoke_xml,
     "key_value_xml": read_key_value_xml,
     "gemma": read_gemma,
+    "gemma4": read_gemma4,
     "pythonic": read_pythonic,
+    "python_lines": read_python_lines,
+    "keyed": read_keyed,
+    "dsml": read_dsml,
 }

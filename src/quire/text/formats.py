@@ -94,6 +94,8 @@ class ReasoningFormat:
         return (self.opener, *self.closers)
 
 
+LIST_WRITING = Writing('{"name": "NAME", "parameters": ', "}", "[", ", ", "]")
+
 # In the order in which templates are compared with them: the more particular first.
 TOOL_FORMATS: tuple[ToolFormat, ...] = (
     ToolFormat(
@@ -246,7 +248,7 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         ),
         silent=("<|python_end|>",),
         signs=(("<|python_start|>",), ("[func_name1(params_name1=params_value1",)),
-        aliases=("pythonic", "olmo3"),
+        aliases=("pythonic",),
     ),
     ToolFormat(
         "llama3_json",
@@ -256,6 +258,45 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         writing=Writing('{"name": "NAME", "parameters": ', "}", between="; "),
         aliases=("llama4_json",),
     ),
+    ToolFormat(
+        "cohere_command3",
+        (Region("<|START_ACTION|>", "<|END_ACTION|>", "json"),),
+        silent=("<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|START_TEXT|>", "<|END_TEXT|>"),
+        signs=(("<|START_ACTION|>",),),
+        aliases=("cohere_command4",),
+    ),
+    ToolFormat(
+        "deepseek_v32",
+        (Region("<｜DSML｜function_calls>", "</｜DSML｜function_calls>", "dsml", "marker"),),
+        signs=(("<｜DSML｜",), ("｜DSML｜function_calls",)),
+    ),
+    ToolFormat(
+        "apertus",
+        (Region("<|tools_prefix|>", "<|tools_suffix|>", "keyed"),),
+        signs=(("<|tools_prefix|>",),),
+    ),
+    ToolFormat(
+        "gemma4",
+        (Region("<|tool_call>", "<tool_call|>", "gemma4", "marker"),),
+        signs=(("<|tool_call>",),),
+    ),
+    ToolFormat(
+        "internlm",
+        (Region("<|action_start|><|plugin|>", "<|action_end|>", "json"),),
+        signs=(("<|action_start|>",),),
+    ),
+    ToolFormat(
+        "granite-20b-fc",
+        (Region("<function_call>", "", "json", "value"),),
+        signs=(("<function_call>",),),
+        writing=Writing('<function_call> {"name": "NAME", "arguments": ', "}", between="\n", trigger="<function_call>"),
+    ),
+    ToolFormat(
+        "olmo3",
+        (Region("<function_calls>", "</function_calls>", "python_lines", "marker"),),
+        signs=(("<function_calls>",),),
+    ),
+    ToolFormat("xlam", (Region("[", "", "bare_json", "value", bare=True),), writing=LIST_WRITING),
     ToolFormat(
         "longcat",
         (Region("<longcat_tool_call>", "</longcat_tool_call>", "json"),),
@@ -291,7 +332,7 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
 PLAIN_LIST = ToolFormat(
     "list",
     (Region("[", "", "bare_json", "value", bare=True),),
-    writing=Writing('{"name": "NAME", "parameters": ', "}", "[", ", ", "]"),
+    writing=LIST_WRITING,
 )
 
 REASONING_FORMATS: tuple[ReasoningFormat, ...] = (
@@ -303,6 +344,18 @@ REASONING_FORMATS: tuple[ReasoningFormat, ...] = (
         aliases=("gpt_oss", "openai"),
         then="<|start|>assistant",
         answer="<|channel|>final<|message|>",
+    ),
+    ReasoningFormat(
+        "cohere_command3",
+        "<|START_THINKING|>",
+        ("<|END_THINKING|>",),
+        signs=("<|START_THINKING|>",),
+        aliases=("cohere_command4",),
+        answer="<|START_RESPONSE|>",
+    ),
+    ReasoningFormat("gemma4", "<|channel>thought\n", ("<channel|>",), signs=("<|channel>",)),
+    ReasoningFormat(
+        "granite", "Here is my thought process:", ("Here is my response:",), signs=("Here is my thought process:",)
     ),
     ReasoningFormat("mistral", "[THINK]", ("[/THINK]",), signs=("[THINK]",)),
     ReasoningFormat("seed_oss", "<seed:think>", ("</seed:think>",), signs=("<seed:think>",)),

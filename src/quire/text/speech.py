@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal
 
 from quire.core.params import SamplingParams, ThinkingMarks
 from quire.core.structured import StructuredOutputsParams, Thoughts
-from quire.errors import ValidationError
+from quire.errors import ConfigError, ValidationError
 from quire.text.calls import calls_within_text, only_calls
 from quire.text.format_parser import CallArguments, CallStart, Content, Delta, FormatParser, Reasoning
 from quire.text.formats import (
@@ -27,8 +27,10 @@ from quire.text.formats import (
     tool_format,
     tool_format_of,
 )
+from quire.text.template_parser import TemplateParser
 from quire.text.tokenizer import Tokenizer
 
+LIBRARY = "hf"  # the name, for options, of reading answers by the tokenizer's own response template
 _NAME = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
 
 
@@ -101,6 +103,7 @@ class Speech:
     form: StructuredOutputsParams | None = None  # that the answer is held to
     marks: ThinkingMarks | None = None  # for a request that limits its thoughts
     shows_special: bool = False  # special tokens must be seen to read the answer
+    library: Callable[[], Any] | None = None  # makes what reads an answer by the tokenizer's own response template
 
     def params(self, params: SamplingParams) -> SamplingParams:
         """The request's parameters with what reading its answer needs. Raises ValidationError."""
@@ -118,6 +121,8 @@ class Speech:
 
     def reader(self) -> AnswerReader:
         """For one answer."""
+        if self.library is not None:
+            return AnswerReader(self, TemplateParser(self.library()))
         if self.tools is None and self.reasoning is None:
             return AnswerReader(self, None)
         return AnswerReader(self, FormatParser(self.tools, self.reasoning, self.thinking, self.wish.schemas))
@@ -139,6 +144,11 @@ def speech_of(
         used = ""
     formats = _formats(used, tool_parser, reasoning_parser)
     special = [tokenizer.added_tokens.get(token_id, "") for token_id in tokenizer.special_ids]
+    if wish.choice != "required" and _by_template(tokenizer, formats, tool_parser, reasoning_parser):
+        shown = [
+            {"type": "function", "function": {"name": name, "parameters": wish.schemas[name]}} for name in wish.schemas
+        ]
+        return Speech(wish, shows_special=True, library=lambda: tokenizer.response_parser(prompt, shown))
     reasoning = formats.reasoning
     thinking = reasoning is not None and prompt.rstrip().endswith(reasoning.opener)
     tools = _tools(wish, formats.tools)
@@ -152,6 +162,16 @@ def speech_of(
     marks = _marks(tokenizer, reasoning) if limits and reasoning is not None else None
     markers = (*(tools.markers if tools else ()), *(reasoning.markers if reasoning else ()))
     return Speech(wish, tools, reasoning, thinking, form, marks, hidden_markers(markers, special))
+
+
+def _by_template(tokenizer: Tokenizer, formats: Formats, tool_parser: str | None, reasoning_parser: str | None) -> bool:
+    """Whether answers are read by the tokenizer's own response template: on request, or where nothing else is known."""
+    wanted = LIBRARY in (tool_parser, reasoning_parser)
+    if not tokenizer.has_response_template:
+        if wanted:
+            raise ConfigError(f"The parser {LIBRARY} needs a tokenizer that comes with a response template.")
+        return False
+    return wanted or (formats.tools is None and formats.reasoning is None)
 
 
 def _thoughts(reasoning: ReasoningFormat, begun: bool, answer: str) -> Thoughts:
@@ -223,8 +243,10 @@ class Formats:
 @lru_cache(maxsize=64)
 def _formats(template: str, tool_parser: str | None, reasoning_parser: str | None) -> Formats:
     return Formats(
-        tool_format(tool_parser) if tool_parser else tool_format_of(template),
-        reasoning_format(reasoning_parser) if reasoning_parser else reasoning_format_of(template),
+        tool_format(tool_parser) if tool_parser and tool_parser != LIBRARY else tool_format_of(template),
+        reasoning_format(reasoning_parser)
+        if reasoning_parser and reasoning_parser != LIBRARY
+        else reasoning_format_of(template),
     )
 
 
@@ -243,7 +265,7 @@ class Said:
 class AnswerReader:
     """Reads one answer as it comes."""
 
-    def __init__(self, speech: Speech, parser: FormatParser | None) -> None:
+    def __init__(self, speech: Speech, parser: FormatParser | TemplateParser | None) -> None:
         self._speech = speech
         self._parser = parser
         self.calls = 0

@@ -14,7 +14,8 @@ _CLOSERS = {"{": "}", "[": "]"}
 # Outside of strings, what JSON is made of, and the names of numbers that are none; anything else ends the arguments.
 _PLAIN = frozenset(":,+-. \t\r\n0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
 _NAMED = (
-    r'(?:\s*\[?\s*|[\s}]*,\s*)\{\s*"name"\s*:\s*"(?P<name>[\w.\-:/]{1,256})"\s*,\s*"(?:arguments|parameters)"\s*:\s*'
+    r'(?:\s*\[?\s*|[\s}]*,\s*)\{\s*(?:"(?:tool_call_)?id"\s*:\s*"(?P<json_id>[^"\\]{1,128})"\s*,\s*)?'
+    r'"(?:tool_)?name"\s*:\s*"(?P<name>[\w.\-:/]{1,256})"\s*,\s*"(?:arguments|parameters)"\s*:\s*'
 )
 # By reader: what stands between the beginning of a region, or the end of the call before, and the arguments.
 HEADS = {
@@ -48,7 +49,7 @@ def head_of(reader: str, text: str) -> Head | None:
     if found is None:
         return None
     groups = found.groupdict()
-    return Head(groups["name"] or groups["other"], groups.get("id"))
+    return Head(groups["name"] or groups["other"], groups.get("id") or groups.get("json_id"))
 
 
 @dataclass(slots=True)

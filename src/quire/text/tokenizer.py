@@ -110,6 +110,15 @@ class Tokenizer:
         return method is None or not method.__module__.startswith("transformers.tokenization_utils")
 
     @cached_property
+    def has_response_template(self) -> bool:
+        """Whether the tokenizer says itself how its model's answers are read."""
+        return bool(getattr(self.hf, "response_template", None)) and hasattr(self.hf, "get_response_parser")
+
+    def response_parser(self, prompt: str, tools: Sequence[Mapping[str, Any]]) -> Any:
+        """The library's parser for one answer to a prompt, by the tokenizer's own response template."""
+        return self.hf.get_response_parser(prefix=prompt, tools=list(tools))
+
+    @cached_property
     def template_tokens(self) -> dict[str, Any]:
         """The special tokens that templates know by name, such as bos_token."""
         return {name: str(token) for name, token in self.hf.special_tokens_map.items() if not isinstance(token, list)}
