@@ -269,7 +269,8 @@ def report(store: Store, workloads: list[Workload]) -> None:
     measured = {record.workload for record in store.records}
     rows = [row_of(workload, figures) for workload in workloads if workload.name in measured]
     limits = ceilings_of(store.records)
-    print(f"\n{store.machine}; quire {store.commit}{'; quick versions' if store.quick else ''}")
+    versions = sorted({record.commit for record in store.records if record.engine == "quire" and record.commit})
+    print(f"\n{store.machine}; quire {', '.join(versions)}{'; quick versions' if store.quick else ''}")
     if limits is not None:
         print(table.describe(limits))
     print("\n" + table.as_text(rows))

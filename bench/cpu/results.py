@@ -35,6 +35,8 @@ class Record:
     failed: str | None = None
     ceilings: Ceilings | None = None  # the mean of before and after
     details: dict[str, Any] = field(default_factory=dict)
+    at: str = ""  # when, UTC
+    commit: str = ""  # which version of quire the benchmark was of
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
+import time
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,12 @@ class Store:
     records: list[Record] = field(default_factory=list)
 
     def add(self, record: Record) -> None:
-        """Keep a record, and write all of them."""
-        self.records.append(record)
+        """Keep a record with the time and quire's version, and write all of them."""
+        self.records.append(replace(record, at=time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()), commit=self.commit))
         text = json.dumps(
             {
                 "machine": self.machine,
                 "quick": self.quick,
-                "commit": self.commit,
                 "records": [rounded(asdict(record)) for record in self.records],
             },
             indent=1,

@@ -162,15 +162,14 @@ PERPLEXITY = {"int8": 0.01, "int4-g32": 0.04, "int4": 0.06}
 
 
 def smaller(workload: Workload) -> Workload:
-    """The same work in a fraction of the time, for a first look and for slow machines."""
+    """The same work in a fraction of the time, for a first look and for slow machines. Proportions are kept."""
     if workload.kind == "decode":
-        return replace(workload, input_len=32, output_len=24, repeats=1)
+        return replace(workload, input_len=32, output_len=24, repeats=2)
     if workload.kind == "prefill":
         return replace(workload, requests=2, input_len=512)
-    if workload.kind == "generate":
-        return replace(workload, requests=workload.requests // 4, output_len=workload.output_len // 4)
-    if workload.kind == "shared":
-        return replace(workload, requests=8, output_len=8)
+    if workload.kind in ("generate", "shared"):
+        names = ("requests", "input_len", "output_len", "shared_len")
+        return replace(workload, **{name: getattr(workload, name) // 2 for name in names})
     if workload.kind == "memory":
         return replace(workload, requests=2, output_len=8)
     return workload

@@ -245,7 +245,8 @@ def test_records_survive_and_machines_are_not_mixed(tmp_path: Path) -> None:
     again = open_store(path, "a machine", False, "def")
     assert [one.value for one in again.records] == [20.123, None]
     assert again.records[0].ceilings == MACHINE
-    assert json.loads(path.read_text())["commit"] == "abc"
+    assert again.records[0].commit == "abc"
+    assert json.loads(path.read_text())["quick"] is False
     for machine, quick in (("another", False), ("a machine", True)):
         with pytest.raises(ValueError, match="--json"):
             open_store(path, machine, quick, "abc")
