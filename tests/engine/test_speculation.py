@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -124,12 +125,14 @@ def test_governor_takes_the_faster_way(better: bool):
 def test_guesses_that_do_not_pay_cost_little(slowdown: float):
     """What the trials take, beside the same steps without drafts: once a few steps, then their share of the time."""
     governor, taken = Governor(), 0.0
+    assert governor.open(), "nothing is known yet"
     steps = 50_000
     for _ in range(steps):
         seconds = slowdown if governor.wanted(32) else 1.0
         taken += seconds
         governor.note(32, 32, seconds)
     assert taken / steps < 1 + COST + (TRIAL + 1) * slowdown / steps
+    assert not governor.open() or governor.wanted(32)
 
 
 class Parrot:
@@ -160,6 +163,32 @@ def test_who_gets_drafts():
     results = (SpanResult(0, (3,)), SpanResult(1, (3,)), SpanResult(2))
     found = speculator.propose(spans, results, 0.0)
     assert [result.drafts for result in found] == [(5, 6), (), ()]
+
+
+class Notebook(Governor):
+    """A governor that writes down what it is told, and never wants drafts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: list[float] = []
+
+    def wanted(self, rows: int) -> bool:
+        return False
+
+    def note(self, rows: int, tokens: int, seconds: float) -> None:
+        self.seconds.append(seconds)
+
+
+def test_steps_are_judged_with_what_lies_between_them():
+    """A step of the same rows counts from the end of the one before; one behind a prompt from its own beginning."""
+    notebook = Notebook()
+    speculator = Speculator(history_of([1]), Parrot((5,)), notebook)
+    speculator.admit(Admission(0, "a", (1, 2), 2, SamplingParams(), 0))
+    for span in (Span(0, 0, 2, True), Span(0, 2, 1, True), Span(0, 3, 1, True)):
+        speculator.propose([span], (SpanResult(0, (3,)),), time.perf_counter())
+        time.sleep(0.02)
+    assert len(notebook.seconds) == 2, "a prompt is no step to judge by"
+    assert notebook.seconds[0] < 0.01 <= notebook.seconds[1]
 
 
 def test_a_drafter_that_fails_harms_nobody():

@@ -41,10 +41,10 @@ class Governor:
         """Whether drafts should be made for a step of so many rows."""
         return self._ways(rows).drafting
 
-    def open(self, rows: int) -> bool:
-        """Whether drafts may soon be wanted: false while they have lost and are not on trial."""
-        ways = self._ways(rows)
-        return ways.drafting or ways.trial
+    def open(self) -> bool:
+        """Whether drafts may soon be wanted for some size of batch: false while they have lost in all that were tried."""
+        judged = [ways for ways in self._sizes.values() if ways.rates]
+        return not judged or any(ways.drafting or ways.trial for ways in judged)
 
     def note(self, rows: int, tokens: int, seconds: float) -> None:
         """A step of `rows` rows, each of which was up to date, brought `tokens` tokens in `seconds`."""

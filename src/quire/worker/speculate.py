@@ -49,7 +49,7 @@ class Speculator:
         """The results with guesses for the next step. `began` is when the step did, by time.perf_counter()."""
         told = self._extend(spans, results)
         governor, found = self._governor, results
-        if self._model is not None and (governor is None or governor.open(len(spans))):
+        if self._model is not None and (governor is None or governor.open()):
             self._follow(spans, results, self._model)
         if governor is None or governor.wanted(len(spans)):
             found = self._with_guesses(spans, results, told.able)
