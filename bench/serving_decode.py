@@ -76,16 +76,37 @@ def llm_rate(llm: LLM, streams: int, tokens: int, first: int) -> float:
     return sum(len(output.outputs[0].token_ids) - 1 for output in outputs) / (ended - began)
 
 
-def steps(server: Started, streams: int, seconds: float) -> list[float]:
-    """Milliseconds between tokens over so many seconds of service, of one stream after the other beside others."""
-    end, gaps, first = time.perf_counter() + seconds, [], 100_000
-    while time.perf_counter() < end:
-        found = asyncio.run(over_http(server, streams, 512, first))
-        times = found[0].times
-        # The beginning, while others' prompts come in, is no step of decoding alone.
-        gaps += [(after - before) * 1000 for before, after in zip(times[8:-1], times[9:], strict=True)]
-        first += streams
-    return gaps
+async def probe(server: Started, found: list[float]) -> None:
+    """Milliseconds that /livez takes, twenty times a second."""
+    while True:
+        began = time.perf_counter()
+        reader, writer = await asyncio.open_connection(server.host, server.port)
+        writer.write(b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        answer = await reader.read()
+        writer.close()
+        assert b" 200 " in answer[:20], answer[:100]
+        found.append((time.perf_counter() - began) * 1000)
+        await asyncio.sleep(0.05)
+
+
+def steps(server: Started, streams: int, seconds: float) -> tuple[list[float], list[float]]:
+    """Milliseconds between tokens over so many seconds of service, of one stream beside others; and those of /livez."""
+    gaps: list[float] = []
+    health: list[float] = []
+
+    async def run() -> None:
+        end, first = time.perf_counter() + seconds, 100_000
+        prober = asyncio.create_task(probe(server, health))
+        while time.perf_counter() < end:
+            found = await over_http(server, streams, 512, first)
+            times = found[0].times
+            # The beginning, while others' prompts come in, is no step of decoding alone.
+            gaps.extend((after - before) * 1000 for before, after in zip(times[8:-1], times[9:], strict=True))
+            first += streams
+        prober.cancel()
+
+    asyncio.run(run())
+    return gaps, sorted(health)
 
 
 def main() -> None:
@@ -114,12 +135,12 @@ def main() -> None:
             flush=True,
         )
         if found.seconds:
-            gaps = steps(server, found.streams, found.seconds)
+            gaps, health = steps(server, found.streams, found.seconds)
             median, longest = statistics.median(gaps), max(gaps)
             slow = sum(gap > 2 * median for gap in gaps)
             print(
                 f"{len(gaps)} steps in {found.seconds:.0f} s: median {median:.2f} ms, longest {longest:.2f} ms, {slow} "
-                "above twice the median"
+                f"above twice the median; /livez p99 {health[int(len(health) * 0.99)]:.1f} ms of {len(health)}"
             )
 
 

@@ -251,9 +251,12 @@ async def try_faults(rig: Rig, chosen: Iterable[tuple[Site, int]], healthy: list
         tally.faults += 1
         tally.restarts += rig.core.restarts - before
         tally.fired += rig.faults.fired
+        if tally.faults % 100 == 0:
+            print(tally.line(), flush=True)
         rig.faults.aim(None)
         if problem:
             tally.hurt.append(f"{site}, call {nth}: {problem}")
+            print(tally.hurt[-1], flush=True)
         await rig.close()  # Python takes the profile function off a thread in which it raised
         with rig.faults.watching():
             rig.start()
@@ -295,8 +298,6 @@ async def main(every: int, offset: int, only: str) -> int:
         await try_faults(rig, chosen, healthy, tally)
         await rig.close()
         gc.collect()
-    for item in tally.hurt:
-        print(item)
     print(tally.line())
     return 1 if tally.hurt else 0
 
