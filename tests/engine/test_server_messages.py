@@ -104,9 +104,12 @@ def test_cached_tokens_where_they_are_shown() -> None:
         ({"messages": [{"role": "system", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0].type"),
-        ({"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]}, "messages[0].content[0].type"),
+        ({"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]}, "messages[0].content[0].tool_use_id"),
         ({"system": [{"type": "image"}]}, "system[0].type"),
-        ({"tools": [{"name": "x", "input_schema": {}}]}, "tools"),
+        ({"tools": [{"name": "x", "input_schema": {}}]}, "--tool-call-parser"),
+        ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools[0].type"),
+        ({"tools": [{"name": "x"}], "tool_choice": {"type": "tool", "name": "y"}}, "tool_choice"),
+        ({"output_config": {"format": {"type": "xml"}}}, "output_config.format"),
         ({"tool_choice": {"type": "any"}}, "tool_choice"),
         ({"thinking": {"type": "enabled", "budget_tokens": 2000}}, "thinking"),
         ({"mcp_servers": [{}]}, "mcp_servers"),
@@ -137,3 +140,79 @@ def test_errors_as_the_library_knows_them(server: Running, client: anthropic.Ant
     assert "secret/path" not in str(failed.value)
     with pytest.raises(anthropic.APIError):
         list(create(client, messages=[{"role": "user", "content": "crash after 3;"}], stream=True))
+
+
+# -------------------------------------------------------------------- tools, thoughts and forms
+
+TOOL: dict[str, Any] = {
+    "name": "get_weather",
+    "description": "the weather somewhere",
+    "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+}
+CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+
+
+@pytest.fixture(scope="module")
+def speaker() -> Iterator[anthropic.Anthropic]:
+    """A client of a server whose model writes calls and thoughts in a known way."""
+    with served(Setup(ServeOptions(tool_call_parser="hermes", reasoning_parser="qwen3"))) as running:
+        yield anthropic.Anthropic(base_url=running.url, api_key="none", max_retries=0, timeout=30)
+
+
+def says(text: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": f"say:{text};"}]
+
+
+def test_thoughts_text_and_calls_are_blocks(speaker: anthropic.Anthropic) -> None:
+    messages = says(f"<think>hmm</think>Let me see.{CALL}{CALL}")
+    message = create(speaker, messages=messages, tools=[TOOL], max_tokens=300)
+    assert [block.type for block in message.content] == ["thinking", "text", "tool_use", "tool_use"]
+    thinking, text, call, other = message.content
+    assert thinking.thinking == "hmm" and text.text == "Let me see." and message.stop_reason == "tool_use"
+    assert call.name == "get_weather" and call.input == {"city": "Oslo"} and call.id.startswith("toolu_")
+    assert call.id != other.id
+    with speaker.messages.stream(model="parrot", messages=messages, tools=[TOOL], max_tokens=300) as stream:
+        kinds = [event.type for event in stream]
+        final = stream.get_final_message()
+    assert [block.model_dump(exclude={"id"}) for block in final.content] == [
+        block.model_dump(exclude={"id"}) for block in message.content
+    ]
+    assert final.stop_reason == "tool_use"
+    assert kinds.count("content_block_start") == kinds.count("content_block_stop") == 4
+
+
+def test_a_tool_that_must_be_called(speaker: anthropic.Anthropic) -> None:
+    for choice in ({"type": "any"}, {"type": "tool", "name": "get_weather"}):
+        message = create(speaker, messages=says(CALL), tools=[TOOL], tool_choice=choice, max_tokens=300)
+        assert message.content[-1].type == "tool_use" and set(message.content[-1].input) == {"city"}
+    none = create(speaker, messages=says("no call"), tools=[TOOL], tool_choice={"type": "none"})
+    assert none.content[0].text == "no call" and none.stop_reason == "end_turn"
+
+
+def test_results_of_tools_go_back(server: Running, speaker: anthropic.Anthropic) -> None:
+    use = {"type": "tool_use", "id": "toolu_1", "name": "get_weather", "input": {"city": "Oslo"}}
+    result = {"type": "tool_result", "tool_use_id": "toolu_1", "content": [{"type": "text", "text": "rain"}]}
+    turns = [
+        *HELLO,
+        {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm", "signature": ""}, use]},
+        {"role": "user", "content": [result, {"type": "text", "text": "say:wet;"}]},
+    ]
+    assert create(speaker, messages=turns, tools=[TOOL]).content[0].text == "wet"
+    counted = speaker.messages.count_tokens(model="parrot", messages=turns, tools=[TOOL]).input_tokens
+    expected = (
+        "<|turn|>user:say:hello;<|end|><|turn|>assistant:<|end|><|turn|>tool:rain<|end|><|turn|>user:say:wet;<|end|>"
+        "[1 tools]<|turn|>assistant|"
+    )
+    assert counted == len(TOKENIZER.encode(expected, add_special_tokens=False))
+
+
+def test_an_answer_in_a_form(speaker: anthropic.Anthropic) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"n": {"type": "integer"}},
+        "required": ["n"],
+        "additionalProperties": False,
+    }
+    form = {"format": {"type": "json_schema", "schema": schema}}
+    message = create(speaker, messages=says('{"n": 7}'), max_tokens=200, extra_body={"output_config": form})
+    assert json.loads(message.content[-1].text) == {"n": 7}

@@ -169,10 +169,13 @@ def test_what_fails_in_a_stream_says_so(server: Running) -> None:
         ({"input": [{"role": "robot", "content": "x"}]}, "input[0].role"),
         ({"input": [{"role": "user", "content": 5}]}, "input[0].content"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0].type"),
-        ({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].type"),
-        ({"tools": [{"type": "web_search"}]}, "tools"),
+        ({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].call_id"),
+        ({"input": [{"type": "function_call", "call_id": "x"}]}, "input[0]"),
+        ({"input": [{"type": "computer_call"}]}, "input[0].type"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"text": {"format": {"type": "json_object"}}}, "text.format"),
+        ({"tool_choice": {"type": "file_search"}}, "tool_choice.type"),
+        ({"text": {"format": {"type": "xml"}}}, "response_format"),
         ({"truncation": "auto"}, "truncation"),
         ({"prompt": {"id": "x"}}, "prompt"),
         ({"conversation": "x"}, "conversation"),
@@ -222,3 +225,89 @@ def test_the_client_that_leaves_ends_it(server: Running) -> None:
         next(response.iter_lines())
         time.sleep(0.05)
     server.wait_idle()
+
+
+# -------------------------------------------------------------------- tools, thoughts and forms
+
+CITY = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+TOOL: dict[str, Any] = {"type": "function", "name": "get_weather", "parameters": CITY}
+CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+SAID = f"say:<think>hmm</think>Let me see.{CALL};"
+
+
+@pytest.fixture(scope="module")
+def speaker() -> Iterator[Running]:
+    """A server whose model writes calls and thoughts in a known way."""
+    with served(Setup(ServeOptions(tool_call_parser="hermes", reasoning_parser="qwen3"))) as running:
+        yield running
+
+
+def test_thoughts_text_and_calls_are_items(speaker: Running) -> None:
+    response = create(speaker, input=SAID, tools=[TOOL])
+    assert [item.type for item in response.output] == ["reasoning", "message", "function_call"]
+    thoughts, message, call = response.output
+    assert thoughts.content[0].text == "hmm" and message.content[0].text == "Let me see." == response.output_text
+    assert (
+        call.name == "get_weather"
+        and json.loads(call.arguments) == {"city": "Oslo"}
+        and call.call_id.startswith("call_")
+    )
+    assert response.status == "completed" and response.tools[0].name == "get_weather"
+
+
+def test_events_of_thoughts_text_and_calls(speaker: Running) -> None:
+    events = list(create(speaker, input=SAID, tools=[TOOL], stream=True))
+    kinds = [event.type.removeprefix("response.") for event in events]
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    added = [event.item.type for event in events if event.type.endswith("output_item.added")]
+    done = [event.item.type for event in events if event.type.endswith("output_item.done")]
+    assert added == done == ["reasoning", "message", "function_call"]
+    thoughts = "".join(event.delta for event in events if event.type == "response.reasoning_text.delta")
+    text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    arguments = "".join(event.delta for event in events if event.type == "response.function_call_arguments.delta")
+    assert (thoughts, text, json.loads(arguments)) == ("hmm", "Let me see.", {"city": "Oslo"})
+    assert kinds[-3:] == ["function_call_arguments.done", "output_item.done", "completed"]
+    final = events[-1].response
+    assert [item.id for item in final.output] == [
+        event.item.id for event in events if event.type.endswith("output_item.added")
+    ]
+    with speaker.client.responses.stream(model="parrot", input=SAID, tools=[TOOL]) as stream:
+        found = stream.get_final_response()
+    assert [item.type for item in found.output] == ["reasoning", "message", "function_call"]
+
+
+def test_results_of_tools_go_back(speaker: Running) -> None:
+    first = create(speaker, input=SAID, tools=[TOOL])
+    result = {"type": "function_call_output", "call_id": first.output[2].call_id, "output": "rain"}
+    talk = [result, {"role": "user", "content": "say:wet;"}]
+    second = create(speaker, input=talk, previous_response_id=first.id, tools=[TOOL])
+    assert second.output_text == "wet"
+    stored = speaker.service.store.get(second.id, "")
+    assert [message["role"] for message in stored.messages] == ["user", "assistant", "tool", "user", "assistant"]
+    assert stored.messages[1]["tool_calls"][0]["id"] == stored.messages[2]["tool_call_id"]
+    items = [item.model_dump(exclude_none=True) for item in first.output]
+    again = create(speaker, input=[{"role": "user", "content": SAID}, *items, *talk], tools=[TOOL], store=False)
+    assert again.output_text == "wet" and again.usage.input_tokens == second.usage.input_tokens
+
+
+def test_a_tool_that_must_be_called(speaker: Running) -> None:
+    for choice in ("required", {"type": "function", "name": "get_weather"}):
+        response = create(speaker, input=f"say:{CALL};", tools=[TOOL], tool_choice=choice)
+        assert response.output[-1].type == "function_call"
+        assert set(json.loads(response.output[-1].arguments)) == {"city"}
+
+
+def test_an_answer_in_a_form(speaker: Running) -> None:
+    form = {"format": {"type": "json_schema", "name": "city", "schema": CITY, "strict": True}}
+    said = 'say:{"city": "Oslo"};'
+    response = create(speaker, input=said, text=form)
+    assert set(json.loads(response.output_text)) == {"city"} and response.text.format.type == "json_schema"
+    response = create(
+        speaker, input="x", text={"format": {"type": "json_object"}}, temperature=0, max_output_tokens=300
+    )
+    assert response.text.format.type == "json_object"

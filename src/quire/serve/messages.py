@@ -1,110 +1,32 @@
 """POST /v1/messages and /v1/messages/count_tokens: Anthropic's protocol over the same conversations as chat.
 
-Text in and out. The body becomes a ChatRequest; only the shape of the answer is made here.
+What the bodies mean is in messages_body.py; only the shape of the answer is made here.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
-from typing import Annotated, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 from fastapi import APIRouter, Request
-from pydantic import Field
 from starlette.responses import Response
 
 from quire.engine.outputs import CompletionOutput, RequestOutput
-from quire.errors import OverloadedError, ValidationError
+from quire.errors import OverloadedError
+from quire.serve.blocks import Block, Blocks, Growth
 from quire.serve.caller import caller_of
 from quire.serve.errors import Failure
 from quire.serve.layers import JsonRoute
-from quire.serve.parts import refuse, text_of
-from quire.serve.protocol import ApiRequest, ChatRequest, Timeout
+from quire.serve.messages_body import MessagesRequest, TokensRequest
 from quire.serve.service import Service, new_id
 from quire.serve.sse import EventStyle, event, json_response, named_event, stream, until_left
 from quire.serve.talk import Talk
 from quire.text import ChatOptions
+from quire.text.speech import AnswerReader, tool_wish
 
 router = APIRouter(route_class=JsonRoute)
-
-_REFUSED: dict[str, tuple[Any, ...]] = {
-    "tools": (None, []),
-    "tool_choice": (None, {"type": "none"}),
-    "thinking": (None, {"type": "disabled"}),
-    "mcp_servers": (None, []),
-    "container": (None,),
-    "context_management": (None,),
-    "output_format": (None,),
-    "output_config": (None, {}),
-    "chat_template": (None,),
-}
-
-
-class TokensRequest(ApiRequest):
-    """POST /v1/messages/count_tokens, and the part of /v1/messages that the model sees."""
-
-    messages: list[Any]
-    system: Any = None
-    chat_template_kwargs: dict[str, Any] | None = None
-
-    def check_extra(self) -> None:
-        """Refuse what is known here and cannot be done."""
-        for name, value in (self.model_extra or {}).items():
-            if name in _REFUSED and value not in _REFUSED[name]:
-                raise refuse(name)
-
-    def chat_messages(self) -> list[dict[str, Any]]:
-        """The conversation in the form of chat completions."""
-        found: list[dict[str, Any]] = []
-        if self.system:
-            found.append({"role": "system", "content": text_of(self.system, "system", ("text",))})
-        for index, message in enumerate(self.messages):
-            place = f"messages[{index}]"
-            if not isinstance(message, dict) or message.get("role") not in ("user", "assistant"):
-                raise ValidationError(f"{place}.role must be user or assistant.", f"{place}.role")
-            found.append(
-                {"role": message["role"], "content": text_of(message.get("content"), f"{place}.content", ("text",))}
-            )
-        if not self.messages:
-            raise ValidationError("The conversation must have at least one message.", "messages")
-        return found
-
-    @property
-    def continues(self) -> bool:
-        """Whether the last message is the beginning of the answer."""
-        return bool(self.messages) and self.messages[-1].get("role") == "assistant"
-
-
-class MessagesRequest(TokensRequest):
-    """POST /v1/messages."""
-
-    max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)]
-    stop_sequences: list[str] | None = None
-    stream: bool | None = None
-    temperature: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_p: float | None = None
-    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
-    timeout: Timeout | None = None
-    include_account: bool | None = None
-
-    def chat(self) -> ChatRequest:
-        """The same request for chat completions."""
-        self.check_extra()
-        given = {
-            name: getattr(self, name)
-            for name in ("stream", "temperature", "top_p", "top_k", "timeout", "include_account")
-        }
-        body = ChatRequest(
-            model=self.model,
-            messages=self.chat_messages(),
-            max_tokens=self.max_tokens,
-            stop=self.stop_sequences,
-            chat_template_kwargs=self.chat_template_kwargs,
-            continue_final_message=self.continues,
-            **{name: value for name, value in given.items() if value is not None},
-        )
-        body.check()
-        return body
 
 
 def _failed(failure: Failure) -> bytes:
@@ -122,7 +44,8 @@ async def create_message(body: MessagesRequest, request: Request) -> Response:
     chat = body.chat()
     params = chat.params(service.card.defaults, service.card.limit)
     own_id = new_id("msg", request.headers.get("x-request-id"), None)
-    answer = _Answer(service, Talk(service, chat, own_id, params, caller_of(request)))
+    wish = tool_wish(chat.tools, chat.tool_choice, chat.parallel_tool_calls)
+    answer = _Answer(service, Talk(service, chat, own_id, params, caller_of(request), wish=wish))
     if not body.stream:
         return json_response(await until_left(request, answer.whole()))
     return await stream(request, answer.events(), STYLE, service.options.sse_keep_alive_interval)
@@ -136,9 +59,10 @@ async def count_tokens(body: TokensRequest, request: Request) -> dict[str, int]:
     body.check_extra()
     messages = body.chat_messages()  # which finds what is wrong with them
     options = ChatOptions(
+        tools=body.chat_tools(),
         add_generation_prompt=not body.continues,
         continue_final_message=body.continues,
-        template_kwargs={**service.chat_template_kwargs, **(body.chat_template_kwargs or {})},
+        template_kwargs={**service.chat_template_kwargs, **body.template_kwargs()},
     )
     text = await service.render(messages, options)
     return {"input_tokens": len(service.tokenizer.encode(text, add_special_tokens=False))}
@@ -150,6 +74,8 @@ class _Answer:
 
     service: Service
     talk: Talk
+    blocks: Blocks = field(default_factory=Blocks)
+    reader: AnswerReader | None = None  # known with the first output
 
     async def whole(self) -> dict[str, Any]:
         """The answer as one object."""
@@ -159,8 +85,10 @@ class _Answer:
         assert output is not None, "the engine ends every request with an output"
         completion = output.outputs[0]
         _raise_ended(completion)
+        self._grow(completion)
         usage = self._usage(output) | {"output_tokens": len(completion.token_ids)} | self.talk.told()
-        return self._message(usage) | {"content": [{"type": "text", "text": completion.text}], **_stopped(completion)}
+        content = [_block(block, block.text) for block in self.blocks.found]
+        return self._message(usage) | {"content": content, **self._stopped(completion)}
 
     async def events(self) -> AsyncGenerator[bytes]:
         """The answer as events."""
@@ -169,21 +97,27 @@ class _Answer:
             if not begun:
                 begun = True
                 yield named_event({"type": "message_start", "message": self._message(self._usage(output))})
-                yield named_event(
-                    {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}
-                )
                 yield named_event({"type": "ping"})
             for completion in output.outputs:
                 tokens += len(completion.token_ids)
                 _raise_ended(completion)
-                if completion.text:
-                    delta = {"type": "text_delta", "text": completion.text}
-                    yield named_event({"type": "content_block_delta", "index": 0, "delta": delta})
+                for growth in self._grow(completion):
+                    for content in _growth_events(growth):
+                        yield content
                 if completion.finish_reason is not None:
-                    yield named_event({"type": "content_block_stop", "index": 0})
+                    if self.blocks.found:
+                        yield named_event({"type": "content_block_stop", "index": len(self.blocks.found) - 1})
                     usage = self._usage(output) | {"output_tokens": tokens} | self.talk.told()
-                    yield named_event({"type": "message_delta", "delta": _stopped(completion), "usage": usage})
+                    yield named_event({"type": "message_delta", "delta": self._stopped(completion), "usage": usage})
         yield named_event({"type": "message_stop"})
+
+    def _grow(self, completion: CompletionOutput) -> list[Growth]:
+        """What the new text adds to the blocks."""
+        if self.reader is None:
+            self.reader = self.talk.speech.reader()
+        finished = completion.finish_reason is not None
+        grown = self.blocks.take(self.reader.read(completion.text, finished))
+        return grown + self.blocks.finish() if finished else grown
 
     def _message(self, usage: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -207,6 +141,16 @@ class _Answer:
             "cache_read_input_tokens": cached,
         }
 
+    def _stopped(self, completion: CompletionOutput) -> dict[str, Any]:
+        by_text = isinstance(completion.stop_reason, str)
+        if completion.finish_reason == "length":
+            reason = "max_tokens"
+        elif self.blocks.has_calls:
+            reason = "tool_use"
+        else:
+            reason = "stop_sequence" if by_text else "end_turn"
+        return {"stop_reason": reason, "stop_sequence": completion.stop_reason if by_text else None}
+
 
 def _raise_ended(completion: CompletionOutput) -> None:
     """Anthropic's protocol has no word for an answer that the server broke off."""
@@ -214,7 +158,37 @@ def _raise_ended(completion: CompletionOutput) -> None:
         raise OverloadedError("The answer was broken off: it was cancelled, or the server shuts down.")
 
 
-def _stopped(completion: CompletionOutput) -> dict[str, Any]:
-    by_text = isinstance(completion.stop_reason, str)
-    reason = "max_tokens" if completion.finish_reason == "length" else "stop_sequence" if by_text else "end_turn"
-    return {"stop_reason": reason, "stop_sequence": completion.stop_reason if by_text else None}
+def _block(block: Block, text: str) -> dict[str, Any]:
+    """A content block with so much of its text; the input of a call that begins is an empty object."""
+    if block.kind == "thinking":
+        return {"type": "thinking", "thinking": text, "signature": ""}
+    if block.kind == "text":
+        return {"type": "text", "text": text}
+    return {"type": "tool_use", "id": f"toolu_{block.id}", "name": block.name, "input": _input(text)}
+
+
+def _input(arguments: str) -> dict[str, Any]:
+    """Arguments as an object; what a model wrote that is none stays readable."""
+    try:
+        found = json.loads(arguments or "{}")
+    except ValueError:
+        found = None
+    return found if isinstance(found, dict) else {"arguments": arguments}
+
+
+def _growth_events(growth: Growth) -> list[bytes]:
+    """A block begins, where it does, and gets its new text."""
+    events = []
+    if growth.begins:
+        if growth.index:
+            events.append(named_event({"type": "content_block_stop", "index": growth.index - 1}))
+        start = {"index": growth.index, "content_block": _block(growth.block, "")}
+        events.append(named_event({"type": "content_block_start", **start}))
+    kind, name = {
+        "thinking": ("thinking_delta", "thinking"),
+        "text": ("text_delta", "text"),
+        "call": ("input_json_delta", "partial_json"),
+    }[growth.block.kind]
+    delta = {"type": kind, name: growth.text}
+    events.append(named_event({"type": "content_block_delta", "index": growth.index, "delta": delta}))
+    return events

@@ -1,6 +1,6 @@
 """/v1/responses: OpenAI's newer protocol over the same conversations as chat, with its events, its store, background.
 
-Text in and out. What the body means is in responses_body.py, what is kept in store.py; only answers are made here.
+What the body means is in responses_body.py, the items of an answer are in response_items.py, what is kept in store.py.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import uuid
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,15 +17,18 @@ from starlette.responses import Response
 
 from quire.engine.outputs import CompletionOutput, RequestOutput
 from quire.errors import ValidationError
+from quire.serve.blocks import Growth
 from quire.serve.caller import caller_of
 from quire.serve.errors import Failure, failure_of
 from quire.serve.layers import JsonRoute
 from quire.serve.logprobs import TokenNames, chat_logprobs
+from quire.serve.response_items import Items
 from quire.serve.responses_body import ResponsesRequest
 from quire.serve.service import Service, new_id
 from quire.serve.sse import EventStyle, event, json_response, named_event, stream, until_left
 from quire.serve.store import Stored
 from quire.serve.talk import Talk
+from quire.text.speech import AnswerReader, tool_wish
 
 logger = logging.getLogger(__name__)
 router = APIRouter(route_class=JsonRoute)
@@ -52,7 +54,9 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
     chat = body.chat(earlier)
     params = chat.params(service.card.defaults, service.card.limit)
     own_id = new_id("resp", request.headers.get("x-request-id"), None).replace("-", "_", 1)
-    answer = _Answer(service, body, Talk(service, chat, own_id, params, caller), body.kept_messages(earlier))
+    wish = tool_wish(chat.tools, chat.tool_choice, chat.parallel_tool_calls)
+    talk = Talk(service, chat, own_id, params, caller, wish=wish)
+    answer = _Answer(service, body, talk, body.kept_messages(earlier))
     if body.background:
         if service.options.max_stored_responses < 1:
             raise ValidationError("This server keeps no responses, so none can run in the background.", "background")
@@ -114,7 +118,8 @@ class _Answer:
     body: ResponsesRequest
     talk: Talk
     kept: list[dict[str, Any]]
-    item_id: str = field(default_factory=lambda: f"msg_{uuid.uuid4().hex}")
+    items: Items = field(default_factory=Items)
+    reader: AnswerReader | None = None  # known with the first output
     created: int = field(default_factory=lambda: int(time.time()))
     number: int = -1  # of the latest event
 
@@ -127,8 +132,9 @@ class _Answer:
             output = found
         assert output is not None, "the engine ends every request with an output"
         completion = output.outputs[0]
-        entries = self._logprobs(completion)
-        return self._ended(completion, completion.text, self._usage(output, len(completion.token_ids)), entries)
+        self._grow(completion)
+        self.items.logprobs = self._logprobs(completion)
+        return self._ended(completion, self._usage(output, len(completion.token_ids)))
 
     def in_background(self) -> dict[str, Any]:
         """Start it, and say that it is queued."""
@@ -149,74 +155,59 @@ class _Answer:
 
     async def events(self) -> AsyncGenerator[bytes]:
         """The response as events."""
-        text, tokens, entries = "", 0, []
+        tokens = 0
         last: RequestOutput | None = None
         try:
             async for output in self.talk.outputs():
                 if last is None:
-                    for content in self._opening():
-                        yield content
+                    for kind in ("created", "in_progress"):
+                        yield self._event(kind, {"response": self._frame("in_progress")})
                 last = output
                 for new in output.outputs:
-                    text, tokens = text + new.text, tokens + len(new.token_ids)
+                    tokens += len(new.token_ids)
                     found = self._logprobs(new)
-                    entries += found
-                    if new.text:
-                        delta = {"delta": new.text, "logprobs": found}
-                        yield self._event("response.output_text.delta", self._place() | delta)
+                    self.items.logprobs += found
+                    for growth in self._grow(new):
+                        for kind, content in self.items.grown(growth, found):
+                            yield self._event(kind, content)
         except Exception as error:
             if last is None:
                 raise
             response = self._frame("failed") | {"error": _error_of(error)}
-            yield self._event("response.failed", {"response": response})
+            yield self._event("failed", {"response": response})
             return
         assert last is not None, "the engine ends every request with an output"
-        for content in self._closing(last.outputs[0], text, self._usage(last, tokens), entries):
-            yield content
-
-    # ---------------------------------------------------------------- events
+        response = self._ended(last.outputs[0], self._usage(last, tokens))
+        items = response["output"]
+        for kind, content in self.items.closed(len(items) - 1, items[-1]["status"]):
+            yield self._event(kind, content)
+        status = response["status"]
+        yield self._event(status if status in ("completed", "incomplete") else "failed", {"response": response})
 
     def _event(self, kind: str, content: dict[str, Any]) -> bytes:
         self.number += 1
-        return named_event({"type": kind, "sequence_number": self.number, **content})
+        return named_event({"type": f"response.{kind}", "sequence_number": self.number, **content})
 
-    def _place(self) -> dict[str, Any]:
-        return {"item_id": self.item_id, "output_index": 0, "content_index": 0}
-
-    def _opening(self) -> list[bytes]:
-        item = self._item("in_progress") | {"content": []}
-        return [
-            self._event("response.created", {"response": self._frame("in_progress")}),
-            self._event("response.in_progress", {"response": self._frame("in_progress")}),
-            self._event("response.output_item.added", {"output_index": 0, "item": item}),
-            self._event("response.content_part.added", self._place() | {"part": _part("", [])}),
-        ]
-
-    def _closing(
-        self, completion: CompletionOutput, text: str, usage: dict[str, Any], entries: list[dict[str, Any]]
-    ) -> list[bytes]:
-        response = self._ended(completion, text, usage, entries)
-        return [
-            self._event("response.output_text.done", self._place() | {"text": text, "logprobs": entries}),
-            self._event("response.content_part.done", self._place() | {"part": _part(text, entries)}),
-            self._event("response.output_item.done", {"output_index": 0, "item": response["output"][0]}),
-            self._event(f"response.{_KINDS.get(response['status'], 'failed')}", {"response": response}),
-        ]
+    def _grow(self, completion: CompletionOutput) -> list[Growth]:
+        """What the new text adds to the items."""
+        if self.reader is None:
+            self.reader = self.talk.speech.reader()
+        finished = completion.finish_reason is not None
+        grown = self.items.blocks.take(self.reader.read(completion.text, finished))
+        return grown + self.items.blocks.finish() if finished else grown
 
     # ---------------------------------------------------------------- objects
 
-    def _ended(
-        self, completion: CompletionOutput, text: str, usage: dict[str, Any], entries: list[dict[str, Any]]
-    ) -> dict[str, Any]:
+    def _ended(self, completion: CompletionOutput, usage: dict[str, Any]) -> dict[str, Any]:
         """The finished response, which is kept where the client wants it."""
         status = {"length": "incomplete", "abort": "cancelled"}.get(completion.finish_reason or "", "completed")
-        item = self._item("completed" if status == "completed" else "incomplete") | {"content": [_part(text, entries)]}
+        output = self.items.output("completed" if status == "completed" else "incomplete")
         reason = {"reason": "max_output_tokens"} if status == "incomplete" else None
-        response = self._frame(status) | {"output": [item], "usage": usage, "incomplete_details": reason}
+        response = self._frame(status) | {"output": output, "usage": usage, "incomplete_details": reason}
         if status == "completed":
             response["completed_at"] = int(time.time())
         if self.body.stores and self.service.options.max_stored_responses > 0:
-            messages = [*self.kept, {"role": "assistant", "content": text}]
+            messages = [*self.kept, self.items.message()]
             self.service.store.put(Stored(self.talk.caller.tenant, response, messages))
         return response
 
@@ -238,9 +229,6 @@ class _Answer:
             **self.body.echoed(),
         }
 
-    def _item(self, status: str) -> dict[str, Any]:
-        return {"id": self.item_id, "type": "message", "status": status, "role": "assistant"}
-
     def _usage(self, output: RequestOutput, tokens: int) -> dict[str, Any]:
         prompt = len(output.prompt_token_ids)
         cached = output.num_cached_tokens if self.service.options.enable_prompt_tokens_details else 0
@@ -248,7 +236,7 @@ class _Answer:
             "input_tokens": prompt,
             "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
             "output_tokens": tokens,
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": 0},  # tokens of thoughts are not told apart
             "total_tokens": prompt + tokens,
             **self.talk.told(),
         }
@@ -258,13 +246,6 @@ class _Answer:
             return []
         names = TokenNames(self.service.engine.tokenizer)
         return chat_logprobs(completion.token_ids, completion.logprobs, self.talk.body.top, names)["content"]
-
-
-_KINDS = {"completed": "completed", "incomplete": "incomplete"}
-
-
-def _part(text: str, entries: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": entries}
 
 
 def _error_of(error: Exception) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The body of POST /v1/responses, and the ChatRequest it becomes. Text in and out. Knows no engine and no HTTP."""
+"""The body of POST /v1/responses, and the ChatRequest it becomes. Knows no engine and no HTTP."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from typing import Any
 from quire.errors import ValidationError
 from quire.serve.parts import refuse, text_of
 from quire.serve.protocol import ApiRequest, ChatRequest, Int32, Timeout
+from quire.serve.response_items import chat_call
 
 _KINDS = ("input_text", "output_text", "text", "refusal")
 _ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
 _LOGPROBS = "message.output_text.logprobs"
 # Known, and impossible here so far, with the values that ask for nothing.
 _REFUSED: dict[str, tuple[Any, ...]] = {
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
     "prompt": (None,),
     "conversation": (None,),
     "truncation": (None, "disabled"),
@@ -41,6 +40,9 @@ class ResponsesRequest(ApiRequest):
     include: list[str] | None = None
     text: dict[str, Any] | None = None
     reasoning: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
     background: bool | None = None
@@ -59,9 +61,6 @@ class ResponsesRequest(ApiRequest):
         for name, value in (self.model_extra or {}).items():
             if name in _REFUSED and value not in _REFUSED[name]:
                 raise refuse(name)
-        layout = (self.text or {}).get("format")
-        if layout is not None and layout != {"type": "text"}:
-            raise refuse("text.format", " It writes plain text.")
         for wish in self.include or ():
             if wish not in (_LOGPROBS, "reasoning.encrypted_content"):
                 raise refuse("include", f" It can include {_LOGPROBS}.")
@@ -86,6 +85,9 @@ class ResponsesRequest(ApiRequest):
             for name in ("temperature", "top_p", "top_k", "seed", "chat_template", "chat_template_kwargs")
             + ("cache_salt", "priority", "timeout", "stream", "include_account")
         }
+        given |= {"tools": [_tool(tool, f"tools[{index}]") for index, tool in enumerate(self.tools or ())] or None}
+        given |= {"tool_choice": _choice(self.tool_choice), "parallel_tool_calls": self.parallel_tool_calls}
+        given["response_format"] = self._form()
         if self.reasoning and self.reasoning.get("effort") is not None:
             given["reasoning_effort"] = str(self.reasoning["effort"])[:32]
         if _LOGPROBS in (self.include or ()):
@@ -103,12 +105,22 @@ class ResponsesRequest(ApiRequest):
         """What a later response goes on from, less this one's answer."""
         return [*earlier, *self._input_messages()]
 
+    def _form(self) -> dict[str, Any] | None:
+        """text.format as the response_format of chat completions."""
+        layout = (self.text or {}).get("format")
+        if not isinstance(layout, dict) or layout.get("type") != "json_schema":
+            return layout
+        return {"type": "json_schema", "json_schema": {name: layout[name] for name in layout if name != "type"}}
+
     def _input_messages(self) -> list[dict[str, Any]]:
         if isinstance(self.input, str):
             return [{"role": "user", "content": self.input}]
         if not isinstance(self.input, list) or not self.input:
             raise ValidationError("input must be a string, or a list with at least one item.", "input")
-        return [_message(item, f"input[{index}]") for index, item in enumerate(self.input)]
+        found: list[dict[str, Any]] = []
+        for index, item in enumerate(self.input):
+            _take_item(item, f"input[{index}]", found)
+        return found
 
     def echoed(self) -> dict[str, Any]:
         """The fields of the response that repeat the request."""
@@ -117,30 +129,76 @@ class ResponsesRequest(ApiRequest):
             "instructions": self.instructions,
             "max_output_tokens": self.max_output_tokens,
             "metadata": self.metadata or {},
-            "parallel_tool_calls": True,
+            "parallel_tool_calls": self.parallel_tool_calls is not False,
             "previous_response_id": self.previous_response_id,
             "reasoning": {"effort": (self.reasoning or {}).get("effort"), "summary": None},
             "store": self.stores,
-            "text": {"format": {"type": "text"}},
-            "tool_choice": "auto",
-            "tools": [],
+            "text": {"format": {"type": "text"}, **(self.text or {})},
+            "tool_choice": "auto" if self.tool_choice is None else self.tool_choice,
+            "tools": self.tools or [],
             "top_logprobs": self.top_logprobs or 0,
             "truncation": "disabled",
             "user": self.user,
         }
 
 
-def _message(item: object, place: str) -> dict[str, Any]:
-    """One item of the input as a chat message."""
+def _tool(tool: dict[str, Any], place: str) -> dict[str, Any]:
+    """A tool as chat completions write it."""
+    if tool.get("type") != "function":
+        raise refuse(f"{place}.type", " It takes tools of type function.")
+    return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
+
+
+def _choice(choice: Any) -> Any:
+    """tool_choice as chat completions write it."""
+    if isinstance(choice, dict) and choice.get("type") == "function":
+        return {"type": "function", "function": {"name": choice.get("name")}}
+    if isinstance(choice, dict):
+        raise refuse("tool_choice.type", " It takes none, auto, required, or a function.")
+    return choice
+
+
+def _take_item(item: object, place: str, found: list[dict[str, Any]]) -> None:
+    """Add one item of the input to the chat messages. Calls and thoughts belong to the assistant's message."""
     if not isinstance(item, dict):
         raise ValidationError(f"{place} must be an object.", place)
     kind = item.get("type", "message")
-    if kind != "message":
+    if kind == "message":
+        role = item.get("role")
+        if role not in _ROLES:
+            raise ValidationError(f"{place}.role must be one of {', '.join(_ROLES)}.", f"{place}.role")
+        text = text_of(item.get("content"), f"{place}.content", _KINDS)
+        if role == "assistant":
+            if found and found[-1].get("content"):
+                found.append({"role": "assistant", "content": text})
+            else:
+                _assistant(found)["content"] = text
+        else:
+            found.append({"role": _ROLES[role], "content": text})
+    elif kind == "function_call":
+        if not all(isinstance(item.get(name), str) for name in ("call_id", "name", "arguments")):
+            raise ValidationError(f"{place} must have the strings call_id, name and arguments.", place)
+        call = chat_call(item["call_id"], item["name"], item["arguments"])
+        _assistant(found).setdefault("tool_calls", []).append(call)
+    elif kind == "function_call_output":
+        if not isinstance(item.get("call_id"), str):
+            raise ValidationError(f"{place}.call_id must be a string.", f"{place}.call_id")
+        text = text_of(item.get("output"), f"{place}.output", _KINDS)
+        found.append({"role": "tool", "content": text, "tool_call_id": item["call_id"]})
+    elif kind == "reasoning":
+        parts = [part.get("text") for part in item.get("content") or () if isinstance(part, dict)]
+        last = _assistant(found)
+        last["reasoning"] = last.get("reasoning", "") + "".join(part for part in parts if isinstance(part, str))
+    else:
+        kinds = "message, function_call, function_call_output, reasoning"
         raise ValidationError(
-            f"{place} has the type {str(kind)[:40]!r}, which is not supported yet by this server. It takes message.",
+            f"{place} has the type {str(kind)[:40]!r}, which is not supported yet by this server. It takes {kinds}.",
             f"{place}.type",
         )
-    role = item.get("role")
-    if role not in _ROLES:
-        raise ValidationError(f"{place}.role must be one of {', '.join(_ROLES)}.", f"{place}.role")
-    return {"role": _ROLES[role], "content": text_of(item.get("content"), f"{place}.content", _KINDS)}
+
+
+def _assistant(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """The assistant's message at the end of the conversation, a new one if the last is another's."""
+    if not found or found[-1]["role"] != "assistant":
+        found.append({"role": "assistant", "content": ""})
+    return found[-1]
