@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quire import env, roofline
+from quire.cli import bench_serve
 from quire.cli.flags import FlagParser
 from quire.cli.options import add_engine_flags, engine_options, section_of
 from quire.cli.workloads import Item, WorkloadOptions, make_items
@@ -51,9 +52,11 @@ class Ceiling:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
+    if argv and argv[0] == "serve":
+        return bench_serve.main(argv[1:])
     kinds = {"latency": latency, "throughput": throughput}
     if not argv or argv[0] not in kinds:
-        raise ConfigError("Say what to measure: quire bench latency, or quire bench throughput.")
+        raise ConfigError("Say what to measure: quire bench latency, throughput, or serve.")
     env.set_up_logging("warning")
     kinds[argv[0]](argv[1:])
     return 0

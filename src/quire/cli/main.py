@@ -20,7 +20,7 @@ COMMANDS = {
     "complete": ("quire.cli.complete", "complete prompts line by line, in this process or on a server"),
     "plan": ("quire.cli.plan", "say what a model will need and how fast it will be, without loading it"),
     "verify": ("quire.cli.verify", "compare a model's logits with those of Transformers"),
-    "bench": ("quire.cli.bench", "measure latency or throughput"),
+    "bench": ("quire.cli.bench", "measure latency, throughput, or a server"),
     "collect-env": ("quire.cli.collect", "print versions and hardware, for reports"),
 }
 
