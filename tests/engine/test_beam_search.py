@@ -35,7 +35,7 @@ def reference() -> Any:
 
 
 def expected(
-    reference: Any, prompt: list[int], width: int, tokens: int, penalty: float, ends: list[int] | None
+    reference: Any, prompt: list[int], width: int, tokens: int, penalty: float, ends: list[int] | None, early: Any
 ) -> list[tuple[list[int], float]]:
     """Sequences without their end, and their scores, as Transformers has them."""
     found = reference.generate(
@@ -45,7 +45,7 @@ def expected(
         num_return_sequences=width,
         max_new_tokens=tokens,
         length_penalty=penalty,
-        early_stopping=False,
+        early_stopping=early,
         do_sample=False,
         eos_token_id=ends,
         pad_token_id=4090,
@@ -60,17 +60,23 @@ def expected(
 
 
 @pytest.mark.parametrize(
-    ("width", "tokens", "penalty", "ends"),
+    ("width", "tokens", "penalty", "ends", "early"),
     [
-        (2, 40, 1.0, None),
-        (3, 20, 1.0, "own"),
-        (4, 16, 0.0, "common"),
-        (4, 16, 1.0, "common"),
-        (5, 12, 2.0, "common"),
-        (2, 24, -1.0, "common"),
+        (2, 40, 1.0, None, False),
+        (3, 20, 1.0, "own", False),
+        (4, 16, 0.0, "common", False),
+        (4, 16, 1.0, "common", False),
+        (5, 12, 2.0, "common", False),
+        (2, 24, -1.0, "common", False),
+        (4, 16, 1.0, "common", True),
+        (3, 16, -1.0, "common", True),
+        (4, 16, 1.0, "common", "never"),
+        (3, 20, -1.0, "common", "never"),
     ],
 )
-def test_the_sequences_of_transformers(llm: LLM, reference: Any, width: int, tokens: int, penalty: float, ends: Any):
+def test_the_sequences_of_transformers(
+    llm: LLM, reference: Any, width: int, tokens: int, penalty: float, ends: Any, early: Any
+):
     tokenizer = llm.get_tokenizer()
     prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
     settings = llm._engine.settings
@@ -80,12 +86,18 @@ def test_the_sequences_of_transformers(llm: LLM, reference: Any, width: int, tok
         stops = settings.eos_token_ids
     llm._engine.settings = type(settings)(**{**fields_of(settings), "eos_token_ids": stops})
     try:
-        params = BeamSearchParams(beam_width=width, max_tokens=tokens, length_penalty=penalty, ignore_eos=ends is None)
+        params = BeamSearchParams(
+            beam_width=width,
+            max_tokens=tokens,
+            length_penalty=penalty,
+            early_stopping=early,
+            ignore_eos=ends is None,
+        )
         outputs = llm.beam_search(prompts, params)
     finally:
         llm._engine.settings = settings
     for prompt, output in zip(prompts, outputs, strict=True):
-        wanted = expected(reference, prompt, width, tokens, penalty, None if ends is None else list(stops))
+        wanted = expected(reference, prompt, width, tokens, penalty, None if ends is None else list(stops), early)
         assert [sequence.tokens for sequence in output.sequences] == [row for row, _ in wanted]
         assert [sequence.score for sequence in output.sequences] == pytest.approx(
             [score for _, score in wanted], rel=1e-4
@@ -98,15 +110,14 @@ def fields_of(settings: Any) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in settings.__dataclass_fields__}
 
 
-def test_full_pages_are_computed_once(llm: LLM):
-    prompt = [5 + index % 40 for index in range(64)]
+def test_every_position_is_computed_once(llm: LLM):
+    prompt = [5 + index % 40 for index in range(69)]
     before = llm._engine.stats()
     llm.beam_search([prompt], BeamSearchParams(beam_width=4, max_tokens=20, ignore_eos=True))
     after = llm._engine.stats()
-    page = llm._engine._core._scheduler.options.groups[0].page_size
-    computed = after.computed_tokens - before.computed_tokens
-    assert computed <= len(prompt) + 4 * 20 * page, "a beam computes what lies in its last page, not its prompt"
-    assert after.cache_hits - before.cache_hits > 4 * 18 * (len(prompt) - page)
+    assert after.computed_tokens - before.computed_tokens == len(prompt) + 4 * 19, (
+        "a beam computes its last token alone"
+    )
 
 
 def test_texts_and_limits(llm: LLM):
@@ -152,6 +163,8 @@ def test_wishes_that_cannot_be_met(llm: LLM):
         llm.beam_search("a", BeamSearchParams(beam_width=31, max_tokens=2, ignore_eos=True))
     with pytest.raises(ValidationError, match="beam_width"):
         BeamSearchParams(beam_width=0, max_tokens=2)
+    with pytest.raises(ValidationError, match="early_stopping"):
+        BeamSearchParams(beam_width=2, max_tokens=2, early_stopping="soon")
     llm._logprobs_mode = "raw_logits"
     try:
         with pytest.raises(ConfigError, match="raw_logprobs"):

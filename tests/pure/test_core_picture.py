@@ -53,7 +53,7 @@ def test_a_page_is_blank_owned_shared_or_cached() -> None:
         ("second", True),
         ("third", False),
     ]
-    assert picture.requests[1].cached == 8 and picture.requests[1].computed == 12 and picture.requests[0].limit == 13
+    assert picture.requests[1].cached == 10 and picture.requests[1].computed == 12 and picture.requests[0].limit == 13
     while found.has_work():
         step(found)
     assert marks(found.picture()) == {CACHED: 2 + 1 + 3 + 2, BLANK: 24} and found.picture().requests == ()

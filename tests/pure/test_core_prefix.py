@@ -191,6 +191,29 @@ def test_a_begun_page_is_copied_and_then_belongs_to_one() -> None:
     finish(scheduler)
 
 
+def test_a_request_that_ended_leaves_its_begun_page() -> None:
+    """As beams need it: the next request is the same and one token more, and computes that one alone."""
+    prompt = tuple(range(10, 21))
+    for salt, starts in ((b"", 11), (b"else", 0)):
+        scheduler = make(GroupSpec("full", 4, 40))
+        ask(scheduler, "a", prompt, out=1)
+        first = scheduler.schedule()
+        page = first.grants[0].pages[2]
+        land(scheduler, first)
+        assert not scheduler.stats().running
+        for name in ("b", "c"):
+            ask(scheduler, name, (*prompt, 50), out=1, salt=salt)
+        plan = scheduler.schedule()
+        assert plan.spans[0][1:3] == (starts, 12 - starts)
+        if not salt:
+            targets = {copy.target for copy in plan.copies}
+            assert {copy.source for copy in plan.copies} <= {page} and len(targets) == len(plan.copies)
+        land(scheduler, plan)
+        finish(scheduler)
+    ask(scheduler, "d", (*prompt[:-1], 60), out=1)
+    assert scheduler.schedule().spans[0].start == 8  # whole pages only: what was left behind is another text
+
+
 def test_what_differs_is_not_copied() -> None:
     prompt = tuple(range(10, 21))
     for other, salt, starts in ((prompt[:9] + (99, 98), b"", 9), (prompt, b"else", 0), ((1, *prompt[1:]), b"", 0)):

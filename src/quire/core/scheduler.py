@@ -30,7 +30,7 @@ from quire.core.plan import (
 from quire.core.planning import Blocked, Flight, Sketch
 from quire.core.queue import WaitingLine
 from quire.core.request import GONE, NOWHERE, CoreRequest, Request
-from quire.core.siblings import copies, find_begun
+from quire.core.siblings import copies, find_begun, leave_behind
 from quire.core.stats import Queue, Stats
 from quire.core.stop import check_stop, stop_rules
 from quire.core.tables import PageTables
@@ -488,5 +488,7 @@ class Scheduler:
         del self._requests[request.given.request_id]
         self._waiting.charge_output((request,))
         if request.slot != NOWHERE:
+            if reason != "error":
+                leave_behind(request, self._tables)
             self._vacate(request)
         self._totals.finished[reason] = self._totals.finished.get(reason, 0) + 1

@@ -453,6 +453,17 @@ class PageTables:
         for group, held_pages in zip(self.groups, owners, strict=True):
             group.pool.check(held_pages)
 
+    def tail_name(self, request: Request, index: int, end: int) -> bytes | None:
+        """What a page of group `index` is named while it holds the tokens before `end` and no more; None if it is full."""
+        size = self.groups[index].page_size
+        count, rest = divmod(end, size)
+        if not rest or request.generation != self._generation:
+            return None
+        self._extend_names(request, end)
+        names = request.names[self._chain[index]]
+        before = names[count - 1] if count else self._names.root(request.given.salt)
+        return self._names.follow(before, request.tokens[count * size : end])
+
     def _extend_names(self, request: Request, positions: int) -> None:
         tokens = request.tokens
         for size, names in zip(self._sizes, request.names, strict=True):

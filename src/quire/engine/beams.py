@@ -1,7 +1,7 @@
 """Beam search: which continuations of a prompt go on, which have ended, and when none can get better any more.
 
 Speaks of tokens and log-probabilities alone; the caller has each beam's next token scored, in whatever way. The rules
-are those of Transformers' beam search with early_stopping=False.
+are those of Transformers' beam search.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from quire.errors import ValidationError
 class BeamSearchParams:
     """How to search. Results are ranked by cumulative log-probability / (generated tokens ** length_penalty).
 
-    The model's own log-probabilities count; `temperature` is there for those who give it, and changes no ranking.
+    `early_stopping`: True ends the search with beam_width results; False when the best running beam, as long as it is,
+    beats none of them; "never" when even the best that it could become does not. The model's own log-probabilities
+    count; `temperature` is there for those who give it, and changes no ranking.
     """
 
     beam_width: int
@@ -25,6 +27,7 @@ class BeamSearchParams:
     ignore_eos: bool = False
     temperature: float = 0.0
     length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
     include_stop_str_in_output: bool = False  # whether the token that ends a sequence is part of it
     skip_special_tokens: bool = True
 
@@ -34,6 +37,8 @@ class BeamSearchParams:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValidationError(f"{name} must be a whole number of at least 1, found {value!r}", name)
+        if self.early_stopping not in (True, False, "never"):
+            raise ValidationError('early_stopping must be true, false or "never"', "early_stopping")
 
 
 @dataclass(slots=True)
@@ -135,8 +140,15 @@ class BeamSearch:
 
     def _score(self, cum_logprob: float) -> float:
         """By the tokens generated so far, the one that ends a sequence included."""
-        return cum_logprob / self._steps**self.params.length_penalty
+        return self._ranked(cum_logprob, self._steps)
+
+    def _ranked(self, cum_logprob: float, length: int) -> float:
+        return cum_logprob / length**self.params.length_penalty
 
     def _can_improve(self) -> bool:
-        """Whether the best running beam, as long as it is now, beats the worst result."""
-        return bool(self.running) and self._score(self.running[0].cum_logprob) > self._done[-1].score
+        """Whether the best running beam beats the worst result: as long as it is now, or as long as it could become."""
+        early = self.params.early_stopping
+        if early is True or not self.running:
+            return False
+        length = self.limit if early == "never" and self.params.length_penalty > 0 else self._steps
+        return self._ranked(self.running[0].cum_logprob, length) > self._done[-1].score
