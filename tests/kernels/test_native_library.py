@@ -14,6 +14,7 @@ from quire.errors import ConfigError
 from quire.kernels import reference
 from quire.kernels.cpu import CpuOps, native, ops
 from quire.kernels.table import Ops, load_ops, ops_of
+from quire.kernels.threads import cgroup_cpus, usable_cpus
 
 built = pytest.mark.skipif("plain" not in native.built_levels(), reason="the native library is not built")
 
@@ -53,18 +54,19 @@ def test_an_unknown_device_is_an_error() -> None:
 
 
 def test_thread_count_honours_the_cgroup(tmp_path: Path) -> None:
-    assert native.cgroup_cpus(tmp_path) is None
+    assert cgroup_cpus(tmp_path) is None
     (tmp_path / "cpu.max").write_text("150000 100000\n")
-    assert native.cgroup_cpus(tmp_path) == 2
+    assert cgroup_cpus(tmp_path) == 2
+    assert usable_cpus(tmp_path) <= 2
     (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert native.cgroup_cpus(tmp_path) is None
+    assert cgroup_cpus(tmp_path) is None
     (tmp_path / "cpu.max").unlink()
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu/cpu.cfs_quota_us").write_text("400000\n")
     (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000\n")
-    assert native.cgroup_cpus(tmp_path) == 4
+    assert cgroup_cpus(tmp_path) == 4
     (tmp_path / "cpu/cpu.cfs_quota_us").write_text("-1\n")
-    assert native.cgroup_cpus(tmp_path) is None
+    assert cgroup_cpus(tmp_path) is None
 
 
 @built

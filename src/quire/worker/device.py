@@ -5,8 +5,6 @@ Knows nothing of models, plans or kernels.
 
 from __future__ import annotations
 
-import math
-import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 import torch
 
 from quire.errors import ConfigError
+from quire.kernels.threads import usable_cpus
 
 CGROUP = Path("/sys/fs/cgroup")
 MEMINFO = Path("/proc/meminfo")
@@ -56,7 +55,7 @@ class Device:
 
     def threads(self) -> int:
         """Threads that this process may use: its affinity mask, cut by the control group's quota."""
-        return cpu_threads(CGROUP)
+        return usable_cpus(CGROUP)
 
     def stream(self) -> AbstractContextManager[Any]:
         """While entered, work goes to this device's own stream. On a CPU it changes nothing."""
@@ -100,17 +99,6 @@ def cpu_memory(meminfo: Path, cgroup: Path) -> DeviceMemory:
         used = max(0, (_number(used_file) or 0) - reclaimable)
         total, free = limit, min(free, max(0, limit - used))
     return DeviceMemory(total, free)
-
-
-def cpu_threads(cgroup: Path) -> int:
-    """Cores in the affinity mask, at most those of the control group's quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    limit = cgroup / "cpu.max"
-    if limit.is_file():
-        quota, _, period = limit.read_text().partition(" ")
-        if quota != "max":
-            cores = min(cores, max(1, math.ceil(int(quota) / int(period))))
-    return cores
 
 
 def _number(file: Path) -> int | None:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import math
-import os
 import time
 from collections.abc import Callable
 from ctypes import c_char_p, c_double, c_float, c_int32, c_int64, c_uint64, c_void_p
@@ -19,6 +17,7 @@ import torch
 
 from quire import env
 from quire.errors import ConfigError
+from quire.kernels.threads import usable_cpus
 
 LEVELS = ("plain", "avx2", "avx512", "avx512bf16")  # ascending; the index is what quire_best_level returns
 FOLDER = Path(__file__).parent
@@ -219,21 +218,5 @@ def choose_level() -> str | None:
 
 
 def default_threads() -> int:
-    """Threads that this process may really use: its affinity mask, its cgroup's quota, and PyTorch's own setting."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(allowed, cgroup_cpus() or allowed, torch.get_num_threads()))
-
-
-def cgroup_cpus(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """The processor quota of this process's cgroup (v2, then v1), rounded up; None where there is none."""
-    try:
-        quota, period = (root / "cpu.max").read_text().split()
-    except (OSError, ValueError):
-        try:
-            quota = (root / "cpu/cpu.cfs_quota_us").read_text().strip()
-            period = (root / "cpu/cpu.cfs_period_us").read_text().strip()
-        except OSError:
-            return None
-    if quota == "max" or int(quota) <= 0:
-        return None
-    return math.ceil(int(quota) / int(period))
+    """Threads that this process may really use, at most those of PyTorch's own setting."""
+    return min(usable_cpus(), torch.get_num_threads())
