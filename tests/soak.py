@@ -1,6 +1,7 @@
 """The long tests, one after the other, with one line each at the end: python tests/soak.py [--minutes 60] [--only NAME]
 
-The seeded simulation of the scheduler, a mixed workload under random schedules, faults at every call, 10,000 dropped connections, overload, fuzzing.
+The seeded simulation of the scheduler, a mixed workload under random schedules, faults at every call, allocations that
+fail, 10,000 dropped connections, overload, fuzzing.
 """
 
 from __future__ import annotations
