@@ -9,13 +9,19 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from quire import LLM, SamplingParams
 from quire.errors import ValidationError
 from quire.grammar import Constraint
 from quire.text.format_parser import CallArguments, CallEnd, CallStart, FormatParser
 from quire.text.formats import tool_format
+from quire.worker.batch import Rows
+from quire.worker.device import Device
+from quire.worker.slots import Slots
+from quire.worker.structured import StructuredOutputs, _Masks
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "pure"))
 
@@ -218,3 +224,19 @@ def test_a_conversation_can_be_held_to_tools(llm: LLM) -> None:
             assert [delta.name for delta in starts if isinstance(delta, CallStart)] == ["take"]
     with pytest.raises(ValidationError, match="tool_choice"):
         llm.chat(talk, tools=tools, tool_choice="some", use_tqdm=False)
+
+
+def test_masks_are_the_same_as_words_and_as_biases() -> None:
+    """A GPU gets the words of a mask, a CPU what is added to scores."""
+    outputs = StructuredOutputs(Slots(2, 16, (), Device("cpu")), Device("cpu"), None)
+    words = np.random.default_rng(1).integers(-(2**31), 2**31, (3, 5), dtype=np.int32)
+    rows = Rows([], None, np.array([]), np.array([]), torch.zeros(0), torch.zeros(0))
+    masks = _Masks(rows, [0, 1, 2], words, [], [])
+    by_words = outputs._biases(masks, torch.zeros(3, 150))
+    outputs._fill(masks)
+    assert masks.biases is not None and torch.equal(by_words, outputs._biases(masks, torch.zeros(3, 150)))
+    bits = np.unpackbits(words.view(np.uint8), axis=1, count=150, bitorder="little")
+    assert torch.equal(by_words == 0, torch.from_numpy(bits).bool()) and set(by_words.unique().tolist()) == {
+        0.0,
+        -np.inf,
+    }
