@@ -126,7 +126,9 @@ class LLM:
         )
         prompts: list[Prompt] = [prompt_text(self._engine.tokenizer, talk, options) for talk in conversations]
         if tool_choice is not None:
-            sampling_params = self._with_tools(tool_wish(tools, tool_choice, None), options.template, sampling_params)
+            sampling_params = self._with_tools(
+                tool_wish(tools, tool_choice, None), options.template, sampling_params, str(prompts[0])
+            )
         # The template has written the special tokens already.
         return self._run(self._prepare(prompts, sampling_params, priority, special=False), use_tqdm)
 
@@ -197,14 +199,21 @@ class LLM:
             active = still
 
     def _with_tools(
-        self, wish: ToolWish, template: str | None, params: SamplingParams | Sequence[SamplingParams] | None
+        self,
+        wish: ToolWish,
+        template: str | None,
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        prompt: str,
     ) -> SamplingParams | list[SamplingParams]:
-        """The parameters with what the tools need: a grammar of calls, or markers that are not hidden."""
+        """The parameters with what the tools need: a grammar of calls, or markers that are not hidden.
+
+        `prompt` is one of those that the template wrote; all end alike.
+        """
         tokenizer = self._engine.tokenizer
         assert tokenizer is not None, "chat() needs one"
 
         def spoken(one: SamplingParams) -> SamplingParams:
-            return speech_of(tokenizer, template, wish, one, "", None, None).params(one)
+            return speech_of(tokenizer, template, wish, one, prompt, None, None).params(one)
 
         if params is None:
             params = self._engine.settings.default_params

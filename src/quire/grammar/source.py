@@ -6,7 +6,7 @@ Pure functions of the wish. A form that cannot be had raises ValidationError tha
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -27,6 +27,19 @@ AFTER_THOUGHTS = r"/[ \r\n\t]{0,8}/"
 # much that it never writes anything else.
 ANY_WHITESPACE = r"\x20|\r?\n[\x20\t]{0,24}"
 
+STANDARD_FORMATS = frozenset(
+    ("date-time", "date", "time", "duration", "email", "idn-email", "hostname", "idn-hostname", "ipv4", "ipv6", "uri")
+    + (
+        "uri-reference",
+        "iri",
+        "iri-reference",
+        "uuid",
+        "uri-template",
+        "json-pointer",
+        "relative-json-pointer",
+        "regex",
+    )
+)
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
 _SINGLES = ("items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames")
@@ -87,8 +100,9 @@ def _form_source(wish: StructuredOutputsParams) -> str:
 
 
 def _schema_source(schema: Any, wish: StructuredOutputsParams, spacing: Mapping[str, Any] | None = None) -> str:
+    schema = _everywhere(schema, _drop_notes)
     if wish.disable_additional_properties:
-        schema = closed(schema)
+        schema = _everywhere(schema, _close)
     options: dict[str, Any] = {"whitespace_flexible": not wish.disable_any_whitespace}
     if spacing is not None:
         options = dict(spacing)
@@ -142,23 +156,39 @@ def _inside(value: Any) -> Iterator[Any]:
     return (item for item in items if isinstance(item, (dict, list)))
 
 
-def closed(schema: Any) -> Any:
-    """The schema with additionalProperties false wherever it lists properties and does not say otherwise."""
+def _everywhere(schema: Any, change: Callable[[dict[str, Any]], None]) -> Any:
+    """A copy of a schema in which each schema within it, the inner ones first, was changed."""
     if not isinstance(schema, dict):
         return schema
     found = dict(schema)
     for name in _MAPS:
         if isinstance(found.get(name), dict):
-            found[name] = {key: closed(value) for key, value in found[name].items()}
+            found[name] = {key: _everywhere(value, change) for key, value in found[name].items()}
     for name in _LISTS:
         if isinstance(found.get(name), list):
-            found[name] = [closed(value) for value in found[name]]
+            found[name] = [_everywhere(value, change) for value in found[name]]
     for name in _SINGLES:
         if isinstance(found.get(name), dict):
-            found[name] = closed(found[name])
-    if isinstance(found.get("properties"), dict):
-        found.setdefault("additionalProperties", False)
+            found[name] = _everywhere(found[name], change)
+    change(found)
     return found
+
+
+def _close(schema: dict[str, Any]) -> None:
+    """additionalProperties false wherever a schema lists properties and does not say otherwise."""
+    if isinstance(schema.get("properties"), dict):
+        schema.setdefault("additionalProperties", False)
+
+
+def _drop_notes(schema: dict[str, Any]) -> None:
+    """Take out what says nothing by the standard: formats that it does not know, and halves without their other half."""
+    if isinstance(schema.get("format"), str) and schema["format"] not in STANDARD_FORMATS:
+        del schema["format"]
+    if "if" in schema and "then" not in schema and "else" not in schema:
+        del schema["if"]
+    for name, other in (("then", "if"), ("else", "if"), ("minContains", "contains"), ("maxContains", "contains")):
+        if other not in schema:
+            schema.pop(name, None)
 
 
 def _choice_source(choices: tuple[str, ...]) -> str:
