@@ -248,3 +248,18 @@ def test_thoughts_stand_before_forms() -> None:
     one = tool_wish([WEATHER, ADD], "required", False)
     assert not one.parallel
     assert tool_wish(None, None, None) == tool_wish([], "auto", None) == ToolWish()
+
+
+def test_thoughts_can_be_limited_and_hidden(server: Running) -> None:
+    request = body("<think>so so</think>Yes.", max_tokens=99, thinking_token_budget=5, include_reasoning=False)
+    message = server.http.post("/v1/chat/completions", json=request).json()["choices"][0]["message"]
+    assert (message["reasoning"], message["content"]) == (None, "Yes.")
+    extra = {name: request.pop(name) for name in ("thinking_token_budget", "include_reasoning")}
+    assert streamed(server, request | {"extra_body": extra})[:2] == ("Yes.", "")
+    params = [new for plan in server.executor.plans for new in plan.admitted][-1].params
+    encode = server.service.tokenizer.encode
+    assert params.thinking_token_budget == 5
+    assert params.thinking.opener == tuple(encode("<think>", False)) and not params.thinking.implied
+    server.http.post("/v1/completions", json={"prompt": "say:a;|", "thinking_token_budget": 7})
+    params = [new for plan in server.executor.plans for new in plan.admitted][-1].params
+    assert params.thinking_token_budget == 7 and params.thinking is not None
