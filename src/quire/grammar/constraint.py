@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher
@@ -79,7 +80,12 @@ class MaskFiller:
     """Fills masks by several native threads, without Python's lock, so that other work goes on meanwhile."""
 
     def __init__(self, threads: int) -> None:
-        self._executor = LLExecutor(threads)
+        self._threads = threads
+
+    @cached_property
+    def _executor(self) -> LLExecutor:
+        """The threads, which begin when they are first needed."""
+        return LLExecutor(self._threads)
 
     def fill(self, wishes: Sequence[MaskWish], mask: NDArray[np.int32]) -> None:
         """Set the bits of the allowed tokens in `mask` [R, mask_width(vocabulary)], which must be zero.
