@@ -20,6 +20,7 @@ from quire.models.hub import find_model
 from quire.models.recorded import RecordedModel, with_program
 from quire.models.served import ServedModel
 from quire.models.trial import PagedLoop
+from quire.resolve import activation_bytes
 
 CPU = torch.device("cpu")
 PAGE, PAGES = 4, 128
@@ -207,6 +208,19 @@ def test_large_steps_run_as_they_are(tmp_path: Path, monkeypatch: Any) -> None:
     assert isinstance(loop.model, RecordedModel)
     monkeypatch.setattr(loop.model, "program", None)
     assert loop.step([(loop.start(0, list(range(3, 60))), 50)])[0].isfinite().all()
+
+
+@pytest.mark.parametrize("case", ["native qwen3", "llama", "gemma2, windows and softcaps"])
+def test_its_memory_is_counted(tmp_path: Path, case: str) -> None:
+    """What a program works in is no more than what is set aside for activations."""
+    path, family, changes, _ = CASES[case]
+    folder = write_tiny(tmp_path, family, tokenizer=False, **changes, hidden_size=256, intermediate_size=768)
+    ops = load_ops("cpu")
+    model = build(folder, path, ops)
+    found = recorded(model, PagedLoop(model, ops, PAGE, PAGES), ops)
+    assert isinstance(found, RecordedModel)
+    files = find_model(ModelOptions(model=str(folder)))
+    assert found.program.memory(512) <= activation_bytes(files, model.layout, torch.float32, 512, 0)
 
 
 def test_a_number_that_follows_from_no_size_is_refused() -> None:

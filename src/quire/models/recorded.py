@@ -23,12 +23,13 @@ from quire.models.served import ServedModel
 
 logger = logging.getLogger(__name__)
 
-# Sequences of made-up steps, as (positions known before, new ones, rows wanted from the end). The counts of rows, of
-# sequences, of wanted rows and of pages must differ between the first two, and no two of these may have the same ratio.
-TAKES = (((0, 3, 2), (1, 1, 1), (0, 3, 2)), ((2, 4, 3), (0, 5, 1), (3, 1, 1), (0, 1, 1)))
-PROOFS = (((4, 1, 1),), ((3, 1, 1), (0, 5, 0), (1, 2, 1)))
+Kind = Sequence[tuple[int, int, int]]  # of a made-up step: each sequence's known positions, new ones, rows wanted
+
+# The counts of rows, of sequences, of wanted rows and of pages must differ between the two takes, and no two of these
+# may have the same ratio.
+TAKES: tuple[Kind, Kind] = (((0, 3, 2), (1, 1, 1), (0, 3, 2)), ((2, 4, 3), (0, 5, 1), (3, 1, 1), (0, 1, 1)))
 WIDTHS = (8, 9)  # of the page tables in the takes; the ratio must differ for each group, so a group's number is added
-PAGES = 32  # more than any made-up step uses
+PROOFS: tuple[Kind, ...] = (((4, 1, 1),), ((3, 1, 1), (0, 5, 0), (1, 2, 1)))
 MOST_ARENA = 256 << 20  # bytes: steps that need more run as they are
 
 
@@ -64,11 +65,14 @@ class Plan:
     pages: int  # of the smallest group
     caches: list[Any]
 
-    def clear(self) -> None:
-        """Zeros in the pages of made-up steps: what lies there by chance may be NaN, beside which nothing is seen."""
+    def clean(self, kind: Kind) -> list[torch.Tensor]:
+        """The pages of a made-up step, with zeros in them: what lies there by chance may hide a difference."""
+        used = 1 + max((_pages(kind, size) for size in self.page_sizes), default=0)
+        found = []
         for cache in self.caches:
             for tensor in cache if isinstance(cache, list) else [] if cache is None else [cache.data]:
-                tensor[:PAGES].zero_()
+                found.append(tensor[:used].zero_())
+        return found
 
 
 def with_program(model: ServedModel, page_sizes: Sequence[int], pages: int, caches: list[Any], ops: Ops) -> ServedModel:
@@ -87,7 +91,6 @@ def with_program(model: ServedModel, page_sizes: Sequence[int], pages: int, cach
         if not isinstance(model, Recordable):
             raise NotRecordableError("it is not made for recording")
         plan = Plan(tuple(page_sizes), pages, caches)
-        plan.clear()
         recorded = RecordedModel(model, _record(model, recorder, plan))
         recorded.prove(plan)
     except NotRecordableError as reason:
@@ -127,26 +130,29 @@ class RecordedModel:
         self.model.release(slot)
 
     def prove(self, plan: Plan) -> None:
-        """Raise NotRecordableError unless program and forward give the same bits."""
-        for kind in (*TAKES, *PROOFS):
+        """Raise NotRecordableError unless program and forward give the same bits, and leave the same in the pages."""
+        for kind in PROOFS:
             batch = made_up(kind, plan)
-            plan.clear()
-            expected = self.model.forward(batch).clone()
-            plan.clear()
+            pages = plan.clean(kind)
+            expected = [tensor.clone() for tensor in (self.model.forward(batch), *pages)]
+            plan.clean(kind)
             self.program.spoil(batch.token_ids.shape[0])
-            found = self.forward(batch)
-            if expected.dtype != found.dtype or not torch.equal(_bits(expected), _bits(found)):
+            found = [self.forward(batch), *pages]
+            if not all(map(_same_bits, expected, found)):
                 raise NotRecordableError(f"its program gives other numbers in a step of {kind}")
 
 
-def _bits(logits: torch.Tensor) -> torch.Tensor:
-    return logits.contiguous().view(torch.uint8)
+def _same_bits(one: torch.Tensor, two: torch.Tensor) -> bool:
+    if one.dtype != two.dtype or one.shape != two.shape:
+        return False
+    return torch.equal(one.contiguous().view(torch.uint8), two.contiguous().view(torch.uint8))
 
 
 def _record(model: Recordable, recorder: Recorder, plan: Plan) -> Program:
     takes = []
     for kind, width in zip(TAKES, WIDTHS, strict=True):
         batch = made_up(kind, plan, width)
+        plan.clean(kind)
         hidden = replace(batch)
         for name in ("starts_host", "lengths_host", "rows_host", "rows", "prompt_lengths"):
             setattr(hidden, name, HostOnly(name))
@@ -180,7 +186,7 @@ def sizes_of(batch: Batch) -> list[int]:
     ]
 
 
-def made_up(kind: Sequence[tuple[int, int, int]], plan: Plan, width: int | None = None) -> Batch:
+def made_up(kind: Kind, plan: Plan, width: int | None = None) -> Batch:
     """A step of sequences that do not exist, on the first pages. `width` is that of the page tables, at least."""
     starts, lengths, positions, wanted = [0], list[int](), list[int](), list[int]()
     for known, count, rows in kind:
@@ -207,14 +213,14 @@ def made_up(kind: Sequence[tuple[int, int, int]], plan: Plan, width: int | None 
     )
 
 
-def _group(size: int, number: int, kind: Sequence[tuple[int, int, int]], pages: int, width: int | None) -> GroupInputs:
+def _group(size: int, number: int, kind: Kind, pages: int, width: int | None) -> GroupInputs:
+    if _pages(kind, size) >= pages:
+        raise NotRecordableError(f"there are only {pages} pages to try it on")
     if not size:
         own_page = range(1, len(kind) + 1)
         rows = [page for page, (_, count, _) in zip(own_page, kind, strict=True) for _ in range(count)]
         return GroupInputs(1, torch.tensor(own_page, dtype=torch.int32)[:, None], torch.tensor(rows))
     needed = [-(-(known + count) // size) for known, count, _ in kind]
-    if sum(needed) >= pages:
-        raise NotRecordableError(f"there are only {pages} pages to try it on")
     columns = max(max(needed), 0 if width is None else width + number)
     tables = torch.zeros(len(kind), columns, dtype=torch.int32)
     slots: list[int] = []
@@ -224,3 +230,8 @@ def _group(size: int, number: int, kind: Sequence[tuple[int, int, int]], pages: 
         slots += [page * size + position for position in range(known, known + count)]
         page += own
     return GroupInputs(size, tables, torch.tensor(slots))
+
+
+def _pages(kind: Kind, size: int) -> int:
+    """How many pages a made-up step uses in a group of this page size."""
+    return sum(-(-(known + count) // size) for known, count, _ in kind) if size else len(kind)

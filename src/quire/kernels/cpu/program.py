@@ -17,6 +17,7 @@ from quire.kernels.cpu.program_draft import fill, join, run_eager, strided, tabu
 from quire.kernels.cpu.program_fuse import fuse
 from quire.kernels.cpu.program_layout import CALL, LINE, Arena, Code, Native
 from quire.kernels.cpu.program_lower import lower
+from quire.kernels.cpu.program_rows import pick_early
 from quire.kernels.cpu.program_trace import Eager, Tracer, View
 from quire.kernels.programs import Opaque, Take
 
@@ -36,6 +37,7 @@ class CpuRecorder:
         draft = join(one, two)
         tabulate(draft, one, two, FIRST_TABLE)
         fuse(draft)
+        pick_early(draft)
         return CpuProgram(self._library, self._functions, draft)
 
 
@@ -96,6 +98,8 @@ class CpuProgram:
 
     def _locate(self, inputs: Sequence[torch.Tensor], sizes: Sequence[int], made: dict[int, torch.Tensor]) -> None:
         """Note where this step's tensors lie, and make the result."""
+        if any(sizes[size] > sizes[0] for size in self._arena.bounded):
+            raise ValueError(f"sizes {list(sizes)}: the first must be the largest number of rows")
         self._reserve(sizes[0])
         addresses = [self._memory.data_ptr(), 0]
         if self._owns_result:

@@ -44,11 +44,13 @@ class _Slot:
 
 
 class Arena:
-    """The working memory of a program. No size of a step exceeds its rows, so a block's bytes are at most unit * rows."""
+    """The working memory of a program. No size in `bounded` exceeds the rows of a step, so a block's bytes are at most
+    unit * rows."""
 
     def __init__(self, draft: Draft) -> None:
         self._slots: list[_Slot] = []
         self._slot_of: dict[int, int] = {}
+        self.bounded: set[int] = set()
         first: dict[int, int] = {}
         last: dict[int, int] = {}
         for index, line in enumerate(draft.lines):
@@ -58,6 +60,8 @@ class Arena:
                     last[block] = index
         for block in sorted(first, key=lambda block: first[block]):
             nbytes = draft.blocks[block].nbytes
+            if isinstance(nbytes, Scaled):
+                self.bounded.add(nbytes.size)
             unit = -(-(nbytes if isinstance(nbytes, int) else nbytes.factor) // LINE) * LINE
             self._slot_of[block] = self._take(isinstance(nbytes, int), unit, first[block], last[block])
         self._starts: list[Spot] = []

@@ -280,10 +280,6 @@ class Tracer:
         view = self.view(tensor)
         return At(view.block, view.offset)
 
-    def constant(self, tensor: torch.Tensor) -> At:
-        """A place for a tensor that the program itself needs."""
-        return self.at(tensor)
-
     def _new(self, tensor: torch.Tensor, kind: BlockKind) -> View:
         block = self._block(tensor, kind)
         offset = tensor.storage_offset() * tensor.itemsize
