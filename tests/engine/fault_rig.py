@@ -171,6 +171,8 @@ class Rig:
             await self.app(scope, receive, send)
         except Exception as error:  # the connection breaks: this client's own trouble
             return f"broken: {type(error).__name__}"
+        if not status:
+            return "broken: no answer"  # the HTTP server then says 500 by itself
         return f"{status} {told(bytes(sent))}"
 
     async def round(self) -> Outcome:
