@@ -14,7 +14,7 @@ from quire.core.structured import StructuredOutputsParams, Thoughts
 from quire.errors import ValidationError
 from quire.grammar import Constraint, Grammars, MaskFiller, MaskWish, Vocabulary
 from quire.grammar.constraint import mask_width
-from quire.text.calls import calls_within_text, only_calls
+from quire.text.calls import calls_or_form, calls_within_text, only_calls
 from quire.text.format_parser import CallArguments, CallStart, Content, FormatParser
 from quire.text.formats import PLAIN_LIST, TOOL_FORMATS, ToolFormat
 
@@ -143,6 +143,29 @@ def test_calls_within_text_keep_to_strict_schemas(written: ToolFormat) -> None:
     assert wrong != call and not takes(form, wrong)
     loose = calls_within_text(written.writing, SCHEMAS, ["add"], True)
     assert takes(loose, wrong)
+
+
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [
+        ({"json_object": True}, '{"x": 1}'),
+        ({"json": {"type": "array", "maxItems": 0}}, "[]"),
+        ({"regex": "[0-9]+"}, "12"),
+        ({"choice": ["red", "blue"]}, "blue"),
+        ({"grammar": 'root ::= "y"'}, "y"),
+    ],
+)
+def test_calls_or_the_form_that_is_wanted(form: dict[str, Any], text: str) -> None:
+    written = next(item for item in TOOL_FORMATS if item.name == "hermes")
+    assert written.writing is not None
+    wanted = StructuredOutputsParams(**form)
+    found = calls_or_form(written.writing, SCHEMAS, ["add"], True, wanted, "")
+    call = '<tool_call>\n{"name": "add", "arguments": {"b": [true, false]}}\n</tool_call>'
+    assert takes(found, text) and takes(found, call)
+    assert not takes(found, call.replace("true", "1"))
+    assert takes(wanted, text)
+    answered = calls_or_form(written.writing, SCHEMAS, ["add"], True, wanted, "<|channel|>final<|message|>")
+    assert takes(answered, f"<|channel|>final<|message|>{text}") and not takes(answered, text + "</think>")
 
 
 def test_thoughts_come_before_a_form() -> None:

@@ -33,6 +33,36 @@ def calls_within_text(
     return _form({"type": "triggered_tags", "triggers": [writing.trigger], "tags": tags, "stop_after_first": once})
 
 
+def calls_or_form(
+    writing: Writing,
+    schemas: Schemas,
+    strict: Iterable[str],
+    parallel: bool,
+    wanted: StructuredOutputsParams,
+    answer: str,
+) -> StructuredOutputsParams:
+    """Either calls and nothing else, or the form that the request wants, behind what begins an `answer`."""
+    calls = _calls(writing, _tags(writing, schemas, frozenset(strict)), parallel)
+    form = {"type": "tag", "begin": answer, "content": _format(wanted), "end": ""}
+    return StructuredOutputsParams(
+        structural_tag={"type": "structural_tag", "format": {"type": "or", "elements": [calls, form]}},
+        disable_any_whitespace=wanted.disable_any_whitespace,
+        disable_additional_properties=wanted.disable_additional_properties,
+        whitespace_pattern=wanted.whitespace_pattern,
+    )
+
+
+def _format(wanted: StructuredOutputsParams) -> dict[str, Any]:
+    """A form, which is no structural tag itself, as a part of one."""
+    if wanted.regex is not None:
+        return {"type": "regex", "pattern": wanted.regex}
+    if wanted.grammar is not None:
+        return {"type": "grammar", "grammar": wanted.grammar}
+    if wanted.choice is not None:
+        return {"type": "or", "elements": [{"type": "const_string", "value": text} for text in wanted.choice]}
+    return {"type": "json_schema", "json_schema": wanted.json if wanted.json is not None else {"type": "object"}}
+
+
 def _form(content: Mapping[str, Any]) -> StructuredOutputsParams:
     return StructuredOutputsParams(structural_tag={"type": "structural_tag", "format": content})
 

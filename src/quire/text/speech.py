@@ -15,7 +15,7 @@ from typing import Any, Literal
 from quire.core.params import SamplingParams, ThinkingMarks
 from quire.core.structured import StructuredOutputsParams, Thoughts
 from quire.errors import ConfigError, ValidationError
-from quire.text.calls import calls_within_text, only_calls
+from quire.text.calls import calls_or_form, calls_within_text, only_calls
 from quire.text.format_parser import CallArguments, CallStart, Content, Delta, FormatParser, Reasoning
 from quire.text.formats import (
     PLAIN_LIST,
@@ -152,7 +152,7 @@ def speech_of(
     reasoning = formats.reasoning
     thinking = reasoning is not None and prompt.rstrip().endswith(reasoning.opener)
     tools = _tools(wish, formats.tools)
-    form = _form(wish, tools, params)
+    form = _form(wish, tools, params, reasoning)
     if form is not None and reasoning is not None:
         begun = thinking or reasoning.implied
         # Calls bring marks of their own; anything else is an answer.
@@ -193,8 +193,10 @@ def _tools(wish: ToolWish, own: ToolFormat | None) -> ToolFormat | None:
     return replace(own, regions=()) if own.silent else None
 
 
-def _form(wish: ToolWish, tools: ToolFormat | None, params: SamplingParams) -> StructuredOutputsParams | None:
-    """What an answer is held to: calls, strict tools within text, or what the request asks for."""
+def _form(
+    wish: ToolWish, tools: ToolFormat | None, params: SamplingParams, reasoning: ReasoningFormat | None
+) -> StructuredOutputsParams | None:
+    """What an answer is held to: calls, strict tools within text, calls or what the request asks for."""
     writing = tools.writing if tools is not None else None
     if wish.choice == "required":
         assert writing is not None, "_tools() has taken care of that"
@@ -205,9 +207,14 @@ def _form(wish: ToolWish, tools: ToolFormat | None, params: SamplingParams) -> S
             )
         return only_calls(writing, wish.schemas, wish.parallel)
     wanted = params.structured_outputs
-    if wish.choice == "auto" and wish.strict and wanted is None and writing is not None and writing.trigger:
+    if wish.choice != "auto" or writing is None or (wanted is not None and wanted.structural_tag is not None):
+        return wanted
+    if wanted is not None:
+        answer = reasoning.answer if reasoning is not None else ""
+        return calls_or_form(writing, wish.schemas, wish.strict, wish.parallel, wanted, answer)
+    if wish.strict and writing.trigger:
         return calls_within_text(writing, wish.schemas, wish.strict, wish.parallel)
-    return wanted
+    return None
 
 
 def thinking_marks(tokenizer: Tokenizer, parser: str | None = None) -> ThinkingMarks | None:
