@@ -75,7 +75,7 @@ def load_of(config: EngineConfig) -> Load:
         if name.endswith(EMBEDDING_NAMES) or not name:
             size -= layout.vocab_size * layout.hidden_size
         active += int(size * share) if ".experts." in name else size
-    method = config.options.model.quantization
+    method = config.files.method
     read = (active - head) * bytes_per_weight(method, config.dtype) + head * head_bytes(method, config.dtype)
     return Load(int(read), active)
 

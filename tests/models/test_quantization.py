@@ -190,7 +190,7 @@ def test_the_plan_counts_fewer_bytes() -> None:
 
 
 def test_methods_that_do_not_exist_are_refused() -> None:
-    for wrong, hint in (("int9", "int8"), ("int4-g16", "int4-g"), ("awq", "It has int8, int4")):
+    for wrong, hint in (("int9", "int8"), ("int4-g16", "int4-g"), ("awq", "has no quantization_config")):
         with pytest.raises(ConfigError, match=f"quantization is '{wrong}'.*{hint}"):
             resolve(EngineOptions.from_flat({"model": str(BUNDLED), "quantization": wrong}))
 

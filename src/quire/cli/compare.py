@@ -185,7 +185,7 @@ def report_of(config: EngineConfig, model: ServedModel, wanted: VerifyOptions, o
     limit = LAYER_TOLERANCE.get(config.dtype, ROUGH_LAYER)
     kl_limit = KL_TOLERANCE.get(config.dtype, ROUGH_KL)
     top1_limit = TOP1_TOLERANCE.get(config.dtype, ROUGH_TOP1)
-    method = config.options.model.quantization
+    method = config.files.method
     if method is not None:
         limit = QUANTIZED_LAYER
         kl_limit = KL_INT8 if method.startswith("int8") else KL_INT4

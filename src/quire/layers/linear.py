@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from torch import nn
 from quire.kernels.table import Ops
 from quire.kernels.weights import PackedLinear
 from quire.layers.target import Target
+from quire.quant.checkpoints import StoredWeight
 
 
 class Linear(nn.Module):
@@ -39,7 +41,7 @@ class Linear(nn.Module):
         self.packed: PackedLinear | None = None
         self._ops = ops
         self._product = ops.linear
-        self._waiting: dict[tuple[str, int], torch.Tensor] = {}  # what has come, until the last one has
+        self._waiting: dict[tuple[str, int], Any] = {}  # what has come, until the last one has
         parts = len(self.sizes)
         self._missing = {("weight", i) for i in range(parts)} | ({("bias", i) for i in range(parts)} if bias else set())
 
@@ -47,12 +49,12 @@ class Linear(nn.Module):
         """x [..., K] -> [..., N], in x's dtype."""
         return self._product(x, self.packed)
 
-    def load_weight(self, tensor: torch.Tensor) -> None:
+    def load_weight(self, tensor: torch.Tensor | StoredWeight) -> None:
         """Take the whole weight [N, K]."""
         for index, part in enumerate(tensor.split(self.sizes)):
             self._place("weight", index, part)
 
-    def load_shard(self, index: int, tensor: torch.Tensor) -> None:
+    def load_shard(self, index: int, tensor: torch.Tensor | StoredWeight) -> None:
         """Take sibling `index`'s weight [sizes[index], K]."""
         self._place("weight", index, tensor)
 
@@ -84,7 +86,7 @@ class Linear(nn.Module):
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, sizes={self.sizes}, bias={self.has_bias}, dtype={self.dtype}"
 
-    def _place(self, kind: str, index: int, tensor: torch.Tensor) -> None:
+    def _place(self, kind: str, index: int, tensor: torch.Tensor | StoredWeight) -> None:
         assert (kind, index) in self._missing, f"{kind} {index} given twice or not expected"
         self._waiting[kind, index] = tensor.to(self.device)  # on a CPU the view of the file itself
         self._missing.discard((kind, index))

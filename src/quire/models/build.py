@@ -16,6 +16,7 @@ from quire.models.hub import ModelFiles
 from quire.models.packed_cache import packed_cache
 from quire.models.registry import ModelRegistry, select_impl
 from quire.models.served import ServedModel
+from quire.quant.checkpoints import stored_ops
 from quire.quant.format import quantized_ops
 
 
@@ -32,11 +33,11 @@ def layout_of(files: ModelFiles, model_impl: str = "auto", dtype: torch.dtype | 
 def build_model(
     files: ModelFiles, options: ModelOptions, dtype: torch.dtype, device: torch.device, ops: Ops
 ) -> ServedModel:
-    """Load a model, its linears in the format that options.quantization names.
+    """Load a model, its linears in the format that options.quantization names, or as the checkpoint stores them.
 
     Raises ModelError: nothing runs it, or its weights are missing, corrupt or not its own.
     """
-    ops = quantized_ops(ops, options.quantization)
+    ops = quantized_ops(ops, files.rounding) if files.scheme is None else stored_ops(ops)
     impl = select_impl(files, options.model_impl)
     cache = packed_cache(files, options, impl, dtype, ops)
     if cache is not None:

@@ -16,8 +16,9 @@ from typing import Protocol
 import torch
 
 from quire.errors import CheckpointError
-from quire.models.headers import WeightHeader, merge_headers, read_index, weight_headers
+from quire.models.headers import WeightHeader, merge_headers, read_index, weight_headers, with_stored_linears
 from quire.models.hub import ModelFiles
+from quire.quant.checkpoints import StoredWeight
 
 SWEEP_BYTES = 128 << 20  # pages of a mapped file are let go when so many bytes may be resident
 
@@ -45,11 +46,19 @@ class Checkpoint:
             index = read_index(files.index) if files.index is not None else None
             readers = {path: _TorchFile(path) for path in files.weights}
             self._readers.update(readers)
-            self.headers = merge_headers((reader.headers for reader in readers.values()), index)
+            merged = merge_headers((reader.headers for reader in readers.values()), index)
+            self.headers = with_stored_linears(merged, files.scheme)
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor of that name; a view of the mapped file where the format allows."""
+    def read(self, name: str) -> torch.Tensor | StoredWeight:
+        """The tensor of that name; a view of the mapped file where the format allows, and as stored if it is quantized."""
         header = self.headers[name]
+        if header.parts is not None:
+            assert self.files.scheme is not None, "only a scheme makes parts"
+            tensors = {last: self._read(part) for last, part in header.parts.items()}
+            return StoredWeight(self.files.scheme, name, (header.shape[0], header.shape[1]), tensors)
+        return self._read(header)
+
+    def _read(self, header: WeightHeader) -> torch.Tensor:
         if header.path not in self._readers:
             self._readers[header.path] = _SafetensorsFile(header.path, self.files.read_ahead)
         return self._readers[header.path].read(header)
@@ -57,7 +66,8 @@ class Checkpoint:
     def forget(self, name: str) -> None:
         """The tensor was taken: its file pages need not stay resident for long. Views of it remain valid."""
         header = self.headers[name]
-        self._readers[header.path].forget(header)
+        for part in [header] if header.parts is None else header.parts.values():
+            self._readers[part.path].forget(part)
 
     def sweep(self) -> None:
         """Everything was taken: let all file pages go. Views remain valid; what is read again comes back."""
@@ -69,7 +79,7 @@ class Checkpoint:
         return str(self.headers[name].path)
 
 
-def stream_weights(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
+def stream_weights(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor | StoredWeight]]:
     """Each tensor once, in file order. Its file pages are let go once others have followed."""
     for name in checkpoint.headers:
         yield name, checkpoint.read(name)

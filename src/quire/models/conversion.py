@@ -19,10 +19,12 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from quire.errors import CheckpointError, ModelError
+from quire.kernels.rounding import restored
 from quire.layers.target import Target
 from quire.models.checkpoint import Checkpoint
 from quire.models.hub import ModelFiles
 from quire.models.load import LEFTOVERS, Filler, LoadReport, LoadRules, dummy_weights
+from quire.quant.checkpoints import StoredWeight
 
 SMALL_BYTES = 1 << 20  # below this a copy is cheaper than keeping a piece of the file mapped
 
@@ -45,9 +47,11 @@ def model_targets(model: Any, dtype: torch.dtype, device: torch.device) -> dict[
 
 
 def _set_tensor(
-    module: nn.Module, leaf: str, dtype: torch.dtype, device: torch.device, tensor: torch.Tensor
+    module: nn.Module, leaf: str, dtype: torch.dtype, device: torch.device, tensor: torch.Tensor | StoredWeight
 ) -> torch.Tensor:
     """Put a tensor where the module has a parameter or buffer of that name; returns what tied ones are to share."""
+    if isinstance(tensor, StoredWeight):  # of a linear that the library keeps: nothing but plain weights will do
+        tensor = restored(tensor.unpack())
     if isinstance(tensor, nn.Parameter) and tensor.dtype is dtype and leaf in module._parameters:
         module._parameters[leaf] = tensor
         return tensor
@@ -151,7 +155,7 @@ def _converted(model: Any, checkpoint: Checkpoint, target: str, recipe: _Recipe)
     assert rule is not None
     for source, pattern in zip(recipe.sources, recipe.patterns, strict=True):
         # The library takes a function in place of a future: the tensor is read when the rule runs.
-        rule.add_tensor(target, source, pattern, partial(checkpoint.read, source))
+        rule.add_tensor(target, source, pattern, partial(_read_plain, checkpoint, source))
     try:
         made = rule.convert(target, model=model, config=model.config, hf_quantizer=None, loading_info=None)
     except CheckpointError:
@@ -163,6 +167,17 @@ def _converted(model: Any, checkpoint: Checkpoint, target: str, recipe: _Recipe)
             f"made into {target!r}: {error}. The weights and config.json do not belong together."
         ) from error
     return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+
+
+def _read_plain(checkpoint: Checkpoint, source: str) -> torch.Tensor:
+    """A tensor that the library may cut and join."""
+    tensor = checkpoint.read(source)
+    if isinstance(tensor, StoredWeight):
+        raise CheckpointError(
+            f"The quantized weight {source!r} must be joined with others for this model's code, which is possible for "
+            "unquantized weights only. Use the model's unquantized repository with --quantization int8 or int4."
+        )
+    return tensor
 
 
 # ---------------------------------------------------------------- what no checkpoint holds

@@ -14,8 +14,10 @@ from typing import Any
 
 from quire.config import ModelOptions
 from quire.errors import ConfigError, ModelError, ModelNotFoundError, UnsupportedModelError
+from quire.quant.checkpoints import Scheme, check_wish, read_scheme
 from quire.quant.format import check_method
 
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 ROPE_NAMES = {"su": "longrope", "mrope": "default"}  # older names of the same thing
 SAMPLING_KEYS = (
     "repetition_penalty",
@@ -37,6 +39,7 @@ class Description:
     raw_config: dict[str, Any]
     architecture: str
     remote_code: bool  # the model runs code of its own, and the user allowed it
+    scheme: Scheme | None  # how its linears are stored, where they are quantized
 
 
 def describe(folder: Path, name: str, options: ModelOptions) -> Description:
@@ -45,16 +48,16 @@ def describe(folder: Path, name: str, options: ModelOptions) -> Description:
     if not path.is_file():
         raise ModelNotFoundError(_no_config(folder, name))
     raw = _overlaid(read_json(path), options.hf_overrides)
-    check_quantization(folder, name, raw, options)
+    scheme = check_quantization(folder, name, raw, options)
     remote = runs_remote_code(raw, name, options)
-    modern = modernized(raw)
+    modern = modernized({key: value for key, value in raw.items() if key not in QUANTIZATION_KEYS})
     if not remote and "model_type" not in modern:
         modern["model_type"] = _model_type_of(modern, name)
     config = _config_object(folder, name, modern, remote)
     architecture = _architecture(modern, config, name)
     config.architectures = [architecture]
     config.name_or_path = str(folder)
-    return Description(config, raw, architecture, remote)
+    return Description(config, raw, architecture, remote, scheme)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -91,8 +94,8 @@ def _known_to_transformers(raw: Mapping[str, Any]) -> bool:
     return raw.get("model_type") in CONFIG_MAPPING and (not named or any(hasattr(transformers, one) for one in named))
 
 
-def check_quantization(folder: Path, name: str, raw: Mapping[str, Any], options: ModelOptions) -> None:
-    """Refuse weights that are stored in a quantized form, naming the form, and methods that do not exist."""
+def check_quantization(folder: Path, name: str, raw: Mapping[str, Any], options: ModelOptions) -> Scheme | None:
+    """How the weights are stored if they are quantized. Raises UnsupportedModelError or ConfigError for what cannot be."""
     text = raw.get("text_config")
     nested = text.get("quantization_config") if isinstance(text, Mapping) else None
     found = raw.get("quantization_config") or nested or raw.get("compression_config")
@@ -100,17 +103,13 @@ def check_quantization(folder: Path, name: str, raw: Mapping[str, Any], options:
     if found is None and extra.is_file():
         found = read_json(extra).get("quantization", {})
     if found is None:
-        if options.quantization is not None:
-            check_method(options.quantization)
-        return
-    method = "unknown"
-    if isinstance(found, Mapping):
-        method = str(found.get("quant_method") or found.get("quant_algo") or "unknown")
-    raise UnsupportedModelError(
-        f"The weights of {name!r} are quantized with {method!r}, which quire cannot read. Supported are unquantized "
-        "float32, bfloat16 and float16 weights in safetensors or PyTorch files: use the model's original, unquantized "
-        "repository, and --quantization int8 or int4 to quantize it while loading."
-    )
+        scheme = None
+    else:
+        scheme = read_scheme(name, found if isinstance(found, Mapping) else {})
+    check_wish(name, scheme, options.quantization)
+    if scheme is None and options.quantization is not None:
+        check_method(options.quantization)
+    return scheme
 
 
 def modernized(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from quire.kernels.table import ops_of
 from quire.layers.spec import ModelLayout
 from quire.models.headers import weight_headers
 from quire.models.hub import ModelFiles
+from quire.quant.checkpoints import stored_bytes
 from quire.quant.format import KEEP_HEAD, ROUTERS, format_of
 
 SAMPLE = 4096  # width of the matrix whose bytes stand for those of matrices of unknown shape
@@ -27,6 +28,7 @@ def weight_bytes(
     A tied output matrix is packed for its own product, so it counts beside the embedding.
     """
     shapes = weight_shapes(files)
+    stored_ones = _stored_linears(files)
     table = layout.vocab_size * layout.hidden_size
     head = table * head_bytes(method, dtype) if files.text_config.tie_word_embeddings else 0
     if not shapes:
@@ -34,14 +36,28 @@ def weight_bytes(
         return int((count - table) * bytes_per_weight(method, dtype) + table * dtype.itemsize + head)
     total = head
     for name, shape in shapes.items():
+        if name in stored_ones:
+            total += stored_ones[name]
+            continue
         count, parts = math.prod(shape), name.split(".")
         if len(parts) > 1 and parts[-2] == "lm_head":
             total += count * head_bytes(method, dtype)
-        elif method is None or not _is_linear(shape, parts, layout):
+        elif method is None or files.scheme is not None or not _is_linear(shape, parts, layout):
             total += count * dtype.itemsize
         else:
             total += format_of(ops_of(reference), method).nbytes(math.prod(shape[:-1]), shape[-1])
     return int(total)
+
+
+def _stored_linears(files: ModelFiles) -> dict[str, int]:
+    """Name -> bytes once packed, of the linears that the checkpoint has quantized."""
+    if files.scheme is None:
+        return {}
+    return {
+        name: stored_bytes(files.scheme, {last: part.shape for last, part in header.parts.items()})
+        for name, header in weight_headers(files).items()
+        if header.parts is not None
+    }
 
 
 def bytes_per_weight(method: str | None, dtype: torch.dtype) -> float:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quire.errors import CheckpointError
+from quire.quant.checkpoints import MAIN, Scheme, stored_linears, stored_shape
 
 if TYPE_CHECKING:
     from quire.models.hub import ModelFiles
@@ -52,16 +53,36 @@ class WeightHeader:
     nbytes: int
     start: int
     path: Path
+    parts: dict[str, WeightHeader] | None = None  # of a quantized linear: its tensors by the last part of their names
 
 
 def weight_headers(files: ModelFiles) -> dict[str, WeightHeader]:
     """Every weight of a model from its safetensors headers alone. Empty for .bin, .pt and dummy weights: no headers."""
     if files.headers is not None:
-        return files.headers
+        return with_stored_linears(files.headers, files.scheme)
     if files.weight_format != "safetensors":
         return {}
     index = read_index(files.index) if files.index is not None else None
-    return merge_headers((read_headers(path) for path in files.weights), index)
+    return with_stored_linears(merge_headers((read_headers(path) for path in files.weights), index), files.scheme)
+
+
+def with_stored_linears(headers: dict[str, WeightHeader], scheme: Scheme | None) -> dict[str, WeightHeader]:
+    """The headers with one in place of all the tensors of each linear that is stored quantized: its weight [N, K]."""
+    if scheme is None:
+        return headers
+    linears = stored_linears(headers, scheme)
+    inner = {name for names in linears.values() for name in names.values()}
+    found = {name: header for name, header in headers.items() if name not in inner}
+    for weight, names in linears.items():
+        parts = {last: headers[name] for last, name in names.items()}
+        main = parts[MAIN[scheme.layout]]
+        try:
+            shape = stored_shape(scheme, {last: part.shape for last, part in parts.items()})
+        except ValueError as error:
+            raise _broken(main.path, f"the quantized tensor {main.name!r} has shape {list(main.shape)}") from error
+        nbytes = sum(part.nbytes for part in parts.values())
+        found[weight] = WeightHeader(weight, main.dtype, shape, nbytes, main.start, main.path, parts)
+    return dict(sorted(found.items(), key=lambda item: (str(item[1].path), item[1].start)))
 
 
 def read_headers(path: Path) -> dict[str, WeightHeader]:

@@ -16,6 +16,8 @@ from quire.errors import CheckpointError, ModelNotFoundError
 from quire.models.describe import describe, read_generation_config, sampling_defaults, stop_token_ids, tokenizer_limit
 from quire.models.headers import WeightHeader, read_index
 from quire.models.remote import fetch, fetch_headers, nearest_folder, repository_files
+from quire.quant.checkpoints import Scheme
+from quire.quant.format import KEEP_HEAD
 
 WeightFormat = Literal["safetensors", "pt", "dummy"]
 
@@ -49,6 +51,15 @@ class ModelFiles:
     remote_code: bool  # the model runs code of its own
     headers: dict[str, WeightHeader] | None = None  # of weights that were left on the hub
     read_ahead: bool = True  # most of the weights' bytes will be read
+    rounding: str | None = None  # how the user wants the weights to be quantized while they are loaded
+    scheme: Scheme | None = None  # how they are quantized already
+
+    @property
+    def method(self) -> str | None:
+        """What linears mostly are once loaded, by the name of a method that rounds; None where they are not quantized."""
+        if self.scheme is None:
+            return self.rounding
+        return ("int8" if self.scheme.layout == "int-quantized" else "int4") + KEEP_HEAD
 
     @property
     def text_config(self) -> Any:
@@ -78,6 +89,7 @@ def find_model(options: ModelOptions, download: bool = True) -> ModelFiles:
     weights = _choose(folder, options)
     headers = _obtain(folder, weights, options, download)
     generation_config = read_generation_config(folder, options)
+    scheme = None if weights.format == "dummy" else described.scheme
     return ModelFiles(
         name=name,
         folder=folder,
@@ -96,6 +108,8 @@ def find_model(options: ModelOptions, download: bool = True) -> ModelFiles:
         trust_remote_code=options.trust_remote_code,
         remote_code=described.remote_code,
         headers=headers,
+        rounding=None if scheme is not None else options.quantization,
+        scheme=scheme,
     )
 
 

@@ -17,6 +17,7 @@ import torch
 
 from quire.errors import CheckpointError
 from quire.layers.target import Target
+from quire.quant.checkpoints import StoredWeight
 
 # Leftovers of old training code that no model reads: rotary tables and causal masks are computed, not loaded.
 LEFTOVERS = (r"rotary_emb\.inv_freq$", r"\.rotary_emb\.(cos|sin)_cached$", r"\.attn\.masked_bias$", r"position_ids$")
@@ -57,7 +58,7 @@ class Filler:
         self.rules = rules
         self._ignored_names = re.compile("|".join(f"(?:{pattern})" for pattern in rules.ignored) or r"(?!)")
         self._empty = set(targets)
-        self._kept: dict[str, torch.Tensor] = {}  # tensors that a tied target may still need
+        self._kept: dict[str, torch.Tensor | StoredWeight] = {}  # tensors that a tied target may still need
         self._tied_sources = set(rules.tied.values()) | set(rules.tied)
         self._unexpected: list[str] = []
         self._ignored: list[str] = []
@@ -65,7 +66,7 @@ class Filler:
         self._tensors = 0
         self._started = time.perf_counter()
 
-    def give(self, name: str, tensor: torch.Tensor, source: str) -> None:
+    def give(self, name: str, tensor: torch.Tensor | StoredWeight, source: str) -> None:
         """Hand `tensor` to target `name`; `source` is the checkpoint's name for it."""
         target = self.targets.get(name)
         if target is None:
@@ -120,7 +121,7 @@ class Filler:
 
 
 def load_into(
-    targets: Mapping[str, Target], weights: Iterable[tuple[str, torch.Tensor]], rules: LoadRules
+    targets: Mapping[str, Target], weights: Iterable[tuple[str, torch.Tensor | StoredWeight]], rules: LoadRules
 ) -> LoadReport:
     """Fill every target from (checkpoint name, tensor) pairs. Raises CheckpointError naming file and tensor."""
     filler = Filler(targets, rules)

@@ -12,7 +12,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from quire.kernels.table import Ops
 from quire.kernels.weights import KeptLinear, PackedLinear, Parts, QuantizedLinear
 from quire.models.hub import ModelFiles
 from quire.models.packed_file import PackedFile, write_packed
+from quire.quant.checkpoints import StoredWeight
 from quire.quant.format import QuantizedOps
 
 logger = logging.getLogger(__name__)
@@ -113,14 +114,14 @@ def packed_cache(
     """The cache for a load of `files`; None where it is not wanted, or where nothing can be kept."""
     wanted = options.packed_cache
     layout = ops.packed_layout()
-    if wanted == "off" or (wanted == "auto" and options.quantization is None) or layout is None or not files.weights:
+    if wanted == "off" or (wanted == "auto" and files.method is None) or layout is None or not files.weights:
         return None
     key = {
         "quire": __version__,
         "layout": layout,
         "implementation": impl,
         "dtype": str(dtype),
-        "quantization": options.quantization,
+        "quantization": files.rounding,
         "files": [_identity(path) for path in files.weights],
     }
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
@@ -141,13 +142,21 @@ def _identity(path: Path) -> list[str | int]:
 def source_of(weight: Parts, bias: torch.Tensor | None, dtype: torch.dtype | None) -> str:
     """A few values of each part of a weight, with its shape: enough to tell it from other weights and other models."""
     digest = hashlib.blake2b(digest_size=16)
-    for part in [weight] if isinstance(weight, torch.Tensor) else weight:
+    for part in _tensors(weight):
         digest.update(f"{tuple(part.shape)} {part.dtype} {dtype};".encode())
         rows = part[:: max(1, part.shape[0] // SAMPLE_ROWS)][:SAMPLE_ROWS]
         digest.update(_bytes(rows[:, :SAMPLE_COLUMNS]))
     if bias is not None:
         digest.update(f"bias {bias.dtype};".encode() + _bytes(bias))
     return digest.hexdigest()
+
+
+def _tensors(weight: Parts | StoredWeight) -> Iterator[torch.Tensor]:
+    for part in [weight] if isinstance(weight, torch.Tensor | StoredWeight) else weight:
+        if isinstance(part, StoredWeight):
+            yield from (tensor if tensor.dim() == 2 else tensor.view(1, -1) for tensor in part.tensors.values())
+        else:
+            yield part
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:
