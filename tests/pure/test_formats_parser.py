@@ -370,3 +370,16 @@ def test_the_table_is_sound() -> None:
 def test_markers_that_special_tokens_hide() -> None:
     assert hidden_markers(tool_format("mistral").markers, ["</s>", "[TOOL_CALLS]"])
     assert not hidden_markers(tool_format("hermes").markers, ["</s>", "<|im_end|>", ""])
+
+
+@pytest.mark.parametrize("found", REASONING_FORMATS, ids=lambda item: item.name)
+def test_thoughts_of_every_format_however_they_are_cut(found: Any) -> None:
+    for closer in found.closers:
+        begins = "" if found.implied else found.opener
+        text = f"{begins}so <{closer[:-1]} {closer}Yes <{found.opener[:-1]}"
+        whole = read([text], None, found.name)
+        # Spaces before an answer belong to it.
+        assert (whole.reasoning, whole.content) == (f"so <{closer[:-1]} ", f"Yes <{found.opener[:-1]}")
+        for place in range(len(text) + 1):
+            assert read([text[:place], text[place:]], None, found.name) == whole
+        assert read(list(text), None, found.name) == whole
