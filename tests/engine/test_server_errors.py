@@ -159,13 +159,9 @@ def test_wrong_fields_of_a_chat(server: Running, fields: dict[str, Any], param: 
         {"use_beam_search": True},
         {"best_of": 3},
         {"length_penalty": 2.0},
-        {"logprob_token_ids": [1]},
-        {"thinking_token_budget": 5},
         {"kv_transfer_params": {"a": 1}},
-        {"vllm_xargs": {"a": 1}},
         {"functions": [{"name": "f"}]},
         {"modalities": ["text", "audio"]},
-        {"include_reasoning": False},
     ],
 )
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
