@@ -270,6 +270,22 @@ def test_structural_tags(tag: dict[str, Any], good: Sequence[str], bad: Sequence
         ({"format": {"type": "triggered_tags", "triggers": ["x"], "tags": [TAG]}}, "'x'"),
         ({"format": {"type": "sequence", "elements": [{"type": "any_text"}, TAG]}}, "any_text where"),
         ({"structures": [FUNCTION], "triggers": ["<function="]}, "end is neither"),
+        ({"format": {"type": "triggered_tags", "triggers": ["<a"], "tags": [TAG, "x"]}}, "wrong type"),
+        ({"format": {"type": "triggered_tags", "triggers": [{}], "tags": [TAG]}}, "no tag begins"),
+        ({"format": {"type": "tags_with_separator", "separator": "", "tags": ["x"]}}, "wrong type"),
+        ({"format": {"type": "tags_with_separator", "separator": "", "tags": [TAG], "max_tags": []}}, "wrong type"),
+        ({"format": {"type": ["or"]}}, "wrong type"),
+        ({"format": {"type": "json_schema", "json_schema": {}, "style": []}}, "wrong type"),
+        (
+            {
+                "format": {
+                    "type": "json_schema",
+                    "style": "qwen_xml",
+                    "json_schema": {"properties": {"a": 5}, "required": 5},
+                }
+            },
+            "wrong type",
+        ),
     ],
 )
 def test_wrong_tags_are_refused(tag: Any, named: str) -> None:

@@ -119,7 +119,12 @@ def tag_expression(text: str, lark: Lark, parts: Parts) -> str:
     wanted = given.get("format")
     if wanted is None:
         wanted = _first_shape(given)
-    return _Reader(lark, parts).expression(wanted, 0, last=True)
+    try:
+        return _Reader(lark, parts).expression(wanted, 0, last=True)
+    except ValidationError:
+        raise
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:  # clients may write anything anywhere
+        raise _wrong(f"has a part of a wrong type: {str(error)[:120]}") from error
 
 
 def _first_shape(given: Mapping[str, Any]) -> dict[str, Any]:
