@@ -36,19 +36,20 @@ class Governor:
 
     def __init__(self) -> None:
         self._sizes: dict[int, _Ways] = {}
+        self._latest: _Ways | None = None  # of the latest step
 
     def wanted(self, rows: int) -> bool:
         """Whether drafts should be made for a step of so many rows."""
         return self._ways(rows).drafting
 
     def open(self) -> bool:
-        """Whether drafts may soon be wanted for some size of batch: false while they have lost in all that were tried."""
-        judged = [ways for ways in self._sizes.values() if ways.rates]
-        return not judged or any(ways.drafting or ways.trial for ways in judged)
+        """Whether drafts may soon be wanted: they are on trial in steps like the latest, or have won for some size."""
+        won = any(ways.drafting and not ways.trial for ways in self._sizes.values())
+        return won or self._latest is None or self._latest.trial
 
     def note(self, rows: int, tokens: int, seconds: float) -> None:
         """A step of `rows` rows, each of which was up to date, brought `tokens` tokens in `seconds`."""
-        ways = self._ways(rows)
+        ways = self._latest = self._ways(rows)
         ways.steps += 1
         if ways.steps == 1:
             return  # the first step after a change still does what was prepared the other way
