@@ -121,7 +121,8 @@ def test_together_as_alone(model, way):
     if "preempted" in way:
         assert stats.preemptions > 0
     if "chunked" in way:
-        assert stats.steps > sum(len(prompt["prompt_token_ids"]) for prompt, _ in REQUESTS) / 7
+        # A third of the prompts begin alike and are found in the cache.
+        assert stats.steps > 0.8 * sum(len(prompt["prompt_token_ids"]) for prompt, _ in REQUESTS) / 7
 
 
 def test_in_another_order_and_after_a_prefix_hit(model):
