@@ -14,6 +14,7 @@ from quire.config import ServeOptions
 from quire.errors import ConfigError
 from quire.serve import admin, chats, completions, errors, messages, page, requests, responses
 from quire.serve.auth import KeyCheck
+from quire.serve.document import ERRORS, with_keys
 from quire.serve.layers import BodyLimit, ErrorShield, HeaderLimit, RequestIds
 from quire.serve.service import Service
 from quire.serve.sse import ClientLeft
@@ -26,7 +27,9 @@ def create_app(service: Service, keys: Sequence[str] = ()) -> FastAPI:
     app = FastAPI(title="quire", version=quire.__version__)
     app.state.service = service
     for module in (completions, chats, responses, messages, requests, admin, page):
-        app.include_router(module.router)
+        app.include_router(module.router, responses=ERRORS)
+    if keys:
+        app.openapi = with_keys(app)  # type: ignore[method-assign]  # as FastAPI's documentation has it
     errors.install(app)
     app.add_exception_handler(ClientLeft, _left)
     app.add_middleware(ErrorShield)
