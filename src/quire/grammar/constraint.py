@@ -6,8 +6,8 @@ Owned by whoever chooses the tokens. Knows token ids and bits; knows no tensors 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher
@@ -67,8 +67,7 @@ class Constraint:
         return self._matcher.is_stopped() and not self._matcher.is_error()
 
 
-@dataclass(frozen=True, slots=True)
-class MaskWish:
+class MaskWish(NamedTuple):
     """Which tokens may come next, wanted in row `row` of a mask; and behind each of `drafts`, in the rows that follow."""
 
     constraint: Constraint

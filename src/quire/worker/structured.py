@@ -37,13 +37,9 @@ class _Followed:
 
     constraint: Constraint
     first: int  # position of the first token of the output
+    end: int  # and of the next one
     taken: list[int] = field(default_factory=list)
     patience: int = PATIENCE
-
-    @property
-    def end(self) -> int:
-        """Position of the next token."""
-        return self.first + len(self.taken)
 
 
 @dataclass(slots=True)
@@ -79,7 +75,7 @@ class StructuredOutputs:
             return False
         if self._grammars is None:
             raise RequestFailedError("structured_outputs needs a tokenizer, and this worker has none")
-        followed = _Followed(self._grammars.constraint(params.structured_outputs), new.prompt_len)
+        followed = _Followed(self._grammars.constraint(params.structured_outputs), new.prompt_len, new.prompt_len)
         _take(followed, new.token_ids[new.prompt_len :])
         self._rows[new.slot] = followed
         return True
@@ -141,7 +137,9 @@ class StructuredOutputs:
                 _take(followed, result.tokens)
             if followed.end == known + len(result.tokens) and self._takes_drafts:
                 followed.patience -= len(span.drafts) - (len(result.tokens) - 1)
-                found[index] = result._replace(drafts=_drafts(followed, result.drafts))
+                drafts = _drafts(followed, result.drafts)
+                if drafts != result.drafts:
+                    found[index] = result._replace(drafts=drafts)
         return tuple(found)
 
     def _prepared(self, rows: Rows, using: list[int], vocab_size: int) -> _Masks:
@@ -174,6 +172,7 @@ class StructuredOutputs:
         if same < len(taken):
             followed.constraint.rollback(len(taken) - same)
             del taken[same:]
+            followed.end = followed.first + same
         if _take(followed, output[same:]) < len(output) - same:
             raise RequestFailedError("the output has a token that its grammar does not allow")
 
@@ -182,6 +181,7 @@ def _take(followed: _Followed, tokens: Sequence[int]) -> int:
     """Take in tokens, as far as the grammar allows them; how many that were."""
     count = followed.constraint.advance(tokens)
     followed.taken.extend(tokens[:count])
+    followed.end += count
     return count
 
 
