@@ -206,7 +206,10 @@ def test_the_same_as_in_one_process() -> None:
             SamplingParams(max_tokens=30, stop_token_ids=[ord(text[5])], bad_words=["xyz"]),
         ):
             told = [output.outputs async for output in engine.generate("hello", params, "one")]
-            found.append([(o.text, o.token_ids, o.finish_reason, o.stop_reason, o.logprobs) for o in told[-1]])
+            last = {o.index: o for part in told for o in part}  # those that change together come together
+            found.append(
+                [(o.text, o.token_ids, o.finish_reason, o.stop_reason, o.logprobs) for _, o in sorted(last.items())]
+            )
             if params.output_kind is DELTA:  # how many tokens come together is a matter of time
                 found[-1] = [sum(part, []) for part in zip(*((o.token_ids, o.logprobs) for [o] in told), strict=True)]
         for prompt, params in (("", None), ("x" * 1000, None), ("x", SamplingParams(extra_args={"a": "\ud800"}))):
