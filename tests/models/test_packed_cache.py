@@ -226,6 +226,18 @@ def test_a_folder_that_cannot_be_written_is_no_error(
     assert "are not kept" in caplog.text or "cannot be used" in caplog.text
 
 
+def test_large_panels_may_lie_in_huge_pages() -> None:
+    """Aligned, and in private memory: a shared mapping gets none."""
+    packed = load_ops("cpu").pack_linear(torch.randn(2048, 512), None)
+    address = packed.data.data_ptr()
+    assert address % (2 << 20) == 0
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, kind = line.split()[:2]
+        first, last = (int(end, 16) for end in span.split("-"))
+        if first <= address < last:
+            assert kind.endswith("p")
+
+
 # ---------------------------------------------------------------- what is kept
 
 

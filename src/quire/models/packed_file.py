@@ -12,6 +12,7 @@ models: who asks for entry i says what it must have been made of.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -72,7 +73,9 @@ class PackedFile:
         except (OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("the packed weights in %s cannot be used, weights are packed again: %s", path, error)
             return None
-        memory.madvise(mmap.MADV_WILLNEED)
+        for advice in ("MADV_HUGEPAGE", "MADV_WILLNEED"):
+            with contextlib.suppress(AttributeError, OSError):  # not every system or file system has it
+                memory.madvise(getattr(mmap, advice))
         return cls(path, memory, entries, checksum)
 
     def entry(self, index: int, source: str) -> KeptLinear | None:

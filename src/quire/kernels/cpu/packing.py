@@ -5,6 +5,7 @@ float32 and bfloat16 are native, any other dtype is left to the reference. It kn
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import mmap
 from collections.abc import Sequence
@@ -65,8 +66,9 @@ class Arena:
 
 def _huge_pages(nbytes: int) -> torch.Tensor:
     """Fresh memory that begins where a huge page may begin."""
-    memory = mmap.mmap(-1, -(-nbytes // HUGE) * HUGE + HUGE)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    # Private, because shared memory gets no huge pages by default.
+    memory = mmap.mmap(-1, -(-nbytes // HUGE) * HUGE + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(AttributeError, OSError):  # another system, or one without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     start = -whole.data_ptr() % HUGE
