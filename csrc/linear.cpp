@@ -25,10 +25,6 @@
 #include "threads.h"
 #include "tile.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace quire {
 namespace {
 
@@ -50,22 +46,6 @@ constexpr long BLOCK_BYTES = 32 << 10;  // ... of all its panels
 template <class T>
 long panel_elements(long k) {
     return ceil_div(k, Dot<T>::DEPTH) * Dot<T>::STEP_B;
-}
-
-template <class T>
-void pack(const T* weight, long stride, long n, long k, T* packed) {
-    const long panel = panel_elements<T>(k), depth = Dot<T>::DEPTH;
-    for_each_item(ceil_div(n, PANEL), n * k > 1 << 16, [&](long p) {
-        T* out = packed + p * panel;
-        const long columns = std::min<long>(PANEL, n - p * PANEL);
-        if (columns < PANEL || k % depth) std::memset(out, 0, size_t(panel) * sizeof(T));
-        const T* rows = weight + p * PANEL * stride;
-        for (long s = 0; s < k / depth; s++)
-            for (long j = 0; j < columns; j++)
-                std::memcpy(out + (s * PANEL + j) * depth, rows + j * stride + s * depth, depth * sizeof(T));
-        if (k % depth)
-            for (long j = 0; j < columns; j++) out[(k / depth * PANEL + j) * depth] = rows[j * stride + k - 1];
-    });
 }
 
 template <class T>
@@ -246,17 +226,6 @@ void linear(const T* x, long x_stride, const T* packed, const T* bias, T* out, l
     }
 }
 
-// Large weights lie in large pages where the system allows it: fewer misses of the address cache.
-void ask_for_huge_pages(void* data, size_t bytes) {
-#if defined(__linux__)
-    const uintptr_t huge = 2 << 20, first = (uintptr_t(data) + huge - 1) / huge * huge;
-    const uintptr_t last = (uintptr_t(data) + bytes) / huge * huge;
-    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-    (void)data, (void)bytes;
-#endif
-}
-
 }  // namespace
 }  // namespace quire
 
@@ -264,14 +233,6 @@ using namespace quire;
 
 int64_t quire_packed_size(int32_t dtype, int64_t n, int64_t k) {
     return ceil_div(n, PANEL) * (dtype == QUIRE_BFLOAT16 ? panel_elements<bf16>(k) : panel_elements<float>(k));
-}
-
-void quire_pack_linear(int32_t dtype, const void* weight, int64_t stride, int64_t n, int64_t k, void* packed) {
-    ask_for_huge_pages(packed, size_t(quire_packed_size(dtype, n, k)) * (dtype == QUIRE_BFLOAT16 ? 2 : 4));
-    if (dtype == QUIRE_BFLOAT16)
-        pack(static_cast<const bf16*>(weight), stride, n, k, static_cast<bf16*>(packed));
-    else
-        pack(static_cast<const float*>(weight), stride, n, k, static_cast<float*>(packed));
 }
 
 void quire_unpack_linear(int32_t dtype, const void* packed, int64_t n, int64_t k, void* weight) {

@@ -14,9 +14,8 @@ enum { QUIRE_FLOAT32 = 0, QUIRE_BFLOAT16 = 1, QUIRE_INT8 = 2 };  // int8: only o
 // ---- the team (threads.cpp)
 QUIRE_API void quire_set_threads(int32_t size);
 
-// ---- linear.cpp. Elements of packed weights; both layouts are drawn there.
+// ---- linear.cpp. Elements of packed weights; both layouts are drawn there, packing.h makes them.
 QUIRE_API int64_t quire_packed_size(int32_t dtype, int64_t n, int64_t k);
-QUIRE_API void quire_pack_linear(int32_t dtype, const void* weight, int64_t stride, int64_t n, int64_t k, void* packed);
 QUIRE_API void quire_unpack_linear(int32_t dtype, const void* packed, int64_t n, int64_t k, void* weight);
 QUIRE_API void quire_linear(int32_t dtype, const void* x, int64_t x_stride, const void* packed, const void* bias,
                             void* out, int64_t m, int64_t n, int64_t k);
