@@ -1,7 +1,7 @@
 """An engine process in which every n-th allocation fails, in Python, torch and the native kernels alike: what becomes of
 its requests. Needs a C compiler. Without arguments it tries several n.
 
-python tests/engine/short_memory.py [--every 5000]
+python tests/engine/short_memory.py [--every 307]
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def survive(folder: Path, everies: list[int]) -> list[Survived]:
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--every", type=int, nargs="*", default=[20_011, 5_003, 2_003, 1_009])
+    parser.add_argument("--every", type=int, nargs="*", default=[1009, 307, 101, 53])
     everies = parser.parse_args().every
     logging.disable(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as folder:

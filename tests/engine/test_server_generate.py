@@ -418,7 +418,7 @@ def test_every_field_arrives() -> None:
         repetition = {"repetition_detection": {"max_pattern_size": 20, "min_pattern_size": 10, "min_count": 5}}
         response = server.http.post("/v1/completions", json={"prompt": HELLO, **fields, **extra, **repetition})
         assert response.status_code == 200, response.text
-    prompt, params, _, priority, _ = seen[0]
+    prompt, params, _, priority, *_ = seen[0]
     for name, value in fields.items():
         assert getattr(params, name) == (tuple(value) if isinstance(value, list) else value), name
     assert params.logit_bias == ((7, 100.0),) and params.logprobs == 1
