@@ -35,13 +35,14 @@ constexpr long FETCH_STEPS = 16;  // how far ahead a lone stream is fetched
 constexpr long RUNS = 16;         // items for each thread of the team, if there are groups enough
 #if defined(QUIRE_NATIVE_DOT)
 constexpr long WIDEN_ROWS = LONG_MAX;
+constexpr long BLOCK_BYTES = 32 << 10;  // of the panels of a block
 constexpr long LONE_ROWS = 6;  // one tile of more rows would hold up the stream: two tiles fetch a whole block ahead
 #else
 constexpr long WIDEN_ROWS = 13;  // rows from which on weights are widened
+constexpr long BLOCK_BYTES = 24 << 10;
 constexpr long LONE_ROWS = LONG_MAX;
 #endif
-constexpr long BLOCK_VALUES = 384;  // values of k in a block of one panel, where weights are widened; or else ...
-constexpr long BLOCK_BYTES = 32 << 10;  // ... of all its panels
+constexpr long BLOCK_VALUES = 384;  // values of k in a block of weights that are widened
 
 template <class T>
 long panel_elements(long k) {

@@ -45,6 +45,7 @@ constexpr long ITEM_PANELS = BLOCK_COLUMNS / PANEL;
 constexpr long ITEM_ROWS = 96;
 constexpr long BLOCK_ROWS = 384;    // rows of x that are rounded and packed at a time
 constexpr long FETCH_BYTES = 1024;  // how far ahead a lone stream is fetched
+constexpr long EXTRAS_AHEAD = 512;  // and the scales of 4-bit weights, which are a stream beside it
 #if defined(QUIRE_AVX512BF16)
 constexpr long LONE_ROWS = 6;  // one tile of more rows would hold up the stream: two tiles fetch whole panels ahead
 #else
@@ -276,6 +277,7 @@ struct MultiplyNibbles {
         for (long g = 0; g < groups; g++) {
             const uint8_t* extras = piece.panels + w.data + g * PANEL * 2;
             const uint8_t* zeros = piece.panels + w.data + (groups * 2 + g) * PANEL;
+            for (int p = 0; p < PANELS; p++) prefetch(extras + p * panel + EXTRAS_AHEAD);
             I sum[ROWS][VECTORS];
             QUIRE_UNROLL for (int v = 0; v < VECTORS; v++) {
                 const long at = v / PANEL_VECTORS * panel + v % PANEL_VECTORS * W;
