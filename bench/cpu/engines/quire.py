@@ -34,6 +34,7 @@ def open_session(place: Place, workload: Workload, variant: str) -> Session:
             "model": str(model_folder(place.models, workload.shape, None, stored)),
             "load_format": "auto" if stored else "dummy",
             "cache_bytes": CACHE_BYTES,
+            "packed_cache": "on" if workload.kind == "restart" else "auto",
             "vocab_size": SHAPES[workload.shape]["vocab_size"],
         }
     command = [sys.executable, str(RUNNER), json.dumps(settings)]

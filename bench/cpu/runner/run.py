@@ -32,6 +32,7 @@ def load_quire(settings: dict[str, Any]) -> tuple[Generate, int]:
         "skip_tokenizer_init": True,
         "max_model_len": 2048,
         "kv_cache_memory_bytes": settings["cache_bytes"],
+        "packed_cache": settings["packed_cache"],
         "threads": settings["threads"],
         "device": "cpu",
     }
