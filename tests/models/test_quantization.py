@@ -72,7 +72,15 @@ def logits_of(config: EngineConfig) -> tuple[list[torch.Tensor], list[list[int]]
 
 
 @pytest.mark.parametrize(
-    ("method", "most"), [("int8", 0.01), ("int4-g32", 0.04), ("int4", 0.06), ("int4-g32-zp", 0.04), ("int4-zp", 0.06)]
+    ("method", "most"),
+    [
+        ("int8", 0.01),
+        ("int4-g32", 0.04),
+        ("int4", 0.06),
+        ("int4-g128-int8-head", 0.04),
+        ("int4-g32-zp", 0.04),
+        ("int4-zp", 0.06),
+    ],
 )
 def test_the_bundled_model_keeps_its_sense(method: str, most: float) -> None:
     plain = perplexity_of(str(BUNDLED), None, "bfloat16")
@@ -148,7 +156,7 @@ def test_both_paths_give_the_same_logits(tmp_path: Path, kind: str, method: str)
 def test_what_is_quantized_and_what_is_not(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path, "qwen3_moe")
     served = {}
-    for method in ("int4-g32", "int4-g32-keep-head"):
+    for method in ("int4-g32", "int4-g32-int8-head", "int4-g32-keep-head"):
         config = resolve(
             EngineOptions.from_flat({"model": str(folder), "quantization": method, "model_impl": "native"})
         )
@@ -160,8 +168,10 @@ def test_what_is_quantized_and_what_is_not(tmp_path: Path) -> None:
     assert isinstance(expert.router.packed, PackedLinear)
     for linear in (decoder.layers[0].qkv, decoder.layers[1].mlp.down, expert.experts.blocks[0].gate_up):
         assert load_ops("cpu").unpack_quantized(linear.packed).bits == 4
-    assert load_ops("cpu").unpack_quantized(decoder.head.packed).bits == 8
-    assert isinstance(served["int4-g32-keep-head"].head.packed, PackedLinear)
+    heads = {name: found.head.packed for name, found in served.items()}
+    assert load_ops("cpu").unpack_quantized(heads["int4-g32"]).bits == 4
+    assert load_ops("cpu").unpack_quantized(heads["int4-g32-int8-head"]).bits == 8
+    assert isinstance(heads["int4-g32-keep-head"], PackedLinear)
     assert decoder.embedding.weight.dtype == torch.bfloat16
 
 
@@ -183,14 +193,20 @@ def test_the_plan_counts_fewer_bytes() -> None:
     def weights(method: str | None) -> int:
         return resolve(EngineOptions.from_flat({"model": str(BUNDLED), "quantization": method})).memory.weights
 
-    plain, eight, four, kept = (weights(method) for method in (None, "int8", "int4-g32", "int4-g32-keep-head"))
+    methods = (None, "int8", "int4-g32", "int4-g32-keep-head", "int4-g32-int8-head")
+    plain, eight, four, kept, head = (weights(method) for method in methods)
     table = 2 * BUNDLED_VOCAB * BUNDLED_SIZE
     assert table + (plain - 2 * table) // 2 <= eight < 0.8 * plain  # the embedding stays, the tied head is halved
-    assert four < eight and four < kept < plain
+    assert four < head < eight and head < kept < plain
 
 
 def test_methods_that_do_not_exist_are_refused() -> None:
-    for wrong, hint in (("int9", "int8"), ("int4-g16", "int4-g"), ("awq", "has no quantization_config")):
+    for wrong, hint in (
+        ("int9", "int8"),
+        ("int8-int8-head", "int8"),
+        ("int4-g16", "int4-g"),
+        ("awq", "has no quantization_config"),
+    ):
         with pytest.raises(ConfigError, match=f"quantization is '{wrong}'.*{hint}"):
             resolve(EngineOptions.from_flat({"model": str(BUNDLED), "quantization": wrong}))
 

@@ -15,7 +15,7 @@ from quire.layers.spec import ModelLayout
 from quire.models.headers import weight_headers
 from quire.models.hub import ModelFiles
 from quire.quant.checkpoints import stored_bytes
-from quire.quant.format import KEEP_HEAD, ROUTERS, format_of
+from quire.quant.format import ROUTERS, format_of, head_format
 
 SAMPLE = 4096  # width of the matrix whose bytes stand for those of matrices of unknown shape
 
@@ -69,7 +69,8 @@ def bytes_per_weight(method: str | None, dtype: torch.dtype) -> float:
 
 def head_bytes(method: str | None, dtype: torch.dtype) -> float:
     """Bytes of one value of the output matrix."""
-    return bytes_per_weight(None if method is None or method.endswith(KEEP_HEAD) else "int8", dtype)
+    kind = None if method is None else head_format(ops_of(reference), method)
+    return dtype.itemsize if kind is None else kind.nbytes(SAMPLE, SAMPLE) / SAMPLE**2
 
 
 def _is_linear(shape: tuple[int, ...], parts: list[str], layout: ModelLayout) -> bool:

@@ -1,8 +1,8 @@
 """WeightFormat, how one matrix is stored and multiplied; and the table of ops in which a format has taken the place of
 plain weights, so that no layer needs to know. It knows the names of methods, nothing of models or checkpoints.
 
-A method is written int8, int4, int4-g32, int4-g64 or int4-g128; int4 ones may end in -zp for zero points, all in
--keep-head to leave the output matrix as it is.
+A method is written int8, int4, int4-g32, int4-g64 or int4-g128; int4 ones may end in -zp for zero points, then in
+-int8-head for an output matrix of 8 bits; all may end in -keep-head to leave that matrix as it is.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from quire.kernels.weights import Parts, QuantizedLinear
 from quire.quant.int4 import Int4
 from quire.quant.int8 import Int8
 
-KEEP_HEAD = "-keep-head"
+KEEP_HEAD, INT8_HEAD = "-keep-head", "-int8-head"
+HEAD_GROUP = 32  # the output matrix decides between tokens: where it has 4 bits, its groups are the smallest
 GROUPS = {"int4": None, "int4-g32": 32, "int4-g64": 64, "int4-g128": 128}
 METHODS = ("int8", *GROUPS, *(f"{name}-zp" for name in GROUPS))
 # Last names of small linears that choose experts: a rounding there changes which expert a row gets.
@@ -57,8 +58,8 @@ def quantized_ops(ops: Ops, method: str | None) -> Ops:
         return ops
     check_method(method)
     body = _with_format(ops, format_of(ops, method))
-    # The output matrix decides between tokens: it stays at 8 bits whatever the others have.
-    head = ops if method.endswith(KEEP_HEAD) else _with_format(ops, Int8(ops))
+    kind = head_format(ops, method)
+    head = ops if kind is None else _with_format(ops, kind)
     return QuantizedOps(**{field.name: getattr(body, field.name) for field in fields(Ops)}, full=ops, head=head)
 
 
@@ -74,20 +75,35 @@ def head_ops(ops: Ops) -> Ops:
 
 def format_of(ops: Ops, method: str) -> WeightFormat:
     """The format of the linears of a method that exists."""
-    name = method.removesuffix(KEEP_HEAD)
+    name = _body(method)
     if name == "int8":
         return Int8(ops)
     return Int4(ops, GROUPS[name.removesuffix("-zp")], name.endswith("-zp"))
 
 
+def head_format(ops: Ops, method: str) -> WeightFormat | None:
+    """The format of the output matrix; None where it stays as it is."""
+    if method.endswith(KEEP_HEAD):
+        return None
+    if method == "int8" or method.endswith(INT8_HEAD):
+        return Int8(ops)
+    return Int4(ops, HEAD_GROUP, method.endswith("-zp"))
+
+
+def _body(method: str) -> str:
+    """The part of a method's name that speaks of all linears."""
+    return method.removesuffix(KEEP_HEAD).removesuffix(INT8_HEAD)
+
+
 def check_method(method: str) -> None:
     """Raise ConfigError for a method that does not exist, naming those that do."""
-    if method.removesuffix(KEEP_HEAD) in METHODS:
+    if _body(method) in METHODS and method != "int8" + INT8_HEAD:
         return
     near = difflib.get_close_matches(method, METHODS, n=1)
     raise ConfigError(
         f"quantization is {method!r}, which quire does not have.{f' Did you mean {near[0]!r}?' if near else ''} "
-        f"It has {', '.join(METHODS)}, each also with {KEEP_HEAD} at its end; leave it out for unquantized weights."
+        f"It has {', '.join(METHODS)}, each also with {KEEP_HEAD} at its end, int4 ones with {INT8_HEAD}; leave it out "
+        "for unquantized weights."
     )
 
 
