@@ -76,6 +76,10 @@ class Row:
 
     @property
     def verdict(self) -> str:
+        peers = [self.others[engine] for engine in self.workload.aim.peers if engine in self.others]
+        needed = peers if self.workload.aim.ratio is not None else []
+        if any(figure.disturbed for figure in (self.ours, *needed) if figure is not None):
+            return "disturbed"
         found = [part.reached for part in self.parts]
         if not found or None in found and False not in found:
             return "-"

@@ -163,6 +163,13 @@ def test_only_disturbed_runs_are_shown_as_such() -> None:
     assert (figure.value, figure.disturbed) == (2.0, True)
 
 
+def test_a_disturbed_figure_reaches_nothing() -> None:
+    ours = record("1b-int8-decode", "quire", 90.0)
+    assert row("1b-int8-decode", ours, record("1b-int8-decode", "llama.cpp", 30.0)).verdict == "reached"
+    peer = record("1b-int8-decode", "llama.cpp", 30.0, disturbed="others")
+    assert row("1b-int8-decode", ours, peer).verdict == "disturbed"
+
+
 def test_a_failure_has_a_reason() -> None:
     found = row("1b-int4-decode", record("1b-int4-decode", "vllm", None, failed="no such kernel"))
     assert table.failures([found]) == ["1b-int4-decode, vllm GPTQ: failed: no such kernel"]
