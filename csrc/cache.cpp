@@ -119,6 +119,13 @@ void quire_write_cache(const QuireCache* cache, const void* key, int64_t key_str
     });
 }
 
+void quire_copy_pages(void* data, int64_t page_bytes, const int64_t* pairs, int64_t count) {
+    char* pages = static_cast<char*>(data);
+    for (int64_t i = 0; i < count; i++)
+        if (pairs[2 * i] != pairs[2 * i + 1])
+            std::memcpy(pages + pairs[2 * i + 1] * page_bytes, pages + pairs[2 * i] * page_bytes, size_t(page_bytes));
+}
+
 void quire_rotary(const QuireRotary* call) {
     const bool narrow = call->dtype == QUIRE_BFLOAT16, narrow_angles = call->angles_dtype == QUIRE_BFLOAT16;
     if (narrow && narrow_angles)

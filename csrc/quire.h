@@ -51,6 +51,9 @@ QUIRE_API int64_t quire_page_size(int32_t dtype, int64_t page_size, int64_t kv_h
 QUIRE_API void quire_write_cache(const QuireCache* cache, const void* key, int64_t key_stride, const void* value,
                                  int64_t value_stride, const int64_t* slots, int64_t tokens);
 
+// Pages of page_bytes each: pairs are source and target, copied in their order.
+QUIRE_API void quire_copy_pages(void* data, int64_t page_bytes, const int64_t* pairs, int64_t count);
+
 // `style` 0 turns halves, 1 neighbours. angles_dtype is that of cos and sin, which are [tokens, rotated].
 // With a cache the turned key and the value are written to it and key_out is not used.
 typedef struct {
@@ -92,6 +95,31 @@ QUIRE_API void quire_uniform(const int64_t* seeds, const int64_t* positions, dou
 QUIRE_API void quire_sample(int32_t dtype, const void* logits, int64_t stride, const float* temperature,
                             const int64_t* top_k, const float* top_p, const float* min_p, const double* uniform,
                             int64_t* out, int64_t rows, int64_t vocab);
+// Whether a row's logits may be chosen from: none is NaN, and the largest is finite.
+QUIRE_API void quire_usable(int32_t dtype, const void* logits, int64_t stride, uint8_t* out, int64_t rows, int64_t vocab);
+
+// What log-probabilities are made of, for each row: log(sum(exp(logits))), how many logits are at least that of `chosen`,
+// and the ids of the `count` largest.
+typedef struct {
+    const void* logits;
+    const int64_t* chosen;
+    double* log_sums;       // [rows]
+    int64_t *ranks, *best;  // [rows], [rows][count]
+    int64_t stride, count, rows, vocab;
+    int32_t dtype;
+} QuireRank;
+QUIRE_API void quire_rank(const QuireRank* call);
+
+// Penalties on some rows of float logits [..][vocab], in place. Item i: row rows[i], and of the tokens [slot][width] those
+// of slots[i] before ends[i]; the prompt ends at firsts[i].
+typedef struct {
+    float* logits;
+    const int32_t* tokens;
+    const int64_t *rows, *slots, *firsts, *ends;
+    const float *repetition, *presence, *frequency;
+    int64_t vocab, width, count;
+} QuirePenalties;
+QUIRE_API void quire_penalize(const QuirePenalties* call);
 
 // ---- ceilings.cpp: what the machine can do at best
 QUIRE_API float quire_read_memory(const float* data, int64_t floats);

@@ -1,5 +1,5 @@
-// Choosing tokens: arg-max, counter-based random numbers, and top-k / top-p / min-p sampling without sorting the
-// vocabulary. The rules are those of `sample` in kernels/reference.py.
+// Choosing tokens: arg-max, counter-based random numbers, penalties, log-probabilities, and top-k / top-p / min-p sampling
+// without sorting the vocabulary. The rules are those of kernels/reference.py.
 //
 // A row is looked at in full only by passes over vectors: the largest logit, then a bound that no kept token is below.
 //
@@ -235,6 +235,102 @@ void argmax(const T* logits, long stride, int64_t* out, long rows, long vocab) {
     for_each_item(rows, rows * vocab > 1 << 16, [&](long r) { out[r] = first_largest(logits + r * stride, vocab); });
 }
 
+// Whether the largest of the logits is a finite number and none is NaN.
+template <class T>
+bool usable(const T* x, long n) {
+    constexpr unsigned ALL = (1u << W) - 1;
+    F most = set1(LOWEST);
+    for (long i = 0; i < n; i += W) {
+        const F v = get(x + i, n - i);
+        if (mask_ge(v, v) != ALL) return false;
+        most = max(v, most);
+    }
+    const float largest = reduce_max(most);
+    return largest > LOWEST && largest < -LOWEST;
+}
+
+// The ids of the `count` largest, the largest first, of equals the lowest id. Zeros where too many are NaN.
+template <class T>
+void best_of(const T* x, long n, long count, int64_t* out) {
+    static thread_local std::vector<float> most;
+    static thread_local std::vector<int64_t> found;
+    const long chunks = (n + CHUNK - 1) / CHUNK;
+    float bound = LOWEST;
+    if (count < chunks) {  // no more than `count` chunks hold a logit above the bound, and `count` of them reach it
+        most.resize(size_t(chunks));
+        for (long c = 0; c < chunks; c++) most[size_t(c)] = largest_of(x + c * CHUNK, std::min(CHUNK, n - c * CHUNK));
+        std::nth_element(most.begin(), most.begin() + (count - 1), most.end(), std::greater<float>());
+        bound = most[size_t(count - 1)];
+    }
+    found.clear();
+    for_each_at_least(x, n, bound, [&](long i) {
+        found.push_back(i);
+        return false;
+    });
+    const long kept = std::min(count, long(found.size()));
+    std::partial_sort(found.begin(), found.begin() + kept, found.end(), [x](int64_t a, int64_t b) {
+        const float left = to_float(x[a]), right = to_float(x[b]);
+        return left != right ? left > right : a < b;
+    });
+    std::fill(std::copy(found.begin(), found.begin() + kept, out), out + count, 0);
+}
+
+template <class T>
+double log_sum(const T* x, long n) {
+    const F largest = set1(largest_of(x, n));
+    double sum = 0;
+    for (long block = 0; block < n; block += BLOCK) {
+        F all = zero();
+        const long end = std::min(n, block + BLOCK);
+        for (long i = block; i < end; i += W) all = add(all, exp(sub(get(x + i, end - i), largest)));
+        sum += reduce_add(all);
+    }
+    return double(reduce_max(largest)) + std::log(sum);
+}
+
+template <class T>
+void rank(const QuireRank& call) {
+    for_each_item(call.rows, call.rows * call.vocab > 1 << 14, [&](long r) {
+        const T* x = static_cast<const T*>(call.logits) + r * call.stride;
+        const F picked = set1(to_float(x[call.chosen[r]]));
+        int64_t rank = 0;
+        for (long i = 0; i < call.vocab; i += W) {
+            const long rest = call.vocab - i;
+            const unsigned there = rest >= W ? ~0u : (1u << rest) - 1;
+            rank += __builtin_popcount(mask_ge(get(x + i, rest), picked) & there);
+        }
+        call.ranks[r] = rank;
+        call.log_sums[r] = log_sum(x, call.vocab);
+        if (call.count > 0) best_of(x, call.vocab, call.count, call.best + r * call.count);
+    });
+}
+
+// Lowers what one row said before. `counts` is zero for every token, before and after.
+void penalize(const QuirePenalties& call, long i, int32_t* counts) {
+    float* x = call.logits + call.rows[i] * call.vocab;
+    const int32_t* said = call.tokens + call.slots[i] * call.width;
+    const long first = call.firsts[i], end = call.ends[i];
+    auto valid = [&](long at) { return said[at] >= 0 && said[at] < call.vocab; };
+    const float repetition = call.repetition[i], presence = call.presence[i], frequency = call.frequency[i];
+    if (repetition != 1) {
+        for (long at = 0; at < end; at++) {
+            if (!valid(at) || counts[said[at]]++ != 0) continue;
+            float& score = x[said[at]];
+            score = score > 0 ? score / repetition : score * repetition;
+        }
+        for (long at = 0; at < end; at++)
+            if (valid(at)) counts[said[at]] = 0;
+    }
+    if (presence == 0 && frequency == 0) return;
+    for (long at = first; at < end; at++)
+        if (valid(at)) counts[said[at]]++;
+    for (long at = first; at < end; at++) {
+        if (!valid(at) || counts[said[at]] == 0) continue;
+        x[said[at]] -= presence + frequency * float(counts[said[at]]);
+        counts[said[at]] = 0;
+    }
+}
+
 uint64_t mix(uint64_t z) {  // the finalizer of splitmix64
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
@@ -269,5 +365,24 @@ void quire_sample(int32_t dtype, const void* logits, int64_t stride, const float
         };
         out[r] = dtype == QUIRE_BFLOAT16 ? draw(static_cast<const bf16*>(logits) + r * stride)
                                          : draw(static_cast<const float*>(logits) + r * stride);
+    });
+}
+
+void quire_usable(int32_t dtype, const void* logits, int64_t stride, uint8_t* out, int64_t rows, int64_t vocab) {
+    for_each_item(rows, rows * vocab > 1 << 16, [&](long r) {
+        out[r] = dtype == QUIRE_BFLOAT16 ? usable(static_cast<const bf16*>(logits) + r * stride, vocab)
+                                         : usable(static_cast<const float*>(logits) + r * stride, vocab);
+    });
+}
+
+void quire_rank(const QuireRank* call) { call->dtype == QUIRE_BFLOAT16 ? rank<bf16>(*call) : rank<float>(*call); }
+
+void quire_penalize(const QuirePenalties* call) {
+    int64_t work = 0;
+    for (int64_t i = 0; i < call->count; i++) work += call->ends[i];
+    for_each_item(call->count, work > 1 << 14, [&](long i) {
+        static thread_local std::vector<int32_t> counts;
+        if (long(counts.size()) < call->vocab) counts.resize(size_t(call->vocab));
+        penalize(*call, i, counts.data());
     });
 }

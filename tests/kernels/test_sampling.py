@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from quire.kernels.choosing import Said
 from quire.kernels.table import Ops
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -138,3 +139,56 @@ def test_distribution(ops: Ops, options: dict[str, float]) -> None:
     chi = ((counts[live] - expected[live]) ** 2 / expected[live]).sum().item()
     freedom = int(live.sum()) - 1
     assert chi < freedom + 5 * (2 * freedom) ** 0.5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [1, 7, 100, 5000, 32001])
+def test_what_logprobs_are_made_of(ops: Ops, oracle: Ops, dtype: torch.dtype, vocab: int) -> None:
+    wide = (torch.randn(4, vocab + 3) * 4).to(dtype)
+    logits = wide[:, :vocab]
+    logits[1] = logits[1].round()  # many ties
+    logits[2, : vocab // 2] = float("-inf")
+    chosen = logits.float().argmax(-1)
+    chosen[3] = vocab // 2
+    for count in sorted({0, 1, min(vocab, 20), vocab}):
+        got, want = ops.rank(logits, chosen, count), oracle.rank(logits, chosen, count)
+        torch.testing.assert_close(got.log_sums, want.log_sums, rtol=1e-6, atol=1e-5)
+        assert torch.equal(got.ranks, want.ranks)
+        assert torch.equal(got.best, want.best)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_cannot_be_chosen_from(ops: Ops, dtype: torch.dtype) -> None:
+    logits = torch.randn(6, 1003).to(dtype)
+    logits[1, 1002] = float("nan")
+    logits[2, 5] = float("inf")
+    logits[3] = float("-inf")
+    logits[4, 1:] = float("-inf")
+    assert ops.usable(logits).tolist() == [True, False, False, False, True, True]
+
+
+def test_penalties(ops: Ops, oracle: Ops) -> None:
+    tokens = torch.randint(0, 50, (5, 40), dtype=torch.int32)
+    said = Said(
+        torch.tensor([3, 0, 2, 1]),
+        torch.tensor([4, 1, 0, 2]),
+        torch.tensor([10, 5, 0, 7]),
+        torch.tensor([40, 5, 0, 21]),
+        torch.tensor([1.3, 2.0, 1.5, 1.0]),
+        torch.tensor([0.5, 1.0, 0.0, 0.0]),
+        torch.tensor([0.25, 0.0, 1.0, -0.5]),
+    )
+    got = torch.randn(4, 60)
+    want = got.clone()
+    for _ in range(2):  # nothing is left behind
+        ops.penalize(got, tokens, said)
+        oracle.penalize(want, tokens, said)
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+def test_pages_are_copied_in_order(ops: Ops) -> None:
+    cache = ops.new_cache(6, 16, 2, 20, 20, torch.int8, "cpu")
+    cache.data.copy_(torch.randint(-100, 100, cache.data.shape))
+    before = cache.data.clone()
+    ops.copy_pages(cache, [(1, 2), (2, 3), (4, 4), (0, 1)])
+    assert torch.equal(cache.data, before[[0, 0, 1, 1, 4, 5]])

@@ -373,69 +373,11 @@ def rotary_write(
     return query
 
 
-# ---------------------------------------------------------------- choosing tokens
-
-
-def argmax(logits: torch.Tensor) -> torch.Tensor:
-    """logits [R, V] -> int64 [R]: the first of equals."""
-    return torch.argmax(logits, dim=-1)
-
-
-def _mix(z: torch.Tensor) -> torch.Tensor:
-    """The finalizer of splitmix64 on int64 bits; `>>` is made logical by masking the copied sign bits."""
-    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
-    z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
-    return z ^ ((z >> 31) & 0x1FFFFFFFF)
-
-
-def uniform(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """seeds int64 [R], positions int64 [R] -> float64 [R] in [0, 1). A pure function of the two, 53 bits, the same on
-    every device, so that any position can be drawn again anywhere."""
-    golden = -0x61C8864680B583EB
-    bits = _mix(_mix(seeds + golden) + (positions + 1) * golden)
-    return ((bits >> 11) & 0x1FFFFFFFFFFFFF).double() * 2.0**-53
-
-
-def sample(
-    logits: torch.Tensor,
-    temperature: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    min_p: torch.Tensor,
-    uniform: torch.Tensor,
-) -> torch.Tensor:
-    """logits [R, V], the others [R] -> int64 [R]. Temperature 0 is argmax.
-
-    Of the weights exp((logit - largest) / temperature) in float32 those stay that are at least min_p of the largest;
-    of these the top_k largest with all that equal the last of them (0: all); of these the smallest set of largest
-    ones, lower ids first among equals, that holds top_p of their sum (1: all), at least one. The token is the first
-    kept id, in vocabulary order, whose cumulative weight exceeds uniform * sum.
-    """
-    greedy = temperature == 0
-    wide = logits.float()
-    divisor = torch.where(greedy, 1.0, temperature.float())[:, None]
-    weights = torch.exp((wide - wide.amax(-1, keepdim=True)) / divisor)
-    weights = torch.where(weights >= min_p.to(weights)[:, None], weights, 0.0)
-    scores, order = wide.sort(dim=-1, descending=True, stable=True)
-    last = torch.where(top_k > 0, top_k, logits.shape[1]).clamp(max=logits.shape[1]).long() - 1
-    bound = scores.gather(1, last[:, None])
-    ordered = torch.where(scores >= bound, weights.gather(1, order), 0.0).double()
-    before = ordered.cumsum(-1) - ordered
-    share = top_p.double()[:, None]
-    chosen = (before < share * ordered.sum(-1, keepdim=True)) | (share >= 1)
-    chosen[:, 0] = True
-    ordered = torch.where(chosen, ordered, 0.0)
-    kept = torch.zeros_like(ordered).scatter_(1, order, ordered)
-    total = kept.cumsum(-1)
-    drawn = (total > uniform.double()[:, None] * total[:, -1:]).int().argmax(-1)
-    return torch.where(greedy, argmax(logits), drawn)
+def set_threads(n: int) -> None:
+    """How many threads the ops of this backend use."""
+    torch.set_num_threads(n)
 
 
 def new_recorder() -> Recorder | None:
     """What makes programs of forwards on this backend; None where nothing does."""
     return None
-
-
-def set_threads(n: int) -> None:
-    """How many threads the ops of this backend use."""
-    torch.set_num_threads(n)

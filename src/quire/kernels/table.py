@@ -10,11 +10,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
 from quire.errors import ConfigError
-from quire.kernels import reference
+from quire.kernels import choosing, reference
 from quire.kernels.programs import Recorder
 from quire.kernels.weights import KeptLinear
 
@@ -23,7 +24,7 @@ BACKENDS = {"cpu": "quire.kernels.cpu", "cuda": "quire.kernels.cuda"}
 
 @dataclass(frozen=True, slots=True)
 class Ops:
-    """One function per op; kernels/reference.py documents each."""
+    """One function per op; kernels/reference.py documents each, and kernels/choosing.py those that choose tokens."""
 
     pack_linear: Callable[..., reference.PackedLinear]
     unpack_linear: Callable[..., torch.Tensor]
@@ -50,6 +51,9 @@ class Ops:
     argmax: Callable[..., torch.Tensor]
     uniform: Callable[..., torch.Tensor]
     sample: Callable[..., torch.Tensor]
+    usable: Callable[[torch.Tensor], torch.Tensor]
+    rank: Callable[[torch.Tensor, torch.Tensor, int], choosing.Ranked]
+    penalize: Callable[[torch.Tensor, torch.Tensor, choosing.Said], None]
     set_threads: Callable[[int], None]
     new_recorder: Callable[[], Recorder | None]
 
@@ -67,4 +71,8 @@ def load_ops(device: str | torch.device) -> Ops:
 
 def ops_of(backend: object) -> Ops:
     """The table of one backend; with `reference` itself, the oracle, on any device."""
-    return Ops(**{field.name: getattr(backend, field.name, getattr(reference, field.name)) for field in fields(Ops)})
+    return Ops(**{field.name: _find(field.name, (backend, reference, choosing)) for field in fields(Ops)})
+
+
+def _find(name: str, places: tuple[object, ...]) -> Callable[..., Any]:
+    return next(getattr(place, name) for place in places if hasattr(place, name))

@@ -1,4 +1,4 @@
-"""What happens to logits before a token is chosen, as a list of steps: LOGIT_STEPS, applied in its order.
+"""What happens to logits before a token is chosen, as a list of steps: LOGIT_STEPS in its order, then Penalties.
 
 A step knows the rows that use it and costs nothing for the others. A new wish about logits is one more class in the
 list. Rows are independent: what a step does to one row is a function of that row alone.
@@ -13,6 +13,8 @@ import torch
 
 from quire.core.params import SamplingParams
 from quire.core.plan import Admission
+from quire.kernels.choosing import Said
+from quire.kernels.table import Ops
 from quire.worker.batch import Rows
 from quire.worker.device import Device
 from quire.worker.slots import Slots
@@ -141,9 +143,9 @@ class Penalties:
     Counted anew from the rows' tokens in each step, so there is no count to keep true through preemption or restart.
     """
 
-    def __init__(self, slots: Slots, device: Device) -> None:
+    def __init__(self, slots: Slots, ops: Ops) -> None:
         self._slots = slots
-        self._device = device
+        self._ops = ops
         self._repetition = np.ones(slots.num_slots, dtype=np.float32)
         self._presence = np.zeros(slots.num_slots, dtype=np.float32)
         self._frequency = np.zeros(slots.num_slots, dtype=np.float32)
@@ -156,41 +158,16 @@ class Penalties:
         return params.repetition_penalty != 1.0 or bool(params.presence_penalty or params.frequency_penalty)
 
     def apply(self, logits: torch.Tensor, using: list[int], rows: Rows) -> None:
-        """Lower what has been said before, in all rows at once: positions of all of them lie in one line."""
-        index = np.array(using)
-        slots, ends = rows.slots_host[index], rows.positions_host[index]
-        repeating = self._repetition[slots] != 1.0
-        if repeating.any():
-            slots_, ends_ = slots[repeating], ends[repeating]
-            said = self._said(logits, index[repeating], slots_, np.zeros_like(ends_), ends_)
-            penalty = self._device.to_device(torch.from_numpy(np.repeat(self._repetition[slots_], ends_)))
-            scores = logits.view(-1).index_select(0, said)
-            # A token that comes twice is written twice, with the same value.
-            logits.view(-1).index_copy_(0, said, torch.where(scores > 0, scores / penalty, scores * penalty))
-        firsts = self._slots.prompt_lens[slots]
-        counted = ((self._presence[slots] != 0) | (self._frequency[slots] != 0)) & (ends > firsts)
-        if counted.any():
-            said = self._said(logits, index[counted], slots[counted], firsts[counted], ends[counted])
-            said, counts = torch.unique(said, return_counts=True)
-            row = said // logits.shape[1]
-            by_row = np.zeros((2, logits.shape[0]), dtype=np.float32)
-            by_row[0, index], by_row[1, index] = self._presence[slots], self._frequency[slots]
-            presence, frequency = self._device.to_device(torch.from_numpy(by_row))
-            logits.view(-1).index_add_(0, said, -(presence[row] + frequency[row] * counts.float()))
-
-    def _said(
-        self, logits: torch.Tensor, index: np.ndarray, slots: np.ndarray, firsts: np.ndarray, ends: np.ndarray
-    ) -> torch.Tensor:
-        """Where, in the flattened logits, the tokens at [firsts, ends) of each row lie; row after row."""
-        counts = ends - firsts
-        before = np.cumsum(counts) - counts
-        places = np.arange(int(counts.sum())) + np.repeat(slots * self._slots.width + firsts - before, counts)
-        tokens = self._slots.tokens.view(-1).index_select(0, self._device.to_device(torch.from_numpy(places)))
-        offsets = np.repeat(index * logits.shape[1], counts)
-        return tokens.long() + self._device.to_device(torch.from_numpy(offsets))
+        """Lower what has been said before."""
+        index = np.array(using, dtype=np.int64)
+        slots = rows.slots_host[index].astype(np.int64)
+        ends = rows.positions_host[index].astype(np.int64)
+        firsts = np.minimum(self._slots.prompt_lens[slots], ends).astype(np.int64)
+        parts = (index, slots, firsts, ends, self._repetition[slots], self._presence[slots], self._frequency[slots])
+        self._ops.penalize(logits, self._slots.tokens, Said(*(torch.from_numpy(part) for part in parts)))
 
 
-LOGIT_STEPS = (AllowedTokens, BadWords, MinTokens, LogitBias, Penalties)
+LOGIT_STEPS = (AllowedTokens, BadWords, MinTokens, LogitBias)  # and then Penalties, which need ops
 
 
 def _ids(ids: tuple[int, ...], device: Device) -> torch.Tensor:

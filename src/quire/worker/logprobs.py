@@ -11,13 +11,13 @@ from typing import Literal
 import torch
 
 from quire.core.plan import TokenLogprobs
+from quire.kernels.table import Ops
 
 LogprobsMode = Literal["raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"]
 
-ROWS_AT_ONCE = 64  # bounds the float32 copies when a long prompt asks for all of its log-probabilities
-
 
 def token_logprobs(
+    ops: Ops,
     logits: torch.Tensor,
     chosen: torch.Tensor,
     wanted: list[int],
@@ -29,61 +29,30 @@ def token_logprobs(
     `named` has the rows that want certain tokens instead of the best. In the two logits modes the raw scores take the
     place of log-probabilities. The rank of a token is the number of those at least as likely, itself included.
     """
-    found: list[TokenLogprobs] = []
-    for first in range(0, logits.shape[0], ROWS_AT_ONCE):
-        part = slice(first, first + ROWS_AT_ONCE)
-        scores = _scores(logits[part], mode)
-        found.extend(_part(scores, chosen[part], wanted[part]))
-        for row in range(first, first + scores.shape[0]):
-            if named and row in named:
-                found[row] = _of_ids(scores[row - first], [int(chosen[row]), *named[row]])
+    vocab = logits.shape[1]
+    counts = [vocab if count == -1 else min(count, vocab) for count in wanted]
+    ranked = ops.rank(logits, chosen, max(counts, default=0))
+    ids = torch.cat([chosen[:, None], ranked.best], 1)
+    scores = logits.gather(1, ids).double()
+    if not mode.endswith("logits"):
+        scores -= ranked.log_sums[:, None]
+    found = [
+        TokenLogprobs(tuple(row_ids[: count + 1]), tuple(row_scores[: count + 1]), (rank, *range(1, count + 1)))
+        for row_ids, row_scores, rank, count in zip(
+            ids.tolist(), scores.float().tolist(), ranked.ranks.tolist(), counts, strict=True
+        )
+    ]
+    for row, tokens in (named or {}).items():
+        shift = 0.0 if mode.endswith("logits") else ranked.log_sums[row]
+        found[row] = _of_ids(logits[row], [int(chosen[row]), *tokens], shift)
     return found
 
 
-def _scores(logits: torch.Tensor, mode: LogprobsMode) -> torch.Tensor:
-    return logits.float() if mode.endswith("logits") else torch.log_softmax(logits.float(), dim=-1)
-
-
-def _of_ids(scores: torch.Tensor, ids: list[int]) -> TokenLogprobs:
+def _of_ids(logits: torch.Tensor, ids: list[int], log_sum: torch.Tensor | float) -> TokenLogprobs:
     """The entry of a row [V] for these tokens."""
-    picked = scores[ids]
-    ranks = (scores[None, :] >= picked[:, None]).sum(-1)
-    return TokenLogprobs(tuple(ids), tuple(picked.tolist()), tuple(ranks.tolist()))
-
-
-def _part(scores: torch.Tensor, chosen: torch.Tensor, wanted: list[int]) -> list[TokenLogprobs]:
-    picked = scores.gather(1, chosen[:, None])
-    ranks = (scores >= picked).sum(-1).tolist()
-    vocab = scores.shape[1]
-    counts = [vocab if count == -1 else min(count, vocab) for count in wanted]
-    most = max(counts)
-    best = _best(scores, most) if most else None
-    ids = best.tolist() if best is not None else [[]] * len(counts)
-    values = scores.gather(1, best).tolist() if best is not None else [[]] * len(counts)
-    tokens, firsts = chosen.tolist(), picked[:, 0].tolist()
-    return [
-        TokenLogprobs(
-            (tokens[row], *ids[row][:count]),
-            (firsts[row], *values[row][:count]),
-            (ranks[row], *range(1, count + 1)),
-        )
-        for row, count in enumerate(counts)
-    ]
-
-
-def _best(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """The ids [R, count] of the largest of each row [V], of equals the lowest id first.
-
-    The ids of topk will not do: how it breaks ties depends on `count`, and so on what the neighbours in the batch want.
-    """
-    least = scores.topk(count, dim=-1).values[:, -1:]
-    # Row by row, ids in order; more than `count` where there are ties. In a row with NaN they count as the largest.
-    rows, ids = (scores < least).logical_not_().nonzero(as_tuple=True)
-    order = scores[rows, ids].sort(descending=True, stable=True).indices
-    order = order[rows[order].sort(stable=True).indices]
-    rows, ids = rows[order], ids[order]
-    places = torch.arange(len(rows), device=rows.device) - torch.searchsorted(rows, rows)
-    return ids[places < count].view(len(scores), count)
+    picked = logits[ids].double()
+    ranks = (logits[None, :] >= picked[:, None]).sum(-1)
+    return TokenLogprobs(tuple(ids), tuple((picked - log_sum).float().tolist()), tuple(ranks.tolist()))
 
 
 def filtered(

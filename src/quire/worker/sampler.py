@@ -20,7 +20,7 @@ from quire.grammar.compiler import Grammars
 from quire.kernels.table import Ops
 from quire.worker.batch import PromptRows, Rows
 from quire.worker.device import Device
-from quire.worker.logit_steps import LOGIT_STEPS, LogitStep
+from quire.worker.logit_steps import LOGIT_STEPS, LogitStep, Penalties
 from quire.worker.logprobs import LogprobsMode, filtered, token_logprobs
 from quire.worker.processors import LogitsProcessor, Processors
 from quire.worker.slots import Slots
@@ -59,6 +59,7 @@ class Sampler:
         self._steps: list[LogitStep] = [
             self.forms,
             *(make(slots, device) for make in LOGIT_STEPS),
+            Penalties(slots, ops),
             *([Processors(slots, device, processors)] if processors else ()),
             ThinkingBudget(slots, device),
         ]
@@ -112,7 +113,7 @@ class Sampler:
         scores = self._processed(logits, rows)
         tokens = self.draw(scores, rows)
         # NaN and +inf show in the largest value of a row, and so does a row in which every token is forbidden.
-        tokens = torch.where(torch.isfinite(scores.amax(-1)), tokens, -1)
+        tokens = torch.where(self._ops.usable(scores), tokens, -1)
         return Choices(tokens, self._device.to_host(tokens).tolist(), self._report(logits, scores, tokens, rows))
 
     @staticmethod
@@ -175,7 +176,7 @@ class Sampler:
             )
         chosen = tokens.index_select(0, picked).clamp_(min=0)
         named = self._named(rows.slots_host[asking].tolist()) if self._logprob_ids else None
-        entries = token_logprobs(source, chosen, wanted[asking].tolist(), self._mode, named)
+        entries = token_logprobs(self._ops, source, chosen, wanted[asking].tolist(), self._mode, named)
         return dict(zip(asking.tolist(), entries, strict=True))
 
     def _named(self, slots: list[int]) -> dict[int, tuple[int, ...]]:
@@ -186,7 +187,9 @@ class Sampler:
         """Of the prompt tokens at positions start + 1 .. start + count, from the logits before any step."""
         tokens = self._slots.tokens[part.slot, part.start + 1 : part.start + 1 + part.count].long()
         wanted = [self._slots.prompt_logprobs[part.slot]] * part.count
-        return tuple(token_logprobs(logits[part.first : part.first + part.count], tokens, wanted, self._mode))
+        return tuple(
+            token_logprobs(self._ops, logits[part.first : part.first + part.count], tokens, wanted, self._mode)
+        )
 
     def explain(self, logits: torch.Tensor) -> RequestFailedError:
         """Why a row with these raw logits [V] could not choose a token."""

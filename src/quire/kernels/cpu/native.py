@@ -37,6 +37,7 @@ LONG_FUNCTIONS = {
     "quire_quantized_linear": (_P, _I, _P, _L, _P, _P, _P, _L),
     "quire_attention": (_P,),
     "quire_sample": (_I, _P, _L, _P, _P, _P, _P, _P, _P, _L, _L),
+    "quire_rank": (_P,),
     "quire_read_memory": (_P, _L),
     "quire_multiply_registers": (_L,),
     "quire_run_program": (_P, _L, _P, _P, _P, _P),
@@ -53,6 +54,9 @@ SHORT_FUNCTIONS = {
     "quire_gated": (_I, _P, _P, _L, _P, _L, _L, _I),
     "quire_argmax": (_I, _P, _L, _P, _L, _L),
     "quire_uniform": (_P, _P, _P, _L),
+    "quire_usable": (_I, _P, _L, _P, _L, _L),
+    "quire_penalize": (_P,),
+    "quire_copy_pages": (_P, _L, _P, _L),
     "quire_best_level": (),
     "quire_program_functions": (),
 }
@@ -117,6 +121,26 @@ class AttentionStruct(ctypes.Structure):
     ]
 
 
+class RankStruct(ctypes.Structure):
+    """QuireRank of csrc/quire.h."""
+
+    _fields_ = [
+        *((name, _P) for name in ("logits", "chosen", "log_sums", "ranks", "best")),
+        *((name, _L) for name in ("stride", "count", "rows", "vocab")),
+        ("dtype", _I),
+    ]
+
+
+class PenaltiesStruct(ctypes.Structure):
+    """QuirePenalties of csrc/quire.h."""
+
+    _fields_ = [
+        *((name, _P) for name in ("logits", "tokens", "rows", "slots", "firsts", "ends")),
+        *((name, _P) for name in ("repetition", "presence", "frequency")),
+        *((name, _L) for name in ("vocab", "width", "count")),
+    ]
+
+
 class Library:
     """The functions of one level's library as attributes, with prepared argument types."""
 
@@ -143,6 +167,10 @@ class Library:
     quire_gated: Callable[..., None]
     quire_argmax: Callable[..., None]
     quire_uniform: Callable[..., None]
+    quire_usable: Callable[..., None]
+    quire_rank: Callable[..., None]
+    quire_penalize: Callable[..., None]
+    quire_copy_pages: Callable[..., None]
     quire_best_level: Callable[..., int]
     quire_run_program: Callable[..., int]
     quire_program_functions: Callable[..., bytes]

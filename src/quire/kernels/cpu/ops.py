@@ -13,6 +13,7 @@ import torch
 
 from quire.kernels import reference
 from quire.kernels.cpu import native
+from quire.kernels.cpu.choosing import NativeChoosing
 from quire.kernels.cpu.packing import CODES, NativeLinear, NativePacking, NativeQuantized
 from quire.kernels.cpu.program import CpuRecorder
 from quire.kernels.reference import (
@@ -98,6 +99,9 @@ class CpuOps:
         self.pack_linear, self.unpack_linear = packing.pack_linear, packing.unpack_linear
         self.pack_quantized, self.unpack_quantized = packing.pack_quantized, packing.unpack_quantized
         self.round_linear = packing.round_linear
+        choosing = NativeChoosing(self._lib)
+        self.argmax, self.uniform, self.sample = choosing.argmax, choosing.uniform, choosing.sample
+        self.usable, self.rank, self.penalize = choosing.usable, choosing.rank, choosing.penalize
         self.packed_layout, self.checksum = packing.packed_layout, packing.checksum
         self.take_apart, self.put_together = packing.take_apart, packing.put_together
 
@@ -201,6 +205,13 @@ class CpuOps:
             slots.data_ptr(),
             key.shape[0],
         )
+
+    def copy_pages(self, cache: KVCache, pairs: list[tuple[int, int]]) -> None:
+        if not isinstance(cache, NativeCache):
+            reference.copy_pages(cache, pairs)
+            return
+        flat = torch.tensor(pairs, dtype=torch.int64)
+        self._lib.quire_copy_pages(cache.data.data_ptr(), cache.data[0].nbytes, flat.data_ptr(), len(pairs))
 
     def attention(
         self,
@@ -399,49 +410,3 @@ class CpuOps:
             ROTARY_STYLES[style],
         )
         self._lib.quire_rotary(byref(call))
-
-    # ------------------------------------------------------------ choosing tokens
-
-    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
-        code = _native(logits)
-        if code is None:
-            return reference.argmax(logits)
-        rows, out = _rows(logits), torch.empty(logits.shape[0], dtype=torch.int64)
-        self._lib.quire_argmax(code, rows.data_ptr(), rows.stride(0), out.data_ptr(), rows.shape[0], rows.shape[1])
-        return out
-
-    def uniform(self, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        seeds, positions = seeds.contiguous(), positions.contiguous()
-        out = torch.empty(seeds.shape, dtype=torch.float64)
-        self._lib.quire_uniform(seeds.data_ptr(), positions.data_ptr(), out.data_ptr(), seeds.shape[0])
-        return out
-
-    def sample(
-        self,
-        logits: torch.Tensor,
-        temperature: torch.Tensor,
-        top_k: torch.Tensor,
-        top_p: torch.Tensor,
-        min_p: torch.Tensor,
-        uniform: torch.Tensor,
-    ) -> torch.Tensor:
-        code = _native(logits)
-        if code is None:
-            return reference.sample(logits, temperature, top_k, top_p, min_p, uniform)
-        rows, out = _rows(logits), torch.empty(logits.shape[0], dtype=torch.int64)
-        temperature, top_p, min_p = (x.float().contiguous() for x in (temperature, top_p, min_p))
-        top_k, uniform = top_k.long().contiguous(), uniform.double().contiguous()
-        self._lib.quire_sample(
-            code,
-            rows.data_ptr(),
-            rows.stride(0),
-            temperature.data_ptr(),
-            top_k.data_ptr(),
-            top_p.data_ptr(),
-            min_p.data_ptr(),
-            uniform.data_ptr(),
-            out.data_ptr(),
-            rows.shape[0],
-            rows.shape[1],
-        )
-        return out
