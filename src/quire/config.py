@@ -46,7 +46,8 @@ class ModelOptions:
     )
     quantization: str | None = option(None, help="how to quantize the weights while loading", aliases=("-q",))
     packed_cache: Literal["auto", "on", "off"] = option(
-        "auto", help="keep packed weights on disk for the next start; auto does where weights are quantized while loading"
+        "auto",
+        help="keep packed weights on disk for the next start; auto does where weights are quantized while loading",
     )
     packed_cache_gb: float = option(50.0, help="most gigabytes that packed weights of all models may take on disk")
     model_impl: Literal["auto", "native", "transformers", "vllm"] = option(

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 
 SMALLEST = 1e-30  # values whose largest is below this are rounded to 0: 127 / largest would not be safe
 
-Parts = torch.Tensor | Sequence[torch.Tensor]  # a weight [N, K], or several to be taken for one: N is the sum of theirs
+# A weight [N, K], or several to be taken for one: N is the sum of theirs.
+Parts: TypeAlias = torch.Tensor | Sequence[torch.Tensor]
 
 
 @dataclass(slots=True)
