@@ -41,7 +41,7 @@ def test_a_named_page_is_shared_and_stays_known_until_it_is_needed() -> None:
     pool.give_back([page])
     pool.check({page: 1})
     pool.give_back([page])
-    assert pool.free == 3 and pool.is_kept(page) and pool.find(b"a") == page
+    assert pool.free == 3 and page in pool.kept_pages() and pool.find(b"a") == page
     pool.share(page)
     assert pool.free == 2
     pool.give_back([page])
@@ -69,7 +69,7 @@ def test_the_first_page_with_a_content_keeps_the_name() -> None:
     pool.name(second, b"a")
     assert pool.find(b"a") == first and pool.named == 1
     pool.give_back([second])
-    assert not pool.is_kept(second)
+    assert second not in pool.kept_pages()
     pool.check({first: 1})
 
 

@@ -95,10 +95,6 @@ class PagePool:
         """Free pages whose content is still known, the next to be evicted first."""
         return self._kept.keys()
 
-    def is_kept(self, page: int) -> bool:
-        """True for a free page whose content is still known."""
-        return page in self._kept
-
     def share(self, page: int) -> None:
         """One more owner for a named page, which leaves the free pages if it was there."""
         assert self._names[page] is not None, f"page {page} has no name"

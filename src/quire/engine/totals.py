@@ -31,16 +31,6 @@ class Totals:
                 found.finished[reason] = found.finished.get(reason, 0) + count
         return found
 
-    @property
-    def waiting(self) -> int:
-        """Requests that wait in the present process."""
-        return self._present.waiting
-
-    @property
-    def waiting_tokens(self) -> int:
-        """Their tokens."""
-        return self._present.waiting_tokens
-
     def take(self, stats: Stats) -> None:
         """The latest figures of the present process."""
         self._present = stats

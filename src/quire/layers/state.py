@@ -15,11 +15,6 @@ def new_states(spec: LayerSpec, num_pages: int, device: torch.device | str) -> l
     return [torch.zeros(num_pages, *state.shape, dtype=state.dtype, device=device) for state in spec.states]
 
 
-def state_bytes(spec: LayerSpec) -> int:
-    """Bytes that one request's state takes in this layer."""
-    return sum(torch.Size(state.shape).numel() * state.dtype.itemsize for state in spec.states)
-
-
 def read_states(tensors: list[torch.Tensor], pages: torch.Tensor) -> list[torch.Tensor]:
     """Copies [n, *shape] of the states on pages int64 [n]; the caller may change them in place."""
     return [tensor.index_select(0, pages) for tensor in tensors]

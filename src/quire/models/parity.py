@@ -222,8 +222,3 @@ def _compare(outcome: Outcome, running: list[Running], expected: list[Expected])
 def describe_error(error: BaseException) -> str:
     """An exception on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-def outcome_values(outcome: Outcome) -> dict[str, Any]:
-    """The outcome as plain data."""
-    return {name: getattr(outcome, name) for name in Outcome.__slots__}

@@ -25,11 +25,6 @@ class Trace:
     span_id: str
     flags: str = "01"
 
-    @property
-    def is_sampled(self) -> bool:
-        """Whether the caller records it."""
-        return bool(int(self.flags, 16) & 1)
-
 
 @dataclass(frozen=True, slots=True)
 class Caller:
