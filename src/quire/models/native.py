@@ -7,7 +7,8 @@ What differs between the families is in FAMILIES and in the Shape read from the 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -299,9 +300,14 @@ def _mlp_targets(prefix: str, mlp: GatedMLP) -> dict[str, Target]:
     return {**_merged(prefix, ("gate_proj", "up_proj"), mlp.gate_up), **_merged(prefix, ("down_proj",), mlp.down)}
 
 
-def spare_layers(layers: int) -> tuple[str, ...]:
-    """Patterns of names behind the model's own `layers`: layers that guess (models/nextlayer.py)."""
-    return (r"^mtp\.", r"^model\.mtp_layers\.", rf"^model\.layers\.{layers}\.")
+def spare_layers(names: Container[str], layers: int) -> tuple[str, ...]:
+    """Patterns of those of a checkpoint's names that belong to layers that guess (models/nextlayer.py).
+
+    One behind the model's own `layers` is told by its join; without that it is a layer for which the config has no place.
+    """
+    behind = f"model.layers.{layers}."
+    own = (r"^mtp\.", r"^model\.mtp_layers\.")
+    return (*own, f"^{re.escape(behind)}") if f"{behind}eh_proj.weight" in names else own
 
 
 class NativeDecoder:
@@ -352,7 +358,7 @@ class NativeDecoder:
         rules = LoadRules(
             rename=lambda name: name if name in targets or f"model.{name}" not in targets else f"model.{name}",
             tied=tied,
-            ignored=(*LEFTOVERS, *spare_layers(len(self.layers))),
+            ignored=(*LEFTOVERS, *spare_layers(checkpoint.headers, len(self.layers))),
             origin=checkpoint.where,
         )
         return load_into(targets, stream_weights(checkpoint), rules)
