@@ -18,6 +18,8 @@ import httpx
 import openai
 import pytest
 
+from started_server import started_server
+
 pytestmark = pytest.mark.slow
 
 TALE = [{"role": "user", "content": "Tell me a tale."}]
@@ -38,37 +40,13 @@ class Served:
         return response.json()
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
-    """`quire serve` with these arguments."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "quire.cli.main", "serve", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"},
-    )
-
-
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    arguments = ("--port", "0", "--max-num-seqs", "32", "--kv-cache-memory-bytes", str(64 * 2**20))
-    process = start(*arguments, "--enable-prompt-tokens-details")
-    try:
-        assert process.stdout is not None
-        greeting = ""
-        for line in process.stdout:
-            greeting += line
-            if "curl" in line:
-                break
-        found = re.search(r"http://127\.0\.0\.1:\d+", greeting)
-        assert found, (greeting, process.stderr and process.stderr.read())
-        client = openai.OpenAI(base_url=found[0] + "/v1", api_key="none", max_retries=0, timeout=120)
-        yield Served(process, found[0], greeting, client)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
-    finally:
-        process.kill()
-        process.communicate()
+    with started_server("--enable-prompt-tokens-details", rows=32) as server:
+        client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=120)
+        yield Served(server.process, server.url, server.greeting, client)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(60) == 0
 
 
 def test_the_greeting_tells_the_phases_and_a_curl_line_that_works(served: Served) -> None:
@@ -194,7 +172,13 @@ def test_clients_that_leave_free_the_engine(served: Served) -> None:
     ],
 )
 def test_a_start_that_cannot_work_says_why(arguments: tuple[str, ...], said: str) -> None:
-    process = start(*arguments)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "quire.cli.main", "serve", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"},
+    )
     out, err = process.communicate(timeout=120)
     assert process.returncode not in (0, None)
     assert said in out + err and "Traceback" not in out + err

@@ -6,14 +6,9 @@ import asyncio
 import json
 import os
 import random
-import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,51 +17,12 @@ import httpx
 import pytest
 
 import quire.bundled
+from started_server import engine_pid, started_server
 
 pytestmark = pytest.mark.slow
 
 STREAMS = 64
 KILLS = 3
-
-
-@contextmanager
-def server(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """`quire serve` with the bundled model, and its address."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "quire.cli.main", "serve", "--port", "0", "--max-num-seqs", str(STREAMS), *arguments]
-        + ["--kv-cache-memory-bytes", str(64 * 2**20)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"},
-    )
-    try:
-        assert process.stdout is not None
-        greeting = ""
-        for line in process.stdout:
-            greeting += line
-            if "curl" in line:
-                break
-        found = re.search(r"http://127\.0\.0\.1:\d+", greeting)
-        assert found, greeting
-        yield process, found[0]
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def engine_pid(server_pid: int) -> int | None:
-    """The engine process of a server, if it has one now. The spare one is always younger."""
-    found = []
-    for path in Path(f"/proc/{server_pid}/task").glob("*/children"):
-        for child in path.read_text().split():
-            try:
-                if b"quire.engine.processes" in Path(f"/proc/{child}/cmdline").read_bytes():
-                    found.append(
-                        (int(Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[19]), int(child))
-                    )
-            except OSError:
-                continue
-    return min(found)[1] if found else None
 
 
 @dataclass
@@ -124,9 +80,9 @@ async def all_streams(url: str, pid: int, kills: int) -> tuple[list[Heard], list
 
 
 def test_streams_survive_kills_and_the_server_drains(capsys: pytest.CaptureFixture[str]) -> None:
-    with server("--shutdown-timeout", "60") as (process, url):
-        plain, _ = asyncio.run(all_streams(url, process.pid, 0))
-        found, moments = asyncio.run(all_streams(url, process.pid, KILLS))
+    with started_server("--shutdown-timeout", "60", rows=STREAMS) as server:
+        plain, _ = asyncio.run(all_streams(server.url, server.process.pid, 0))
+        found, moments = asyncio.run(all_streams(server.url, server.process.pid, KILLS))
         pauses = sorted(
             next(at for at in heard.times if at > moment) - moment
             for heard in found
@@ -142,36 +98,36 @@ def test_streams_survive_kills_and_the_server_drains(capsys: pytest.CaptureFixtu
         for before, after in zip(plain, found, strict=True):
             assert after.error is None and after.reason == before.reason == "length"
             assert after.text == before.text and after.text
-        health = httpx.get(url + "/health", timeout=30)
+        health = httpx.get(server.url + "/health", timeout=30)
         assert health.status_code == 200, health.text
 
         # What runs is finished after the signal; then both processes are gone, with status 0.
-        engine = engine_pid(process.pid)
+        engine = engine_pid(server.process.pid)
         body = {"prompt": "Once", "max_tokens": 80, "ignore_eos": True, "stream": True}
-        with httpx.stream("POST", url + "/v1/completions", json=body, timeout=60) as response:
+        with httpx.stream("POST", server.url + "/v1/completions", json=body, timeout=60) as response:
             lines = response.iter_lines()
             next(lines)
-            process.send_signal(signal.SIGTERM)
+            server.process.send_signal(signal.SIGTERM)
             rest = [line for line in lines if line]
         assert rest[-1] == "data: [DONE]" and '"length"' in rest[-2]
-        assert process.wait(30) == 0
+        assert server.process.wait(30) == 0
         assert engine is not None and not Path(f"/proc/{engine}").exists()
 
 
 def test_a_second_signal_ends_at_once() -> None:
     body = {"prompt": "Once", "max_tokens": 1500, "ignore_eos": True, "stream": True}
     with (
-        server("--shutdown-timeout", "100") as (process, url),
-        httpx.stream("POST", url + "/v1/completions", json=body, timeout=60) as response,
+        started_server("--shutdown-timeout", "100", rows=STREAMS) as server,
+        httpx.stream("POST", server.url + "/v1/completions", json=body, timeout=60) as response,
     ):
         lines = response.iter_lines()
         next(lines)
-        engine = engine_pid(process.pid)
-        process.send_signal(signal.SIGTERM)
+        engine = engine_pid(server.process.pid)
+        server.process.send_signal(signal.SIGTERM)
         time.sleep(0.5)
-        assert process.poll() is None
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        assert server.process.poll() is None
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(20) == 0
         assert engine is not None and not Path(f"/proc/{engine}").exists()
 
 
@@ -181,13 +137,13 @@ def test_an_engine_beyond_repair_ends_the_server_with_status_1(tmp_path: Path) -
     shutil.copytree(Path(quire.bundled.__file__).parent / "model", model)
     body = {"prompt": "Once", "max_tokens": 1900, "ignore_eos": True, "stream": True}
     with (
-        server(str(model), "--no-engine-spare") as (process, url),
-        httpx.stream("POST", url + "/v1/completions", json=body, timeout=120) as response,
+        started_server(str(model), "--no-engine-spare", rows=STREAMS) as server,
+        httpx.stream("POST", server.url + "/v1/completions", json=body, timeout=120) as response,
     ):
         lines = response.iter_lines()
         next(lines)
         shutil.rmtree(model)
-        os.kill(engine_pid(process.pid) or 0, signal.SIGKILL)
+        os.kill(engine_pid(server.process.pid) or 0, signal.SIGKILL)
         rest = [line for line in lines if line]
         assert any("error" in line for line in rest[-2:]), rest[-2:]
-        assert process.wait(60) == 1
+        assert server.process.wait(60) == 1

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
+
+from started_server import started_server
 
 pytestmark = pytest.mark.slow
 
@@ -33,27 +31,11 @@ QUESTION = [{"role": "user", "content": "What is the weather in Paris?"}]
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[openai.OpenAI]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "quire.cli.main", "serve", "--port", "0", "--max-num-seqs", "8"]
-        + ["--kv-cache-memory-bytes", str(64 * 2**20), "--enable-auto-tool-choice", "--tool-call-parser", "hermes"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    try:
-        assert process.stdout is not None
-        found = None
-        for line in process.stdout:
-            found = found or re.search(r"http://127\.0\.0\.1:\d+", line)
-            if "curl" in line:
-                break
-        assert found, "the server did not start"
-        yield openai.OpenAI(base_url=found[0] + "/v1", api_key="none", max_retries=0, timeout=120)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
-    finally:
-        process.kill()
+    arguments = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
+    with started_server(*arguments, rows=8, threads=1) as server:
+        yield openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=120)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(60) == 0
 
 
 def asked(client: openai.OpenAI, **fields: Any) -> Any:

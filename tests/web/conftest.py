@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from site_process import Site, serving
+
+from started_server import StartedServer, started_server
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -18,8 +19,8 @@ SCREENSHOTS = Path(__file__).parent / "screenshots"
 
 
 @pytest.fixture(scope="session")
-def site() -> Iterator[Site]:
-    with serving() as found:
+def site() -> Iterator[StartedServer]:
+    with started_server(rows=4, cache_mib=16, threads=1) as found:
         yield found
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +12,8 @@ from typing import Any
 
 import httpx
 import pytest
-from site_process import Site, serving
+
+from started_server import StartedServer, engine_pid, started_server
 
 pytestmark = pytest.mark.slow
 
@@ -60,7 +63,7 @@ def endless(body: str) -> str:
     return json.dumps(asked | {"min_tokens": asked["max_tokens"]})
 
 
-def test_an_answer_streams_and_is_measured(site: Site, open_page: OpenPage) -> None:
+def test_an_answer_streams_and_is_measured(site: StartedServer, open_page: OpenPage) -> None:
     page = open_page(site.url)
     set_number(page, "temperature", "0")
     ask(page, "Tell me a tale.")
@@ -81,7 +84,7 @@ def test_an_answer_streams_and_is_measured(site: Site, open_page: OpenPage) -> N
     assert page.locator("#messages li").count() == 4
 
 
-def test_stop_then_go_on(site: Site, open_page: OpenPage) -> None:
+def test_stop_then_go_on(site: StartedServer, open_page: OpenPage) -> None:
     page = open_page(site.url)
     long_answer(page)
     ask(page, "Tell me a tale.")
@@ -102,7 +105,7 @@ def test_stop_then_go_on(site: Site, open_page: OpenPage) -> None:
     assert page.locator(ANSWER).count() == 1
 
 
-def test_loading_again_in_the_middle_of_an_answer(site: Site, open_page: OpenPage) -> None:
+def test_loading_again_in_the_middle_of_an_answer(site: StartedServer, open_page: OpenPage) -> None:
     page = open_page(site.url)
     long_answer(page)
     ask(page, "Tell me a tale.")
@@ -119,13 +122,15 @@ def test_loading_again_in_the_middle_of_an_answer(site: Site, open_page: OpenPag
     assert page.locator("#messages li").count() == 0
 
 
-def test_the_engine_is_killed_in_the_middle_of_an_answer(site: Site, open_page: OpenPage) -> None:
+def test_the_engine_is_killed_in_the_middle_of_an_answer(site: StartedServer, open_page: OpenPage) -> None:
     page = open_page(site.url)
     long_answer(page)
     set_number(page, "max_tokens", "300")
     ask(page, "Tell me a tale.")
     grown(page, 40)
-    site.kill_engine()
+    engine = engine_pid(site.process.pid)
+    assert engine is not None
+    os.kill(engine, signal.SIGKILL)
     wait_for_state(page, "stopped")  # at its longest, as without the death
     broken = text_of(page)
     body = {
@@ -139,7 +144,7 @@ def test_the_engine_is_killed_in_the_middle_of_an_answer(site: Site, open_page: 
     page.wait_for_function("() => document.getElementById('state').textContent.includes('restarted')")
 
 
-def test_the_picture_shows_the_pages_of_running_requests(site: Site, open_page: OpenPage) -> None:
+def test_the_picture_shows_the_pages_of_running_requests(site: StartedServer, open_page: OpenPage) -> None:
     page = open_page(site.url)
     page.wait_for_function("() => document.getElementById('roofline-text').textContent.includes('GB/s')")
     long_answer(page)
@@ -157,7 +162,7 @@ def test_the_picture_shows_the_pages_of_running_requests(site: Site, open_page: 
 
 
 def test_a_server_with_a_key(open_page: OpenPage) -> None:
-    with serving("--api-key", "open sesame".replace(" ", "-")) as site:
+    with started_server("--api-key", "open-sesame", rows=4, cache_mib=16, threads=1) as site:
         page = open_page(site.url)
         page.locator("#key-dialog").wait_for()
         page.fill("#key", "wrong")
@@ -174,7 +179,7 @@ def test_a_server_with_a_key(open_page: OpenPage) -> None:
         assert "default-src 'none'" in policy and "unsafe" not in policy
 
 
-def test_a_phone_in_the_dark(site: Site, open_page: OpenPage) -> None:
+def test_a_phone_in_the_dark(site: StartedServer, open_page: OpenPage) -> None:
     page = open_page(site.url, viewport={"width": 390, "height": 800}, color_scheme="dark", has_touch=True)
     set_number(page, "max_tokens", "30")
     ask(page, "Tell me a tale.")
@@ -188,7 +193,7 @@ def test_a_phone_in_the_dark(site: Site, open_page: OpenPage) -> None:
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(251, 250, 247)"
 
 
-def test_markup_in_an_answer_stays_text(site: Site, open_page: OpenPage) -> None:
+def test_markup_in_an_answer_stays_text(site: StartedServer, open_page: OpenPage) -> None:
     page = open_page(site.url)
     said = "<img src=x onerror=alert(1)> ```js\nlet a = '<b>';``` end"
     events = [
