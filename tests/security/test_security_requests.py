@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from served import Running, Setup, refused, served
 
 from quire.errors import ValidationError
-from quire.serve.layers import DEEPEST_JSON, MOST_JSON_PARTS, check_json_shape
+from quire.serve.layers import DEEPEST_JSON, MOST_JSON_PARTS, check_json_shape, check_json_text
 
 HELLO = "say:hello;|"
 CHAT = [{"role": "user", "content": "say:hello;"}]
@@ -168,6 +168,21 @@ def test_the_shape_of_json_is_seen_through_any_text(value: Any) -> None:
         check_json_shape(json.dumps(deep, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass"))
         with pytest.raises(ValidationError, match="deep"):
             check_json_shape(json.dumps([deep], ensure_ascii=ascii_only).encode("utf-8", "surrogatepass"))
+
+
+@pytest.mark.parametrize(
+    "body", [rb'{"a": "\ud800"}', rb'{"\uDFff": 1}', b'{"a": "\xed\xa0\x80"}', rb'["\ud83d", "\ude00"]']
+)
+def test_half_a_surrogate_pair_is_refused_anywhere(body: bytes) -> None:
+    with pytest.raises(ValidationError, match="Unicode"):
+        check_json_text(body)
+
+
+@pytest.mark.parametrize(
+    "body", [rb'{"a": "\ud83d\ude00"}', rb'{"a": "\\ud800"}', '{"a": "\ud55c"}'.encode(), b'{"\\ud8']
+)
+def test_whole_pairs_and_what_is_no_json_pass(body: bytes) -> None:
+    check_json_text(body)
 
 
 # -------------------------------------------------------------------- counts and sizes

@@ -24,8 +24,9 @@ _PATH = re.compile(r"(?<![\w.:/])(?:/(?!v\d/)[\w.+@~-]+){2,}/?")
 
 
 def clean(message: str) -> str:
-    """A message without memory addresses and without paths of this machine."""
-    return _PATH.sub("(a path)", _ADDRESS.sub("(an address)", message))
+    """A message without memory addresses and without paths of this machine, and valid Unicode whatever it repeats."""
+    text = message.encode("utf-8", "replace").decode()
+    return _PATH.sub("(a path)", _ADDRESS.sub("(an address)", text))
 
 
 @dataclass(frozen=True, slots=True)

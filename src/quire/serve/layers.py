@@ -5,6 +5,7 @@ Each does one thing and knows no route. Who may come in is decided in auth.py.
 
 from __future__ import annotations
 
+import json
 import re
 import uuid
 from collections.abc import Callable, Coroutine
@@ -25,6 +26,7 @@ from quire.serve.sse import ClientLeft
 DEEPEST_JSON = 64  # objects and lists within each other
 MOST_JSON_PARTS = 250_000  # objects and lists in one body
 _STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+_MAYBE_HALF = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]|\x00")  # escaped, as bytes of UTF-8, or not UTF-8 at all
 _OPENING, _CLOSING = b"[{", b"]}"
 
 
@@ -128,7 +130,7 @@ class JsonRoute(APIRoute):
     """A route that looks at the shape of its body before anything is built from it."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """FastAPI's handler behind check_json_shape."""
+        """FastAPI's handler behind check_json_shape and check_json_text."""
         handler = super().get_route_handler()
 
         async def checked(request: Request) -> Response:
@@ -138,6 +140,7 @@ class JsonRoute(APIRoute):
                 except ClientDisconnect as error:
                     raise ClientLeft from error
                 check_json_shape(body)
+                check_json_text(body)
             return await handler(request)
 
         return checked
@@ -155,6 +158,18 @@ def check_json_shape(body: bytes) -> None:
         depth += 1 if mark in _OPENING else -1
         if depth > DEEPEST_JSON:
             raise ValidationError(f"The body is nested more than {DEEPEST_JSON} levels deep.")
+
+
+def check_json_text(body: bytes) -> None:
+    """Raise ValidationError where a string is not Unicode. JSON can say half of a surrogate pair, and no answer can."""
+    if not _MAYBE_HALF.search(body):
+        return
+    try:
+        json.dumps(json.loads(body), ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValidationError("The body is not valid Unicode: it holds half of a surrogate pair.") from error
+    except ValueError:
+        return  # no JSON at all, which the route says
 
 
 _ALL_BUT_BRACKETS = bytes(byte for byte in range(256) if byte not in _OPENING + _CLOSING)
