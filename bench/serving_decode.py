@@ -11,7 +11,7 @@ import os
 import statistics
 import time
 
-from fake_server import Started
+from server_process import StartedServer
 from serving_ttft import both, parser_of, prompt
 
 from quire import LLM, SamplingParams
@@ -42,7 +42,7 @@ class Stream(asyncio.Protocol):
             self._ended.set_result(None)
 
 
-async def over_http(server: Started, streams: int, tokens: int, first: int) -> list[Stream]:
+async def over_http(server: StartedServer, streams: int, tokens: int, first: int) -> list[Stream]:
     """Run so many streams at once."""
     loop, found, ends = asyncio.get_running_loop(), [], []
     for number in range(streams):
@@ -59,7 +59,7 @@ async def over_http(server: Started, streams: int, tokens: int, first: int) -> l
     return found
 
 
-def http_rate(server: Started, streams: int, tokens: int, first: int) -> float:
+def http_rate(server: StartedServer, streams: int, tokens: int, first: int) -> float:
     """Tokens per second between the first and the last token of each stream, all streams together."""
     found = asyncio.run(over_http(server, streams, tokens, first))
     began, ended = min(stream.times[0] for stream in found), max(stream.times[-1] for stream in found)
@@ -76,7 +76,7 @@ def llm_rate(llm: LLM, streams: int, tokens: int, first: int) -> float:
     return sum(len(output.outputs[0].token_ids) - 1 for output in outputs) / (ended - began)
 
 
-async def probe(server: Started, found: list[float]) -> None:
+async def probe(server: StartedServer, found: list[float]) -> None:
     """Milliseconds that /livez takes, twenty times a second."""
     while True:
         began = time.perf_counter()
@@ -89,7 +89,7 @@ async def probe(server: Started, found: list[float]) -> None:
         await asyncio.sleep(0.05)
 
 
-def steps(server: Started, streams: int, seconds: float) -> tuple[list[float], list[float]]:
+def steps(server: StartedServer, streams: int, seconds: float) -> tuple[list[float], list[float]]:
     """Milliseconds between tokens over so many seconds of service, of one stream beside others; and those of /livez."""
     gaps: list[float] = []
     health: list[float] = []

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fake_server import Started, server_process
+from server_process import StartedServer, server_process
 from shapes import SHAPES, write_shape
 
 from quire import LLM, SamplingParams
@@ -48,7 +48,7 @@ def over_llm(llm: LLM, ids: list[int]) -> float:
     return (time.perf_counter() - began) * 1000
 
 
-def compare(server: Started, llm: LLM, requests: int, words: int) -> tuple[list[float], list[float]]:
+def compare(server: StartedServer, llm: LLM, requests: int, words: int) -> tuple[list[float], list[float]]:
     """Times of both, in turn."""
     connection = http.client.HTTPConnection(server.host, server.port, timeout=60)
     found: tuple[list[float], list[float]] = ([], [])
@@ -73,7 +73,7 @@ def parser_of(text: str | None) -> argparse.ArgumentParser:
 
 
 @contextmanager
-def both(found: argparse.Namespace, **options: Any) -> Iterator[tuple[Started, LLM]]:
+def both(found: argparse.Namespace, **options: Any) -> Iterator[tuple[StartedServer, LLM]]:
     """A server and an LLM over the same model with the same options. Prompts are token ids where weights are random."""
     options |= {"max_model_len": 1024, "kv_cache_memory_bytes": 2**29}
     with tempfile.TemporaryDirectory() as folder:

@@ -3,47 +3,24 @@
 from __future__ import annotations
 
 import os
-import re
-import subprocess
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
-@dataclass
-class StartedServer:
-    """A server that takes requests: its process, its address, and what it printed until then."""
-
-    process: subprocess.Popen[str]
-    url: str
-    greeting: str
+from server_process import StartedServer, server_process
 
 
 @contextmanager
 def started_server(*arguments: str, rows: int, cache_mib: int = 64, threads: int = 2) -> Iterator[StartedServer]:
     """A server with these further arguments while the block runs. Its log goes where the test's own goes."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "quire.cli.main", "serve", "--port", "0", "--max-num-seqs", str(rows), *arguments]
-        + ["--kv-cache-memory-bytes", str(cache_mib * 2**20)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"},
-    )
-    try:
-        assert process.stdout is not None
-        greeting = ""
-        for line in process.stdout:
-            greeting += line
-            if "curl" in line:
-                break
-        found = re.search(r"http://127\.0\.0\.1:\d+", greeting)
-        assert found, f"the server did not start: {greeting}"
-        yield StartedServer(process, found[0], greeting)
-    finally:
-        process.kill()
-        process.communicate()
+    command = [sys.executable, "-m", "quire.cli.main", "serve", "--port", "0", "--max-num-seqs", str(rows), *arguments]
+    command += ["--kv-cache-memory-bytes", str(cache_mib * 2**20)]
+    with server_process(command, OMP_NUM_THREADS=str(threads)) as server:
+        yield server
 
 
 def engine_pid(server_pid: int) -> int | None:
@@ -59,3 +36,10 @@ def engine_pid(server_pid: int) -> int | None:
             except OSError:
                 continue
     return min(found)[1] if found else None
+
+
+def kill_engine(server_pid: int) -> None:
+    """Kill the engine process of a server, which must have one."""
+    victim = engine_pid(server_pid)
+    assert victim is not None, "the server has no engine process to kill"
+    os.kill(victim, signal.SIGKILL)

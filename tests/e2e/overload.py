@@ -18,7 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "bench"))
 
 import psutil
-from fake_server import Started, fake_server
+from fake_server import fake_server
+from server_process import StartedServer
 
 ROWS, STEPS, TOKENS = 16, 60.0, 40  # a capacity of 960 tokens or 24 requests per second
 QUEUE = 24  # requests that may wait
@@ -47,7 +48,7 @@ class Load:
         return sorted(self.health)[int(len(self.health) * 0.99)]
 
 
-async def ask(server: Started, path: str, body: bytes = b"", key: str = "") -> tuple[int, bytes, bytes]:
+async def ask(server: StartedServer, path: str, body: bytes = b"", key: str = "") -> tuple[int, bytes, bytes]:
     """Status, head and body of an answer, over a connection of its own."""
     reader, writer = await asyncio.open_connection(server.host, server.port)
     try:
@@ -69,7 +70,7 @@ def body(tokens: int = TOKENS) -> bytes:
     return json.dumps({"prompt": "Once upon a time", "max_tokens": tokens, "ignore_eos": True, "stream": True}).encode()
 
 
-async def generate(server: Started, load: Load, key: str = "", tokens: int = TOKENS) -> int:
+async def generate(server: StartedServer, load: Load, key: str = "", tokens: int = TOKENS) -> int:
     """One request; returns its tokens, all of them or none."""
     status, head, rest = await ask(server, "/v1/completions", body(tokens), key)
     load.statuses[status] += 1
@@ -82,7 +83,7 @@ async def generate(server: Started, load: Load, key: str = "", tokens: int = TOK
     return done
 
 
-async def watch(server: Started, load: Load, end: float) -> None:
+async def watch(server: StartedServer, load: Load, end: float) -> None:
     """Ask for the health twenty times a second, look at the process once a second."""
     process, number = psutil.Process(server.pid), 0
     while time.monotonic() < end:
@@ -97,7 +98,7 @@ async def watch(server: Started, load: Load, end: float) -> None:
         await asyncio.sleep(0.05)
 
 
-async def capacity(server: Started, seconds: float) -> Load:
+async def capacity(server: StartedServer, seconds: float) -> Load:
     """As many clients as rows, each asking again at once."""
     load, end = Load(), time.monotonic() + seconds
     began = time.monotonic()
@@ -111,7 +112,7 @@ async def capacity(server: Started, seconds: float) -> Load:
     return load
 
 
-async def overload(server: Started, seconds: float, rate: float) -> Load:
+async def overload(server: StartedServer, seconds: float, rate: float) -> Load:
     """Requests at a steady rate, whatever becomes of them."""
     load, began = Load(), time.monotonic()
     end, tasks = began + seconds, set()
@@ -130,7 +131,7 @@ async def overload(server: Started, seconds: float, rate: float) -> Load:
     return load
 
 
-async def two_tenants(server: Started, seconds: float) -> list[int]:
+async def two_tenants(server: StartedServer, seconds: float) -> list[int]:
     """Tokens that two keys got, one of which asks for ten times as much as the other."""
     loads = [Load(), Load()]
     end = time.monotonic() + seconds

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
 import shutil
 import signal
@@ -17,7 +16,7 @@ import httpx
 import pytest
 
 import quire.bundled
-from started_server import engine_pid, started_server
+from started_server import engine_pid, kill_engine, started_server
 
 pytestmark = pytest.mark.slow
 
@@ -71,10 +70,8 @@ async def all_streams(url: str, pid: int, kills: int) -> tuple[list[Heard], list
                 assert not all(task.done() for task in tasks), "the streams ended before the last kill"
                 await asyncio.sleep(0.01)
             await asyncio.sleep(draw.uniform(0.0, 0.3))
-            victim = engine_pid(pid)
-            assert victim is not None
             moments.append(time.monotonic())
-            os.kill(victim, signal.SIGKILL)
+            kill_engine(pid)
         await asyncio.gather(*tasks)
     return found, moments
 
@@ -143,7 +140,7 @@ def test_an_engine_beyond_repair_ends_the_server_with_status_1(tmp_path: Path) -
         lines = response.iter_lines()
         next(lines)
         shutil.rmtree(model)
-        os.kill(engine_pid(server.process.pid) or 0, signal.SIGKILL)
+        kill_engine(server.process.pid)
         rest = [line for line in lines if line]
         assert any("error" in line for line in rest[-2:]), rest[-2:]
         assert server.process.wait(60) == 1

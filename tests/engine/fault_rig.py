@@ -1,6 +1,6 @@
 """The whole server over a tiny model, in this process, for faults at every call: requests go in as ASGI, answers out.
 
-Run as a program it tries every site, several calls of each: python tests/engine/fault_rig.py [--every N]
+Run as a program it tries every site, several calls of each: python tests/engine/fault_rig.py [--shard 3/10]
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ from quire.serve.service import ModelCard, Service
 SCHEMA = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"], "additionalProperties": False}
 LONG = "Once upon a time a small fox lived near the river and counted the stars. "
 COMMON = {"max_tokens": 6, "ignore_eos": True, "return_token_ids": True}
-SPARED = frozenset(("Live.remove",))  # the one call that says that a request is over
 TALK = {"messages": [{"role": "user", "content": "How many apples has Anna?"}]}
 
 # Every kind of wish, so that every kind of step is taken; the last two are longer than a step and share a beginning.
@@ -139,7 +138,7 @@ class Rig:
     async def ask(self, path: str, body: dict[str, Any]) -> str:
         """What a client gets, without what is different each time."""
         sent = bytearray()
-        status = 0
+        status, ended = 0, False
         content = json.dumps(body).encode()
         messages = [{"type": "http.request", "body": content, "more_body": False}]
 
@@ -150,9 +149,10 @@ class Rig:
             raise AssertionError
 
         async def send(message: Any) -> None:
-            nonlocal status
+            nonlocal status, ended
             status = message.get("status", status)
             sent.extend(message.get("body", b""))
+            ended = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         scope = {
             "type": "http",
@@ -171,8 +171,8 @@ class Rig:
             await self.app(scope, receive, send)
         except Exception as error:  # the connection breaks: this client's own trouble
             return f"broken: {type(error).__name__}"
-        if not status:
-            return "broken: no answer"  # the HTTP server then says 500 by itself
+        if not ended:  # the HTTP server then says 500 by itself, or closes the connection within the answer
+            return "broken: half an answer" if status else "broken: no answer"
         return f"{status} {told(bytes(sent))}"
 
     async def round(self) -> Outcome:
@@ -279,10 +279,10 @@ async def find_sites(rig: Rig) -> tuple[dict[Site, int], list[str]]:
             outcome = await rig.round()
             assert outcome.answers == first.answers, "rounds differ without a fault"
             calls |= rig.faults.calls
-    return {site: calls[site] for site in sorted(calls) if site.name not in SPARED}, first.answers
+    return {site: calls[site] for site in sorted(calls)}, first.answers
 
 
-async def main(every: int, offset: int, only: str) -> int:
+async def main(shard: int, shards: int, only: str) -> int:
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -293,7 +293,7 @@ async def main(every: int, offset: int, only: str) -> int:
         began = time.monotonic()
         sites, healthy = await find_sites(rig)
         took = (time.monotonic() - began) / 3
-        picked = [site for site in sites if only in str(site)][offset::every]
+        picked = [site for site in sites if only in str(site)][shard - 1 :: shards]
         chosen = [(site, nth) for site in picked for nth in moments(sites[site])]
         print(f"{len(sites)} sites, {len(chosen)} faults to try, {took:.2f} s a round", flush=True)
         tally = Tally(sites=len(picked))
@@ -306,8 +306,7 @@ async def main(every: int, offset: int, only: str) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--every", type=int, default=1, help="every n-th site only")
-    parser.add_argument("--offset", type=int, default=0)
+    parser.add_argument("--shard", default="1/1", metavar="I/N", help="the I-th of N parts of the sites")
     parser.add_argument("--only", default="", help="sites that have this in their names")
     given = parser.parse_args()
-    sys.exit(asyncio.run(main(given.every, given.offset, given.only)))
+    sys.exit(asyncio.run(main(*map(int, given.shard.split("/")), given.only)))

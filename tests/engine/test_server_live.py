@@ -134,8 +134,19 @@ def test_why() -> None:
     assert "room in the cache" in str(live.describe(requests[3], full, Place(2, None))["why"])
     assert live.busy_since is not None
     for request in requests:
-        live.remove(request)
+        request.over = True
     assert live.busy_since is None and len(live) == 0
+
+
+def test_of_requests_that_are_over_nothing_is_told_and_little_is_kept() -> None:
+    live = Live()
+    for number in range(1000):
+        live.add(LiveRequest(f"r-{number}", "", 1, 5, over=number % 10 > 0))
+    assert len(live) == 100 and live.find("r-3", "") is None
+    assert len(live._requests) < 300
+    live.add(LiveRequest("r-990", "", 1, 7))
+    found = live.find("r-990", "")
+    assert found is not None and found.prompt_tokens == 7, "the later one of the same id"
 
 
 # -------------------------------------------------------------------- the pace of streams

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from started_server import StartedServer, engine_pid, started_server
+from started_server import StartedServer, kill_engine, started_server
 
 pytestmark = pytest.mark.slow
 
@@ -128,9 +126,7 @@ def test_the_engine_is_killed_in_the_middle_of_an_answer(site: StartedServer, op
     set_number(page, "max_tokens", "300")
     ask(page, "Tell me a tale.")
     grown(page, 40)
-    engine = engine_pid(site.process.pid)
-    assert engine is not None
-    os.kill(engine, signal.SIGKILL)
+    kill_engine(site.process.pid)
     wait_for_state(page, "stopped")  # at its longest, as without the death
     broken = text_of(page)
     body = {

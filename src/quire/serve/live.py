@@ -6,12 +6,14 @@ Plain data, changed in the event loop. Knows no engine and no route.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from quire.core.stats import Stats
 from quire.engine.engine import Place
 from quire.engine.outputs import RequestOutput
 
+FEW = 64  # requests that are over and may stay in the list
 FULL = 0.95  # share of the pages from which on they are what is missing
 
 
@@ -28,6 +30,7 @@ class LiveRequest:
     first_output: float | None = None
     output_tokens: int = 0
     engine_ids: set[str] = field(default_factory=set)
+    over: bool = False  # set by whoever answers it, at its end: a plain store, which cannot fail
 
     def note(self, output: RequestOutput) -> None:
         """Something came."""
@@ -38,37 +41,40 @@ class LiveRequest:
 
 @dataclass(slots=True)
 class Live:
-    """All of them, in the order of their arrival."""
+    """All of them, in the order of their arrival. Those that are over are swept out when there are many."""
 
-    requests: dict[str, LiveRequest] = field(default_factory=dict)
-    busy_since: float | None = None
+    _requests: list[LiveRequest] = field(default_factory=list)
+    _most: int = FEW  # entries from which on they are swept
 
     def __len__(self) -> int:
-        return len(self.requests)
+        return sum(1 for _ in self)
+
+    def __iter__(self) -> Iterator[LiveRequest]:
+        return (request for request in self._requests if not request.over)
 
     def add(self, request: LiveRequest) -> None:
         """A request begins. Of two with one id, only the later one can be asked about."""
-        if not self.requests:
-            self.busy_since = request.began
-        self.requests[request.id] = request
+        if len(self._requests) >= self._most:
+            self._requests = list(self)
+            self._most = 2 * len(self._requests) + FEW
+        self._requests.append(request)
 
-    def remove(self, request: LiveRequest) -> None:
-        """It is over."""
-        if self.requests.get(request.id) is request:
-            del self.requests[request.id]
-        if not self.requests:
-            self.busy_since = None
+    @property
+    def busy_since(self) -> float | None:
+        """When the oldest of them began; None when there is none."""
+        oldest = next(iter(self), None)
+        return None if oldest is None else oldest.began
 
     def find(self, name: str, tenant: str) -> LiveRequest | None:
         """The tenant's request with this id; the part behind the prefix, as in X-Request-Id, is enough."""
-        for request in self.requests.values():
+        for request in reversed(list(self)):
             if request.tenant == tenant and name in (request.id, request.id.partition("-")[2]):
                 return request
         return None
 
     def engine_ids(self) -> list[str]:
         """The engine's ids of everything that runs."""
-        return [engine_id for request in self.requests.values() for engine_id in request.engine_ids]
+        return [engine_id for request in self for engine_id in request.engine_ids]
 
     def describe(self, request: LiveRequest, stats: Stats, place: Place | None) -> dict[str, object]:
         """What it is doing; `place` is its place in the queue, where it waits."""

@@ -87,12 +87,7 @@ async def live_picture(request: Request) -> dict[str, Any]:
 def _pages(picture: Picture | None, live: Live, tenant: str) -> dict[str, Any]:
     if picture is None:
         return {"first_owner": FIRST_OWNER, "groups": [], "requests": [], "ceiling": None}
-    names = {
-        engine_id: found.id
-        for found in live.requests.values()
-        if found.tenant == tenant
-        for engine_id in found.engine_ids
-    }
+    names = {engine_id: found.id for found in live if found.tenant == tenant for engine_id in found.engine_ids}
     return {
         "first_owner": FIRST_OWNER,
         "groups": [{"page_size": group.page_size, "runs": group.runs} for group in picture.groups],

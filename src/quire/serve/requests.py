@@ -39,7 +39,7 @@ async def cancel_request(request_id: str, request: Request) -> dict[str, Any]:
     found = _find(service, request_id, tenant_of(request.scope))
     await service.engine.abort(found.engine_ids)
     deadline = time.monotonic() + CONFIRM_SECONDS
-    while service.live.requests.get(found.id) is found:
+    while not found.over:
         if time.monotonic() > deadline:
             raise RequestFailedError("The request was told to end and has not ended yet. Ask again with GET.")
         await asyncio.sleep(0.005)

@@ -270,7 +270,7 @@ class Service:
             account.fail(error)
             raise
         finally:
-            self.live.remove(live)
+            live.over = True
             account.close()
             if self.tracing is not None:
                 self.tracing.note(account, params)
