@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from quire.engine.async_engine import AsyncEngine
     from quire.engine.beams import BeamSearchOutput, BeamSearchParams, BeamSearchSequence
     from quire.engine.engine import Engine
-    from quire.engine.outputs import CompletionOutput, Logprob, RequestOutput
+    from quire.engine.logprobs import FlatLogprobs, Logprob
+    from quire.engine.outputs import CompletionOutput, RequestOutput
     from quire.engine.prompts import TextPrompt, TokensPrompt
     from quire.llm import LLM
     from quire.models.registry import ModelRegistry
@@ -34,7 +35,8 @@ _HOMES = {
     "AsyncEngine": "quire.engine.async_engine",
     "RequestOutput": "quire.engine.outputs",
     "CompletionOutput": "quire.engine.outputs",
-    "Logprob": "quire.engine.outputs",
+    "FlatLogprobs": "quire.engine.logprobs",
+    "Logprob": "quire.engine.logprobs",
     "TextPrompt": "quire.engine.prompts",
     "TokensPrompt": "quire.engine.prompts",
     "ModelRegistry": "quire.models.registry",
@@ -49,6 +51,7 @@ __all__ = [
     "CompletionOutput",
     "Engine",
     "EngineOptions",
+    "FlatLogprobs",
     "Logprob",
     "ModelRegistry",
     "PoolingParams",

@@ -312,7 +312,7 @@ def _best_tokens(output: RequestOutput) -> dict[int, float]:
     completion = output.outputs[0]
     if completion.error is not None or not completion.logprobs:
         raise RequestFailedError(f"A beam could not go on: {completion.error or completion.finish_reason}")
-    return {token: entry.logprob for token, entry in completion.logprobs[0].items()}
+    return {token: entry.logprob for token, entry in (completion.logprobs[0] or {}).items()}
 
 
 def _whole(params: SamplingParams) -> SamplingParams:

@@ -6,7 +6,7 @@ import math
 
 from small_tokenizers import small
 
-from quire.engine.outputs import Logprob
+from quire.engine.logprobs import Logprob
 from quire.serve.logprobs import TokenNames, chat_logprobs, completion_logprobs, prompt_logprobs
 
 TOKENIZER = small("byte_level")

@@ -11,11 +11,20 @@ import difflib
 import enum
 import functools
 import logging
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+from quire.core.checks import (
+    biases,
+    check_boolean,
+    check_extra_args,
+    check_integer,
+    finite_number,
+    texts,
+    token_ids,
+    token_rows,
+)
 from quire.core.structured import StructuredOutputsParams
 from quire.errors import ValidationError
 
@@ -38,10 +47,7 @@ _ELSEWHERE: dict[str, tuple[tuple[object, ...], str]] = {
     "logits_processors": ((None, [], ()), "Processors are plugins of the engine; requests reach them by extra_args."),
     "guided_decoding": ((None,), "Use structured_outputs."),
     "truncate_prompt_tokens": ((None,), "Cut the prompt before it is given, or use the field of the HTTP routes."),
-    "flat_logprobs": ((None, False), "Log-probabilities come as one dict for each position."),
-    "prompt_logprob_token_ids": ((None, [], ()), "prompt_logprobs=-1 brings all tokens of each position."),
-    "prompt_logprob_start": ((None, 0), "prompt_logprobs brings every position; leave out what is not wanted."),
-    "watermarking": ((None, False), "Write a logits processor as a plugin."),
+    "watermarking": ((None, False), "This engine has no watermark; write one as a logits processor, a plugin."),
     "trace_decode_token_ids": ((None,), "Give the tokens as a part of the prompt."),
     "routed_experts_prompt_start": ((None, 0), "Routed experts are not reported."),
 }
@@ -92,9 +98,9 @@ class RepetitionDetection:
 
     def __post_init__(self) -> None:
         """Reject sizes that can match nothing."""
-        _integer("repetition_detection.max_pattern_size", self.max_pattern_size, 1)
-        _integer("repetition_detection.min_pattern_size", self.min_pattern_size, 1, self.max_pattern_size)
-        _integer("repetition_detection.min_count", self.min_count, 2)
+        check_integer("repetition_detection.max_pattern_size", self.max_pattern_size, 1)
+        check_integer("repetition_detection.min_pattern_size", self.min_pattern_size, 1, self.max_pattern_size)
+        check_integer("repetition_detection.min_count", self.min_count, 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +139,11 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     logprob_token_ids: tuple[int, ...] | None = None  # report these tokens' log-probabilities instead of the best ones
+    flat_logprobs: bool = False  # log-probabilities as columns, see FlatLogprobs
+    prompt_logprob_token_ids: tuple[tuple[int, ...], ...] | None = (
+        None  # a row for each scored position, or one for all
+    )
+    prompt_logprob_start: int = 0  # the tokens behind this position are scored
     detokenize: bool = True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
@@ -162,15 +173,17 @@ class SamplingParams:
         object.__setattr__(self, name, value)
 
     def _check_choice(self) -> None:
-        _integer("n", self.n, 1, MAX_SEQUENCES)
-        self._set("presence_penalty", _number("presence_penalty", self.presence_penalty, -2.0, 2.0))
-        self._set("frequency_penalty", _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0))
-        self._set("repetition_penalty", _number("repetition_penalty", self.repetition_penalty, 0.0, open_low=True))
-        temperature = _number("temperature", self.temperature, 0.0, 2.0)
-        self._set("top_p", _number("top_p", self.top_p, 0.0, 1.0, open_low=True))
-        _integer("top_k", self.top_k, -1)
+        check_integer("n", self.n, 1, MAX_SEQUENCES)
+        self._set("presence_penalty", finite_number("presence_penalty", self.presence_penalty, -2.0, 2.0))
+        self._set("frequency_penalty", finite_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0))
+        self._set(
+            "repetition_penalty", finite_number("repetition_penalty", self.repetition_penalty, 0.0, open_low=True)
+        )
+        temperature = finite_number("temperature", self.temperature, 0.0, 2.0)
+        self._set("top_p", finite_number("top_p", self.top_p, 0.0, 1.0, open_low=True))
+        check_integer("top_k", self.top_k, -1)
         self._set("top_k", max(self.top_k, 0))
-        self._set("min_p", _number("min_p", self.min_p, 0.0, 1.0))
+        self._set("min_p", finite_number("min_p", self.min_p, 0.0, 1.0))
         if 0.0 < temperature < LEAST_TEMPERATURE:
             logger.warning("temperature %g is too small to compute with; %g is used", temperature, LEAST_TEMPERATURE)
             temperature = LEAST_TEMPERATURE
@@ -187,16 +200,16 @@ class SamplingParams:
             self._set("top_k", 0)
             self._set("min_p", 0.0)
         if self.seed is not None:
-            _integer("seed", self.seed, -(2**63), 2**63 - 1)
+            check_integer("seed", self.seed, -(2**63), 2**63 - 1)
             self._set("seed", None if self.seed == -1 else self.seed)
 
     def _check_stops(self) -> None:
-        stop = _strings("stop", self.stop)
+        stop = texts("stop", self.stop)
         if stop and not self.detokenize:
             raise ValidationError("stop strings need detokenize=True; use stop_token_ids instead", "stop", stop)
         self._set("stop", stop)
-        self._set("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
-        self._set("eos_token_ids", _token_ids("eos_token_ids", self.eos_token_ids))
+        self._set("stop_token_ids", token_ids("stop_token_ids", self.stop_token_ids))
+        self._set("eos_token_ids", token_ids("eos_token_ids", self.eos_token_ids))
         found = self.repetition_detection
         if isinstance(found, Mapping):
             self._set("repetition_detection", RepetitionDetection(**found))
@@ -205,8 +218,8 @@ class SamplingParams:
 
     def _check_limits(self) -> None:
         if self.max_tokens is not None:
-            _integer("max_tokens", self.max_tokens, 1)
-        _integer("min_tokens", self.min_tokens, 0)
+            check_integer("max_tokens", self.max_tokens, 1)
+        check_integer("min_tokens", self.min_tokens, 0)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValidationError(
                 f"min_tokens must be at most max_tokens, which is {self.max_tokens}", "min_tokens", self.min_tokens
@@ -216,22 +229,23 @@ class SamplingParams:
             if isinstance(value, bool):
                 value = 1 if value else None
             elif value is not None:
-                _integer(name, value, -1)
+                check_integer(name, value, -1)
             self._set(name, value)
         if self.logprob_token_ids is not None:
             self._check_logprob_ids()
+        self._check_prompt_ids()
         if self.stream_interval is not None:
-            _integer("stream_interval", self.stream_interval, 1)
+            check_integer("stream_interval", self.stream_interval, 1)
         if self.thinking_token_budget is not None:
-            _integer("thinking_token_budget", self.thinking_token_budget, -1)
+            check_integer("thinking_token_budget", self.thinking_token_budget, -1)
             if self.thinking_token_budget == -1:
                 self._set("thinking_token_budget", None)
         if self.skip_reading_prefix_cache is None:
             # A hit computes no logits for the prompt positions that it skips.
-            self._set("skip_reading_prefix_cache", self.prompt_logprobs is not None)
+            self._set("skip_reading_prefix_cache", self.prompt_report is not None)
 
     def _check_logprob_ids(self) -> None:
-        ids = _token_ids("logprob_token_ids", self.logprob_token_ids)
+        ids = token_ids("logprob_token_ids", self.logprob_token_ids)
         if len(ids) > MAX_LOGPROB_TOKEN_IDS:
             raise ValidationError(
                 f"logprob_token_ids may hold {MAX_LOGPROB_TOKEN_IDS} ids at most, found {len(ids)}", "logprob_token_ids"
@@ -246,35 +260,47 @@ class SamplingParams:
         if ids:
             self._set("logprobs", len(ids))
 
+    def _check_prompt_ids(self) -> None:
+        check_integer("prompt_logprob_start", self.prompt_logprob_start, 0)
+        if self.prompt_logprob_token_ids is not None:
+            self._set("prompt_logprob_token_ids", token_rows("prompt_logprob_token_ids", self.prompt_logprob_token_ids))
+        if self.prompt_logprob_start and not self.prompt_logprob_token_ids:
+            raise ValidationError(
+                "prompt_logprob_start needs prompt_logprob_token_ids; prompt_logprobs brings every position",
+                "prompt_logprob_start",
+                self.prompt_logprob_start,
+            )
+
     def _check_words(self) -> None:
         for name in (
             "ignore_eos",
+            "flat_logprobs",
             "detokenize",
             "skip_special_tokens",
             "spaces_between_special_tokens",
             "include_stop_str_in_output",
             "skip_reading_prefix_cache",
         ):
-            _boolean(name, getattr(self, name))
+            check_boolean(name, getattr(self, name))
         try:
             self._set("output_kind", RequestOutputKind(self.output_kind))
         except ValueError:
             kinds = ", ".join(f"{kind.name} ({kind.value})" for kind in RequestOutputKind)
             raise ValidationError(f"output_kind must be one of {kinds}", "output_kind", self.output_kind) from None
-        self._set("logit_bias", _biases(self.logit_bias))
+        self._set("logit_bias", biases(self.logit_bias))
         if self.allowed_token_ids is not None:
-            allowed = _token_ids("allowed_token_ids", self.allowed_token_ids)
+            allowed = token_ids("allowed_token_ids", self.allowed_token_ids)
             if not allowed:
                 raise ValidationError("allowed_token_ids must not be empty; use None to allow all", "allowed_token_ids")
             self._set("allowed_token_ids", allowed)
-        self._set("bad_words", _strings("bad_words", self.bad_words))
-        sequences = tuple(_token_ids("bad_words", ids, distinct=False) for ids in self.bad_words_token_ids)
+        self._set("bad_words", texts("bad_words", self.bad_words))
+        sequences = tuple(token_ids("bad_words", ids, distinct=False) for ids in self.bad_words_token_ids)
         if len(sequences) > MAX_BAD_WORDS:
             raise ValidationError(
                 f"bad_words make {len(sequences)} token sequences, at most {MAX_BAD_WORDS} are allowed", "bad_words"
             )
         self._set("bad_words_token_ids", sequences)
-        _extra_args(self.extra_args)
+        check_extra_args(self.extra_args)
         form = self.structured_outputs
         if isinstance(form, Mapping):
             self._set("structured_outputs", StructuredOutputsParams(**form))
@@ -285,6 +311,30 @@ class SamplingParams:
     def greedy(self) -> bool:
         """True when the most likely token is taken, so that nothing is random."""
         return self.temperature < GREEDY_BELOW
+
+    @property
+    def prompt_report(self) -> int | None:
+        """How many of the best tokens to report at each position of the prompt; None when the prompt is not scored."""
+        return 0 if self.prompt_logprobs is None and self.prompt_logprob_token_ids else self.prompt_logprobs
+
+    def prompt_row(self, position: int) -> tuple[int, ...]:
+        """The tokens to report, beside the best ones, for the prompt token behind `position`; -1 stands for none."""
+        rows, row = self.prompt_logprob_token_ids or (), position - self.prompt_logprob_start
+        return () if not rows or row < 0 else rows[0] if len(rows) == 1 else rows[row]
+
+    def check_prompt(self, length: int) -> None:
+        """Raise ValidationError when prompt_logprob_token_ids does not fit a prompt of so many tokens."""
+        rows, scored = len(self.prompt_logprob_token_ids or ()), length - 1 - self.prompt_logprob_start
+        if rows > 1 and rows != scored:
+            raise ValidationError(
+                f"prompt_logprob_token_ids has {rows} rows, and {max(scored, 0)} tokens stand behind position "
+                f"{self.prompt_logprob_start}: give a row for each, or one for all",
+                "prompt_logprob_token_ids",
+            )
+        if rows and scored < 0:
+            raise ValidationError(
+                f"prompt_logprob_start is behind the prompt, which has {length} tokens", "prompt_logprob_start"
+            )
 
     @property
     def all_stop_token_ids(self) -> frozenset[int]:
@@ -319,15 +369,19 @@ class SamplingParams:
             ("allowed_token_ids", self.allowed_token_ids or ()),
             ("logprob_token_ids", self.logprob_token_ids or ()),
             ("logit_bias", tuple(token for token, _ in self.logit_bias)),
+            ("prompt_logprob_token_ids", tuple(max(row, default=0) for row in self.prompt_logprob_token_ids or ())),
         ):
             outside = [token for token in ids if token >= vocab_size]
             if outside:
                 raise ValidationError(
                     f"{name} has token ids outside the vocabulary of {vocab_size}: {outside[:10]}", name, outside[0]
                 )
-        for name in ("logprobs", "prompt_logprobs"):
-            asked = getattr(self, name)
-            if asked is None or max_logprobs == -1 or (name == "logprobs" and self.logprob_token_ids):
+        for name, asked in (
+            ("logprobs", None if self.logprob_token_ids else self.logprobs),
+            ("prompt_logprobs", self.prompt_logprobs),
+            ("prompt_logprob_token_ids", max(map(len, self.prompt_logprob_token_ids or ((),)))),
+        ):
+            if asked is None or max_logprobs == -1:
                 continue
             wanted = vocab_size if asked == -1 else asked
             if wanted > max_logprobs:
@@ -354,86 +408,10 @@ class PoolingParams:
         if self.task not in tasks:
             raise ValidationError(f"task must be one of {', '.join(tasks)}", "task", self.task)
         if self.dimensions is not None:
-            _integer("dimensions", self.dimensions, 1)
+            check_integer("dimensions", self.dimensions, 1)
         if self.use_activation is not None:
-            _boolean("use_activation", self.use_activation)
+            check_boolean("use_activation", self.use_activation)
         if self.skip_reading_prefix_cache is None:
             # A vector per token needs every position computed.
             object.__setattr__(self, "skip_reading_prefix_cache", self.task.startswith("token_"))
-        _boolean("skip_reading_prefix_cache", self.skip_reading_prefix_cache)
-
-
-def _boolean(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise ValidationError(f"{name} must be true or false, found {type(value).__name__}", name, value)
-
-
-def _integer(name: str, value: object, least: int, most: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValidationError(f"{name} must be an integer, found {type(value).__name__}", name, value)
-    if value < least or (most is not None and value > most):
-        bounds = f"at least {least}" if most is None else f"between {least} and {most}"
-        raise ValidationError(f"{name} must be {bounds}", name, value)
-
-
-def _number(name: str, value: object, least: float, most: float | None = None, open_low: bool = False) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValidationError(f"{name} must be a number, found {type(value).__name__}", name, value)
-    if not math.isfinite(value):
-        raise ValidationError(f"{name} must be finite", name, value)
-    if value < least or (open_low and value == least) or (most is not None and value > most):
-        low = f"greater than {least:g}" if open_low else f"at least {least:g}"
-        high = "" if most is None else f" and at most {most:g}"
-        raise ValidationError(f"{name} must be {low}{high}", name, value)
-    return float(value)
-
-
-def _strings(name: str, value: object) -> tuple[str, ...]:
-    if value is None:
-        return ()
-    if isinstance(value, str):
-        value = (value,)
-    if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
-        raise ValidationError(f"{name} must be a string or a list of strings", name, value)
-    if not all(value):
-        raise ValidationError(f"{name} must not contain an empty string", name, value)
-    return tuple(value)
-
-
-def _token_ids(name: str, value: object, distinct: bool = True) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
-        raise ValidationError(f"{name} must be a list of token ids", name, value)
-    ids = tuple(value)
-    for token in ids:
-        _integer(name, token, 0)
-    return tuple(dict.fromkeys(ids)) if distinct else ids
-
-
-def _biases(value: object) -> tuple[tuple[int, float], ...]:
-    if value is None:
-        return ()
-    pairs = value.items() if isinstance(value, Mapping) else value
-    if isinstance(pairs, (str, bytes)) or not isinstance(pairs, Iterable):
-        raise ValidationError("logit_bias must map token ids to numbers", "logit_bias", value)
-    found: dict[int, float] = {}
-    for pair in pairs:
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise ValidationError("logit_bias must map token ids to numbers", "logit_bias", value)
-        token, bias = pair
-        if isinstance(token, str) and token.isascii() and token.isdigit():
-            token = int(token)  # keys of JSON objects are always strings
-        _integer("logit_bias", token, 0)
-        found[token] = min(100.0, max(-100.0, _number("logit_bias", bias, -math.inf)))
-    return tuple(found.items())
-
-
-def _extra_args(value: object) -> None:
-    if value is None:
-        return
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise ValidationError("extra_args must be an object with names as keys", "extra_args", value)
-    for key, item in value.items():
-        if isinstance(item, int) and not -(2**63) <= item < 2**64:
-            raise ValidationError(f"extra_args[{key!r}] does not fit in 64 bits", "extra_args", item)
+        check_boolean("skip_reading_prefix_cache", self.skip_reading_prefix_cache)

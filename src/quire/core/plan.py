@@ -118,6 +118,12 @@ class TokenLogprobs:
     logprobs: tuple[float, ...]
     ranks: tuple[int, ...]
 
+    def with_named(self, named: TokenLogprobs) -> TokenLogprobs:
+        """The same, and behind it the tokens that a request has named, which `named` has behind the chosen one."""
+        return TokenLogprobs(
+            self.token_ids + named.token_ids[1:], self.logprobs + named.logprobs[1:], self.ranks + named.ranks[1:]
+        )
+
 
 class SpanResult(NamedTuple):
     """What one span of the plan produced, in the plan's order.

@@ -380,7 +380,7 @@ class Scheduler:
         """Positions that may come from the cache: never the last, and none whose log-probabilities are still owed."""
         params = request.given.params
         most = len(request.tokens) - 1
-        if isinstance(params, SamplingParams) and params.prompt_logprobs is not None:
+        if isinstance(params, SamplingParams) and params.prompt_report is not None:
             return most if request.logprobs_sent == request.rules.prompt_len - 1 else request.logprobs_sent
         return 0 if params.skip_reading_prefix_cache else most
 

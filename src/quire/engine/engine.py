@@ -160,6 +160,7 @@ class Engine:
                 raise ValidationError("structured_outputs needs a tokenizer with an end token", "structured_outputs")
             self._grammars.check(params.structured_outputs)
         read = read_prompt(prompt, self.tokenizer, self._limits, add_special_tokens)
+        params.check_prompt(len(read.token_ids))
         room = self.settings.max_model_len - len(read.token_ids)
         limit = room if params.max_tokens is None else min(params.max_tokens, room)
         deadline = None if timeout is None else now + timeout

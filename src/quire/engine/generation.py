@@ -5,11 +5,13 @@ Owned by the Engine's thread. Knows Streams and events; knows no scheduler and n
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from quire.core.params import RequestOutputKind, SamplingParams
 from quire.core.plan import Event, FinishReason, TokenLogprobs
-from quire.engine.outputs import CompletionOutput, Logprob, PromptLogprobs, RequestMetrics, RequestOutput
+from quire.engine.logprobs import FlatLogprobs, PromptLogprobs, SampleLogprobs, named_logprobs
+from quire.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from quire.engine.prompts import ReadPrompt
 from quire.text.stream import Stream
 from quire.text.tokenizer import Tokenizer
@@ -44,7 +46,9 @@ class Completion:
         self.index = index
         self.core_id = core_id
         self.token_ids: list[int] = []
-        self.logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
+        self.logprobs: SampleLogprobs | None = None
+        if params.logprobs is not None:
+            self.logprobs = FlatLogprobs() if params.flat_logprobs else []
         self.cumulative_logprob = None if params.logprobs is None else 0.0
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
@@ -66,7 +70,10 @@ class Completion:
         self.token_ids.extend(event.tokens)
         if event.logprobs and self.logprobs is not None:
             for entry in event.logprobs:
-                self.logprobs.append(named_logprobs(entry, self._tokenizer))
+                if isinstance(self.logprobs, FlatLogprobs):
+                    self.logprobs.add(entry, self._tokenizer)
+                else:
+                    self.logprobs.append(named_logprobs(entry, self._tokenizer))
                 self.cumulative_logprob = (self.cumulative_logprob or 0.0) + entry.logprobs[0]
         if event.finish_reason is not None:
             self.finish_reason = event.finish_reason
@@ -99,8 +106,8 @@ class Completion:
         if count:
             del self.token_ids[-count:]
             if self.logprobs is not None:
-                del self.logprobs[-count:]
-                self.cumulative_logprob = sum(next(iter(entry.values())).logprob for entry in self.logprobs)
+                self.logprobs = self.logprobs[:-count]
+                self.cumulative_logprob = sum(next(iter(entry.values())).logprob for entry in self.logprobs if entry)
 
     def is_due(self, interval: int) -> bool:
         """Whether there is enough to show: the first token, `interval` of them, or the end."""
@@ -141,6 +148,8 @@ class Generation:
     arrival: float  # monotonic seconds
     completions: list[Completion] = field(default_factory=list)
     prompt_logprobs: PromptLogprobs | None = None
+    prompt_rows: list[list[float]] | None = None  # those of the tokens that the request names
+    prompt_scored: int = 0  # tokens of the prompt
     cached_tokens: int = 0
     queued_ts: float = 0.0
     scheduled_ts: float = 0.0
@@ -154,13 +163,30 @@ class Generation:
         """Fill in what follows from the rest."""
         self.prompt_token_ids = list(self.prompt.token_ids)
         self.streams = self.params.output_kind is not RequestOutputKind.FINAL_ONLY
+        if self.params.prompt_logprob_token_ids is not None:
+            self.prompt_rows = []
+        if self.params.prompt_logprobs is not None:
+            self.prompt_logprobs = [None]
+            if self.params.flat_logprobs:
+                self.prompt_logprobs = FlatLogprobs()
+                self.prompt_logprobs.add(None, None)
 
     def note_prompt_logprobs(self, entries: tuple[TokenLogprobs, ...], tokenizer: Tokenizer | None) -> None:
         """Append the log-probabilities of further prompt tokens, up to the prompt's end."""
-        if self.prompt_logprobs is None:
-            self.prompt_logprobs = [None]
-        room = len(self.prompt.token_ids) - len(self.prompt_logprobs)
-        self.prompt_logprobs.extend(named_logprobs(entry, tokenizer) for entry in entries[:room])
+        room = len(self.prompt.token_ids) - 1 - self.prompt_scored
+        for entry in entries[:room]:
+            row = self.params.prompt_row(self.prompt_scored)
+            self.prompt_scored += 1
+            if row:  # the last tokens of the entry
+                best = len(entry.token_ids) - len(row)
+                values = zip(row, entry.logprobs[best:], strict=True)
+                assert self.prompt_rows is not None, "a request that names tokens has rows"
+                self.prompt_rows.append([-math.inf if token == -1 else value for token, value in values])
+                entry = TokenLogprobs(entry.token_ids[:best], entry.logprobs[:best], entry.ranks[:best])
+            if isinstance(self.prompt_logprobs, FlatLogprobs):
+                self.prompt_logprobs.add(entry, tokenizer)
+            elif self.prompt_logprobs is not None:
+                self.prompt_logprobs.append(named_logprobs(entry, tokenizer))
 
     def output(self, changed: list[Completion], with_metrics: bool) -> RequestOutput | None:
         """The RequestOutput for the completions that changed, None when the caller wants to wait for the end."""
@@ -188,6 +214,7 @@ class Generation:
             finished,
             self.metrics() if with_metrics and (finished or not delta) else None,
             self.cached_tokens,
+            self.prompt_rows,
         )
 
     def failure(self, error: str) -> RequestOutput:
@@ -209,13 +236,3 @@ class Generation:
             num_generation_tokens=sum(len(completion.token_ids) for completion in self.completions),
             num_preemptions=self.preemptions,
         )
-
-
-def named_logprobs(entry: TokenLogprobs, tokenizer: Tokenizer | None) -> dict[int, Logprob]:
-    """The chosen token first, then the top ones; the first wins when a token comes twice."""
-    found: dict[int, Logprob] = {}
-    for token, logprob, rank in zip(entry.token_ids, entry.logprobs, entry.ranks, strict=True):
-        if token not in found:
-            text = None if tokenizer is None else tokenizer.token_string(token)
-            found[token] = Logprob(logprob, rank, text)
-    return found

@@ -8,21 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from quire.core.plan import FinishReason
-
-
-@dataclass(slots=True)
-class Logprob:
-    """One token's log-probability; rank 1 is the most likely token."""
-
-    logprob: float
-    rank: int | None = None
-    decoded_token: str | None = None
-
-
-# One dict per generated token: the chosen token first, then the most likely ones in order.
-SampleLogprobs = list[dict[int, Logprob]]
-# One entry per prompt token; the first is None, for nothing precedes it.
-PromptLogprobs = list["dict[int, Logprob] | None"]
+from quire.engine.logprobs import PromptLogprobs, SampleLogprobs
 
 
 @dataclass(slots=True)
@@ -78,3 +64,5 @@ class RequestOutput:
     finished: bool = False
     metrics: RequestMetrics | None = None
     num_cached_tokens: int = 0
+    # For prompt_logprob_token_ids: a row for each scored token of the prompt, in it a value for each id; -inf for id -1.
+    prompt_token_id_logprobs: list[list[float]] | None = None

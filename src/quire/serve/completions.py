@@ -11,7 +11,8 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from quire.core.params import SamplingParams
-from quire.engine.outputs import CompletionOutput, Logprob, RequestOutput
+from quire.engine.logprobs import Logprob
+from quire.engine.outputs import CompletionOutput, RequestOutput
 from quire.serve.account import Account
 from quire.serve.caller import Caller, caller_of
 from quire.serve.layers import JsonRoute

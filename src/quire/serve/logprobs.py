@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quire.engine.outputs import Logprob
+from quire.engine.logprobs import Logprob
 from quire.text import Tokenizer
 
 LOWEST = -9999.0  # stands for minus infinity, which JSON cannot say

@@ -67,6 +67,7 @@ class Sampler:
         self._random = np.zeros(count, dtype=bool)  # rows that are not greedy
         self._logprobs = np.full(count, -2, dtype=np.int64)  # how many are wanted; -1 all, -2 not asked for
         self._logprob_ids: dict[int, tuple[int, ...]] = {}  # rows that name the tokens to report
+        self._prompt_ids: dict[int, SamplingParams] = {}  # rows that name those to report for the prompt
         self._temperature = torch.zeros(count, dtype=torch.float32, device=where)
         self._top_k = torch.zeros(count, dtype=torch.int32, device=where)
         self._top_p = torch.ones(count, dtype=torch.float32, device=where)
@@ -85,6 +86,8 @@ class Sampler:
         self._logprobs[slot] = -2 if params.logprobs is None else params.logprobs
         if params.logprob_token_ids is not None:
             self._logprob_ids[slot] = params.logprob_token_ids
+        if params.prompt_logprob_token_ids is not None:
+            self._prompt_ids[slot] = params
         self._temperature[slot] = 0.0 if params.greedy else params.temperature
         self._top_k[slot] = params.top_k
         self._top_p[slot] = params.top_p
@@ -97,6 +100,7 @@ class Sampler:
         self._random[slot] = False
         self._logprobs[slot] = -2
         self._logprob_ids.pop(slot, None)
+        self._prompt_ids.pop(slot, None)
         self.forms.release(slot)
 
     def begin(self, rows: Rows, vocab_size: int) -> None:
@@ -187,9 +191,14 @@ class Sampler:
         """Of the prompt tokens at positions start + 1 .. start + count, from the logits before any step."""
         tokens = self._slots.tokens[part.slot, part.start + 1 : part.start + 1 + part.count].long()
         wanted = [self._slots.prompt_logprobs[part.slot]] * part.count
-        return tuple(
-            token_logprobs(self._ops, logits[part.first : part.first + part.count], tokens, wanted, self._mode)
-        )
+        rows = logits[part.first : part.first + part.count]
+        entries = token_logprobs(self._ops, rows, tokens, wanted, self._mode)
+        params = self._prompt_ids.get(part.slot)
+        if params is None:
+            return tuple(entries)
+        named = {row: params.prompt_row(part.start + row) for row in range(part.count)}
+        extra = token_logprobs(self._ops, rows, tokens, [0] * part.count, self._mode, named)
+        return tuple(first.with_named(more) for first, more in zip(entries, extra, strict=True))
 
     def explain(self, logits: torch.Tensor) -> RequestFailedError:
         """Why a row with these raw logits [V] could not choose a token."""

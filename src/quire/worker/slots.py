@@ -45,8 +45,8 @@ class Slots:
         for granted in self.granted:
             granted[new.slot] = 0
         self.request_ids[new.slot] = new.request_id
-        if isinstance(new.params, SamplingParams) and new.params.prompt_logprobs is not None:
-            self.prompt_logprobs[new.slot] = new.params.prompt_logprobs
+        if isinstance(new.params, SamplingParams) and new.params.prompt_report is not None:
+            self.prompt_logprobs[new.slot] = new.params.prompt_report
 
     def release(self, slot: int) -> None:
         """Free a row."""
