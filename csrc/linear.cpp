@@ -96,16 +96,6 @@ void write_out(const Call<T>& call, const float* c, long row0, long row1, long c
     }
 }
 
-#if !defined(QUIRE_NATIVE_DOT)
-void widen(const bf16* panel, long steps, float* out) {
-    for (long s = 0; s < steps; s++, panel += Dot<bf16>::STEP_B, out += 2 * PANEL)
-        for (int v = 0; v < PANEL; v += W) {
-            store(out + v, even(panel + 2 * v));
-            store(out + PANEL + v, odd(panel + 2 * v));
-        }
-}
-#endif
-
 template <class T>
 constexpr long LINE = Dot<T>::STEP_B * long(sizeof(T));  // bytes of one step of a panel
 

@@ -44,6 +44,7 @@ int32_t caller(const int64_t* cells) {
     X(quire_write_cache)      \
     X(quire_rotary)           \
     X(quire_attention)        \
+    X(quire_heads_linear)     \
     X(quire_rms_norm)         \
     X(quire_layer_norm)       \
     X(quire_gated)            \

@@ -79,6 +79,17 @@ typedef struct {
 } QuireAttention;
 QUIRE_API void quire_attention(const QuireAttention* call);
 
+// ---- attention_heads.cpp. A matrix of n x k for each head, all of them packed as one of (heads * n) x k; n is a multiple
+// of 16, of which `width` results are written. Rows and heads stand apart by their strides.
+typedef struct {
+    const void *x, *packed;
+    void* out;
+    int64_t x_row, x_head, out_row, out_head;
+    int64_t rows, heads, width, n, k;
+    int32_t dtype;
+} QuireHeads;
+QUIRE_API void quire_heads_linear(const QuireHeads* call);
+
 // ---- rows.cpp. norm style: 0 down_then_scale, 1 scale_then_down, 2 plus_one, 3 no weight. residual: null, or added to
 // x first, the sum going to total. activation: see the enum in rows.cpp.
 QUIRE_API void quire_rms_norm(int32_t dtype, const void* x, int64_t stride, const void* residual, const void* weight,

@@ -168,6 +168,17 @@ constexpr long packed_row(long k) {
     return (k + Dot<T>::DEPTH - 1) / Dot<T>::DEPTH * Dot<T>::STEP_A;
 }
 
+#if !defined(QUIRE_NATIVE_DOT)
+// `steps` steps of a panel of bf16 as 2 * steps of a panel of float: the same sums, in the same order.
+inline void widen(const bf16* panel, long steps, float* out) {
+    for (long s = 0; s < steps; s++, panel += Dot<bf16>::STEP_B, out += 2 * PANEL)
+        for (int v = 0; v < PANEL; v += W) {
+            store(out + v, even(panel + 2 * v));
+            store(out + PANEL + v, odd(panel + 2 * v));
+        }
+}
+#endif
+
 // Every kernel keeps C in a small block of rows of 64 columns, wherever it goes in the end.
 constexpr long BLOCK_COLUMNS = 64;
 

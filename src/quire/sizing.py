@@ -16,8 +16,8 @@ from quire.core.plan import GroupSpec
 from quire.errors import ConfigError
 from quire.layers.spec import LayerSpec, ModelLayout
 
-# bytes of one page of one layer: (page_size, kv_heads, key_dim, value_dim, dtype) -> int, as kernels have it
-CacheBytes = Callable[[int, int, int, int, torch.dtype], int]
+# bytes of one page of one layer: (page_size, kv_heads, key_dim, value_dim, dtype, shared) -> int, as kernels have it
+CacheBytes = Callable[[int, int, int, int, torch.dtype, bool], int]
 
 NULL_PAGES = 1  # page 0 of each group stands for "nothing here"
 SNAPSHOT_SHARE = 0.5  # state pages kept beside the running ones, so that prompts that begin alike find their state
@@ -48,7 +48,7 @@ def layer_page_bytes(layer: LayerSpec, page_size: int, dtype: torch.dtype, cache
         return sum(math.prod(state.shape) * state.dtype.itemsize for state in layer.states)
     if layer.shares is not None:
         return 0
-    return cache_bytes(page_size, layer.kv_heads, layer.key_dim, layer.value_dim, dtype)
+    return cache_bytes(page_size, layer.kv_heads, layer.key_dim, layer.value_dim, dtype, layer.shared)
 
 
 def group_costs(

@@ -12,8 +12,10 @@ PAGE = 16
 STEP = 64
 
 
-def cache_bytes(page_size: int, kv_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> int:
-    return page_size * kv_heads * (key_dim + value_dim) * dtype.itemsize
+def cache_bytes(
+    page_size: int, kv_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype, shared: bool = False
+) -> int:
+    return page_size * kv_heads * (key_dim + (0 if shared else value_dim)) * dtype.itemsize
 
 
 def attention(group: int, window: int | None = None, shares: int | None = None) -> LayerSpec:

@@ -288,6 +288,20 @@ def _attend(
     return torch.einsum("hl,lhd->hd", weights, values)
 
 
+def heads_linear(
+    x: torch.Tensor, packed: PackedLinear, heads: int, width: int, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x [T, H, K] -> [T, H, width], each head with a matrix of its own: packed is of [H * N, K], N a multiple of 16, and
+    head h's results are the first `width` of its N rows. Written to `out`, a view of that shape, if there is one. Each
+    row by itself, so that its bits do not depend on the others."""
+    weight = packed.data.float().view(heads, -1, packed.in_features)[:, :width]
+    if out is None:
+        out = torch.empty(*x.shape[:2], width, dtype=x.dtype, device=x.device)
+    for i in range(x.shape[0]):
+        out[i] = torch.bmm(weight, x[i].float()[:, :, None])[..., 0]
+    return out
+
+
 # ---------------------------------------------------------------- norms, activations, rotary
 
 

@@ -42,6 +42,7 @@ class Ops:
     write_cache: Callable[..., None]
     copy_pages: Callable[..., None]
     attention: Callable[..., torch.Tensor]
+    heads_linear: Callable[..., torch.Tensor]
     rms_norm: Callable[..., torch.Tensor]
     add_rms_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     layer_norm: Callable[..., torch.Tensor]

@@ -26,7 +26,8 @@ class LayerSpec:
 
     `shares` is the index of an earlier layer whose keys and values this one reads instead of writing its own.
     `window` counts positions: a query at p sees keys in (p - window, p]. `chunk` splits positions into blocks that do
-    not see each other. `group` is the index of the layer's page-table group.
+    not see each other. `group` is the index of the layer's page-table group. `shared`: one latent for all heads is kept
+    of a position, its first value_dim numbers are the value too; see layers/latent.py.
     """
 
     name: str
@@ -41,6 +42,7 @@ class LayerSpec:
     softcap: float | None = None
     sinks: bool = False
     shares: int | None = None
+    shared: bool = False
     states: tuple[StateSpec, ...] = ()
     group: int = 0
 

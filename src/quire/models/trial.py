@@ -147,9 +147,8 @@ class PagedLoop:
             return states
         if layer.shares is not None:
             return None
-        cache = ops.new_cache(
-            num_pages, self.page_size, layer.kv_heads, layer.key_dim, layer.value_dim, dtype, self.device
-        )
+        size = (num_pages, self.page_size, layer.kv_heads, layer.key_dim, layer.value_dim)
+        cache = ops.new_cache(*size, dtype, self.device, layer.shared)
         cache.data.fill_(float("nan"))
         return cache
 

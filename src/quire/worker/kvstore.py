@@ -61,4 +61,5 @@ def _allocate(layer: LayerSpec, group: GroupSpec, dtype: torch.dtype, ops: Ops, 
     where = device.torch_device
     if layer.kind == "state":
         return [torch.zeros(group.num_pages, *state.shape, dtype=state.dtype, device=where) for state in layer.states]
-    return ops.new_cache(group.num_pages, group.page_size, layer.kv_heads, layer.key_dim, layer.value_dim, dtype, where)
+    size = (group.num_pages, group.page_size, layer.kv_heads, layer.key_dim, layer.value_dim)
+    return ops.new_cache(*size, dtype, where, layer.shared)

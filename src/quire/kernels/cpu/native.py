@@ -36,6 +36,7 @@ LONG_FUNCTIONS = {
     "quire_unpack_quantized": (_P, _P, _P, _P, _P),
     "quire_quantized_linear": (_P, _I, _P, _L, _P, _P, _P, _L),
     "quire_attention": (_P,),
+    "quire_heads_linear": (_P,),
     "quire_sample": (_I, _P, _L, _P, _P, _P, _P, _P, _P, _L, _L),
     "quire_rank": (_P,),
     "quire_read_memory": (_P, _L),
@@ -121,6 +122,16 @@ class AttentionStruct(ctypes.Structure):
     ]
 
 
+class HeadsStruct(ctypes.Structure):
+    """QuireHeads of csrc/quire.h."""
+
+    _fields_ = [
+        *((name, _P) for name in ("x", "packed", "out")),
+        *((name, _L) for name in ("x_row", "x_head", "out_row", "out_head", "rows", "heads", "width", "n", "k")),
+        ("dtype", _I),
+    ]
+
+
 class RankStruct(ctypes.Structure):
     """QuireRank of csrc/quire.h."""
 
@@ -153,6 +164,7 @@ class Library:
     quire_unpack_quantized: Callable[..., None]
     quire_quantized_linear: Callable[..., None]
     quire_attention: Callable[..., None]
+    quire_heads_linear: Callable[..., None]
     quire_sample: Callable[..., None]
     quire_read_memory: Callable[..., float]
     quire_multiply_registers: Callable[..., float]

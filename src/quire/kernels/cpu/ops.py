@@ -255,6 +255,35 @@ class CpuOps:
         self._lib.quire_attention(byref(call))
         return out if query.dtype == dtype else out.to(query.dtype)
 
+    def heads_linear(
+        self, x: torch.Tensor, packed: PackedLinear, heads: int, width: int, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if not isinstance(packed, NativeLinear):
+            return reference.heads_linear(x, packed, heads, width, out)
+        if out is None:
+            out = torch.empty(*x.shape[:2], width, dtype=x.dtype)
+        if x.dtype != packed.dtype:
+            return out.copy_(self.heads_linear(x.to(packed.dtype), packed, heads, width))
+        if x.stride(2) != 1:
+            x = x.contiguous()
+        call = native.HeadsStruct(
+            x.data_ptr(),
+            packed.weights,
+            out.data_ptr(),
+            x.stride(0),
+            x.stride(1),
+            out.stride(0),
+            out.stride(1),
+            x.shape[0],
+            heads,
+            width,
+            packed.out_features // heads,
+            packed.in_features,
+            packed.code,
+        )
+        self._lib.quire_heads_linear(byref(call))
+        return out
+
     # ------------------------------------------------------------ norms, activations, rotary
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor | None, eps: float, style: NormStyle) -> torch.Tensor:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from quire.kernels.cuda.attention import attention, copy_pages, write_cache
 from quire.kernels.cuda.elementwise import add_rms_norm, gated, rms_norm, rotary_write
-from quire.kernels.cuda.linear import linear
+from quire.kernels.cuda.linear import heads_linear, linear
 
 __all__ = [
     "add_rms_norm",
     "attention",
     "copy_pages",
     "gated",
+    "heads_linear",
     "linear",
     "rms_norm",
     "rotary_write",

@@ -14,3 +14,12 @@ from quire.kernels.reference import PackedLinear
 def linear(x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
     """x [..., K] -> [..., N] in x's dtype, summed in float32."""
     return F.linear(x, packed.data, packed.bias)
+
+
+def heads_linear(
+    x: torch.Tensor, packed: PackedLinear, heads: int, width: int, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """See kernels/reference.py."""
+    weight = packed.data.view(heads, -1, packed.in_features)[:, :width]
+    found = torch.bmm(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
+    return found if out is None else out.copy_(found)
