@@ -30,7 +30,7 @@ def find(folder: Path, **options: Any) -> ModelFiles:
 
 def on_meta(files: ModelFiles, dtype: torch.dtype = torch.float32) -> Any:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(files.config, dtype=dtype).eval()
+        return AutoModelForCausalLM.from_config(files.library_config, dtype=dtype).eval()
 
 
 def load(files: ModelFiles, dtype: torch.dtype = torch.float32) -> tuple[Any, LoadReport]:

@@ -78,7 +78,7 @@ def run_transformers(config: EngineConfig, prompts: list[list[int]]) -> Traces:
     files = config.files
     disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
-        files.folder, config=files.config, dtype=config.dtype, trust_remote_code=files.trust_remote_code
+        files.folder, config=files.library_config, dtype=config.dtype, trust_remote_code=files.trust_remote_code
     )
     model = model.to(config.device).eval()
     traces = Traces()

@@ -28,7 +28,7 @@ def build_transformers(
 ) -> ServedModel:
     """The Transformers path, from a report: build without memory, replace, load, attach."""
     model_class = find_class(files)
-    config = copy.deepcopy(model_config(model_class, files.config))
+    config = copy.deepcopy(model_config(model_class, files.library_config))
     model = build(model_class, config, dtype, "meta")
     targets = model_targets(model, dtype, device)
     targets.update(rewrite(model, report.rewrite, ops, targets, device))

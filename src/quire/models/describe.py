@@ -14,6 +14,7 @@ from typing import Any
 
 from quire.config import ModelOptions
 from quire.errors import ConfigError, ModelError, ModelNotFoundError, UnsupportedModelError
+from quire.models.native_config import read_native
 from quire.quant.checkpoints import Scheme, check_wish, read_scheme
 from quire.quant.format import check_method
 
@@ -35,7 +36,7 @@ SAMPLING_KEYS = (
 class Description:
     """A model as its files describe it."""
 
-    config: Any  # transformers' config object
+    config: Any  # a NativeConfig, or transformers' config object
     raw_config: dict[str, Any]
     architecture: str
     remote_code: bool  # the model runs code of its own, and the user allowed it
@@ -50,14 +51,24 @@ def describe(folder: Path, name: str, options: ModelOptions) -> Description:
     raw = _overlaid(read_json(path), options.hf_overrides)
     scheme = check_quantization(folder, name, raw, options)
     remote = runs_remote_code(raw, name, options)
-    modern = modernized({key: value for key, value in raw.items() if key not in QUANTIZATION_KEYS})
+    config: Any = read_native(_modern(raw)) or library_config(folder, name, raw, remote)
+    config.name_or_path = str(folder)
+    return Description(config, raw, str(config.architectures[0]), remote, scheme)
+
+
+def library_config(folder: Path, name: str, raw: Mapping[str, Any], remote: bool) -> Any:
+    """transformers' config object of a config.json, read with overrides. Raises UnsupportedModelError or ModelError."""
+    modern = _modern(raw)
     if not remote and "model_type" not in modern:
         modern["model_type"] = _model_type_of(modern, name)
     config = _config_object(folder, name, modern, remote)
-    architecture = _architecture(modern, config, name)
-    config.architectures = [architecture]
+    config.architectures = [_architecture(modern, config, name)]
     config.name_or_path = str(folder)
-    return Description(config, raw, architecture, remote, scheme)
+    return config
+
+
+def _modern(raw: Mapping[str, Any]) -> dict[str, Any]:
+    return modernized({key: value for key, value in raw.items() if key not in QUANTIZATION_KEYS})
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from quire.kernels.table import ops_of
 from quire.layers.spec import ModelLayout
 from quire.models.headers import weight_headers
 from quire.models.hub import ModelFiles
+from quire.models.native import native_shapes
+from quire.models.native_config import NativeConfig
 from quire.quant.checkpoints import stored_bytes
 from quire.quant.format import ROUTERS, format_of, head_format
 
@@ -86,6 +88,8 @@ def weight_shapes(files: ModelFiles) -> dict[str, tuple[int, ...]]:
         return {name: header.shape for name, header in weight_headers(files).items()}
     if files.weight_format == "pt":
         return {}
+    if isinstance(files.config, NativeConfig):
+        return native_shapes(files)
     # Imported here: transformers takes seconds, and only a model without weight files needs it at this point.
     from transformers import AutoModelForCausalLM
 

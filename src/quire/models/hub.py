@@ -13,8 +13,16 @@ from typing import Any, Literal
 
 from quire.config import ModelOptions
 from quire.errors import CheckpointError, ModelNotFoundError
-from quire.models.describe import describe, read_generation_config, sampling_defaults, stop_token_ids, tokenizer_limit
+from quire.models.describe import (
+    describe,
+    library_config,
+    read_generation_config,
+    sampling_defaults,
+    stop_token_ids,
+    tokenizer_limit,
+)
 from quire.models.headers import WeightHeader, read_index
+from quire.models.native_config import NativeConfig
 from quire.models.remote import fetch, fetch_headers, nearest_folder, repository_files
 from quire.quant.checkpoints import Scheme
 from quire.quant.format import KEEP_HEAD
@@ -35,7 +43,7 @@ class ModelFiles:
 
     name: str  # what the user asked for
     folder: Path  # where config.json lies
-    config: Any  # transformers' config object of the whole model
+    config: Any  # of the whole model: a NativeConfig, or transformers' config object
     raw_config: dict[str, Any]  # config.json as written, with overrides
     generation_config: dict[str, Any]  # generation_config.json as written; empty when there is none
     sampling_defaults: dict[str, float | int]  # what a request gets that does not say
@@ -65,6 +73,13 @@ class ModelFiles:
     def text_config(self) -> Any:
         """The part of the config that describes the language model."""
         return self.config.get_text_config()
+
+    @property
+    def library_config(self) -> Any:
+        """transformers' config object of the whole model, for transformers' own code. Importing it may take seconds."""
+        if not isinstance(self.config, NativeConfig):
+            return self.config
+        return library_config(self.folder, self.name, self.raw_config, self.remote_code)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,28 +8,29 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Container
+from collections.abc import Container
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from quire.errors import UnsupportedModelError
+from quire.kernels import reference
 from quire.kernels.programs import Opaque, without_step
-from quire.kernels.table import Ops
+from quire.kernels.table import Ops, ops_of
 from quire.layers.batch import Batch
 from quire.layers.embedding import Embedding
 from quire.layers.linear import Linear
 from quire.layers.mlp import GatedMLP
 from quire.layers.moe import Experts, route
 from quire.layers.norm import RMSNorm
-from quire.layers.rope import Frequencies, Rotary
+from quire.layers.rope import Rotary
 from quire.layers.spec import LayerSpec, ModelLayout
 from quire.layers.target import Target
 from quire.models.checkpoint import Checkpoint, stream_weights
+from quire.models.frequencies import LENGTH_ROPES, frequencies_of, rope_type
 from quire.models.hub import ModelFiles
 from quire.models.load import LEFTOVERS, LoadReport, LoadRules, dummy_weights, load_into
 from quire.quant.format import full_ops, head_ops
@@ -45,7 +46,6 @@ ACTIVATIONS = {
     "relu": "relu",
     "relu2": "relu2",
 }
-LENGTH_ROPES = ("dynamic", "longrope")  # frequencies depend on how long a sequence is
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ class Shape:
 
 
 def shape_of(architecture: str, config: Any) -> Shape:
-    """The decoder's shape from a transformers config. Raises UnsupportedModelError for what it cannot compute."""
+    """The decoder's shape from a config. Raises UnsupportedModelError for what it cannot compute."""
     family = FAMILIES[architecture]
     layers = config.num_hidden_layers
     if config.hidden_act not in ACTIVATIONS:
@@ -179,36 +179,13 @@ def native_layout(architecture: str, config: Any) -> ModelLayout:
     )
 
 
-# ---------------------------------------------------------------- rotary frequencies
-
-
-def rope_type(config: Any) -> str:
-    """default, linear, dynamic, yarn, longrope or llama3."""
-    return str((config.rope_parameters or {}).get("rope_type") or "default")
-
-
-def frequencies_of(config: Any, head_dim: int) -> Frequencies:
-    """The rotary frequencies of a config, by the library's own functions."""
-    kind = rope_type(config)
-    if kind == "default":
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-        return Frequencies(1.0 / (config.rope_parameters["rope_theta"] ** exponents))
-    if kind not in ROPE_INIT_FUNCTIONS:
-        raise UnsupportedModelError(
-            f"The rope type {kind!r} is unknown; known are default, {', '.join(sorted(ROPE_INIT_FUNCTIONS))}. "
-            "Correct rope_parameters with --hf-overrides."
-        )
-    compute: Callable[..., tuple[torch.Tensor, float]] = ROPE_INIT_FUNCTIONS[kind]
-    inverse, scaling = compute(config, torch.device("cpu"))
-    if kind not in LENGTH_ROPES:
-        return Frequencies(inverse, scaling)
-    original = config.rope_parameters.get("original_max_position_embeddings") or config.max_position_embeddings
-    threshold = original if kind == "longrope" else config.max_position_embeddings
-    return Frequencies(inverse, scaling, threshold, partial(_beyond, compute, config))
-
-
-def _beyond(compute: Callable[..., tuple[torch.Tensor, float]], config: Any, length: int) -> torch.Tensor:
-    return compute(config, torch.device("cpu"), seq_len=length)[0]
+def native_shapes(files: ModelFiles) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every weight that the config asks for, without memory for any."""
+    decoder = NativeDecoder(files, torch.bfloat16, torch.device("meta"), ops_of(reference))
+    shapes = {name: target.shape for name, target in decoder.targets().items()}
+    if decoder.shape.tied:
+        del shapes["lm_head.weight"]
+    return shapes
 
 
 # ---------------------------------------------------------------- the decoder

@@ -22,10 +22,11 @@ from quire.layers.rope import Rotary
 from quire.layers.spec import ModelLayout
 from quire.layers.target import Target
 from quire.models.checkpoint import Checkpoint
+from quire.models.frequencies import frequencies_of
 from quire.models.headers import weight_headers
 from quire.models.hub import ModelFiles
 from quire.models.load import LoadRules, load_into
-from quire.models.native import FAMILIES, Layer, frequencies_of, native_layout, shape_of
+from quire.models.native import FAMILIES, Layer, native_layout, shape_of
 from quire.models.served import ServedModel
 
 

@@ -46,8 +46,9 @@ logger = logging.getLogger(__name__)
 def probe(files: ModelFiles, dtype: torch.dtype | None = None) -> ProbeReport:
     """The report for these files: remembered, or made now. Raises UnsupportedModelError when nothing runs the model."""
     model_class = find_class(files)
-    dtype = dtype or getattr(files.text_config, "dtype", None) or torch.float32
-    config = model_config(model_class, files.config)
+    whole = files.library_config
+    dtype = dtype or getattr(whole.get_text_config(), "dtype", None) or torch.float32
+    config = model_config(model_class, whole)
     path = cache_folder() / "probes" / f"{report_key(model_class, config, dtype)}.json"
     report = _remembered(path)
     if report is None:
