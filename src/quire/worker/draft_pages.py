@@ -1,23 +1,25 @@
 """DraftPages: keys and values of a drafter's own layers, and the steps that it computes with them.
 
-They lie in tensors of their own under the page numbers of the served model: what the scheduler gives a request holds both.
-Positions beyond the granted pages use a few pages that belong to the row, and are computed again.
+They lie in tensors of their own under the page numbers of the served model: what the scheduler gives a request holds both,
+and what it has copied is copied in both. A page may have been filled while nobody drafted: which ones hold the drafter's
+keys is remembered. Positions beyond the granted pages use a few pages that belong to the row, and are computed again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from quire.core.plan import GroupSpec
+from quire.core.plan import GroupSpec, PageCopy, PageGrant
 from quire.kernels.table import Ops
 from quire.layers.batch import Batch, GroupInputs
 from quire.layers.spec import ModelLayout
 from quire.worker.device import Device
 from quire.worker.kvstore import KVStore
-from quire.worker.slots import Slots
+from quire.worker.slots import Slots, table_width
 
 
 class DraftPages:
@@ -36,7 +38,38 @@ class DraftPages:
         self.groups = 1 + max(layer.group for layer in layout.layers)
         self.num_pages = shared.num_pages + self._own * slots.num_slots
         pages = GroupSpec("full", self.size, self.num_pages)
-        self.caches: list[Any] = KVStore(layout, [pages] * self.groups, dtype, ops, device).caches
+        self._store = KVStore(layout, [pages] * self.groups, dtype, ops, device)
+        self.caches: list[Any] = self._store.caches
+        self._held = np.zeros((slots.num_slots, table_width(shared, slots.width)), dtype=np.int64)  # of the rows
+        self._filled = np.zeros(shared.num_pages, dtype=bool)  # pages with keys wherever the served model has some
+
+    def begin(self, grants: Sequence[PageGrant], copies: Sequence[PageCopy]) -> None:
+        """Follow what a plan does with pages, before its step is computed."""
+        for item in grants:
+            if item.group == self._group:
+                self._held[item.slot, item.index : item.index + len(item.pages)] = item.pages
+        mine = [item for item in copies if item.group == self._group]
+        if mine:
+            self._store.copy(
+                [PageCopy(group, item.source, item.target) for group in range(self.groups) for item in mine]
+            )
+            for item in mine:
+                self._filled[item.target] = self._filled[item.source]
+
+    def note(self, slots: np.ndarray, starts: np.ndarray, counts: np.ndarray, computed: bool) -> None:
+        """Rows have moved on by the positions [start, start + count), int64 [R] each, which the drafter
+        `computed` or not."""
+        first, last = starts // self.size, (starts + counts - 1) // self.size
+        if computed:
+            first = -(-starts // self.size)  # a page begun earlier stays as it was
+            slots, first, last = slots[first <= last], first[first <= last], last[first <= last]
+        self._filled[self._held[slots, first]] = computed
+        for row in np.flatnonzero(first < last).tolist():
+            self._filled[self._held[slots[row], first[row] : last[row] + 1]] = computed
+
+    def filled(self, slot: int, end: int) -> bool:
+        """Whether the pages of a row hold the drafter's keys of all positions before `end`."""
+        return bool(self._filled[self._held[slot, : -(-end // self.size)]].all())
 
     def granted(self, slots: np.ndarray) -> np.ndarray:
         """int64 [R]: positions for which the rows have pages of the scheduler's."""

@@ -1,6 +1,7 @@
 """Drafters that go on from the served model's own last hidden states: Medusa heads, and a further layer (EAGLE, MTP).
 
-They see every step of a row from its first one; a row that was left alone for a while is not drafted for any more.
+They see every step of a row from its first one; a row that was left alone for a while is not drafted for any more, nor is
+one that shares its pages.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from quire.worker.draft_pages import DraftPages
 from quire.worker.drafter import History, Seen
 from quire.worker.sampler import Sampler
 from quire.worker.slots import Slots
+
+NEW, ALONE = -1, -2
 
 
 class MedusaDrafter:
@@ -80,20 +83,24 @@ class NextLayerDrafter:
         self._count = count
         self._longest = min(longest, slots.width - 1)
         self._device = device
-        self._pages = DraftPages(layer.layout, slots, count, cache_dtype, ops, device)
+        self.pages = DraftPages(layer.layout, slots, count, cache_dtype, ops, device)
         rows = slots.num_slots
-        self._ends = np.full(rows, -1, dtype=np.int64)  # positions whose keys and values are there; -1 before the first
+        # Positions whose keys and values are there; NEW before the first step, ALONE where it cannot be caught up with.
+        self._ends = np.full(rows, NEW, dtype=np.int64)
         self._states = torch.zeros(rows, layer.layout.hidden_size, dtype=dtype, device=device.torch_device)
         self._scored = torch.zeros_like(self._states)
 
     def admit(self, slot: int) -> None:
-        """What the new request's shared pages hold was computed with the same tokens."""
-        self._ends[slot] = -1
+        """The new request goes on from its shared pages, if they hold the layer's keys."""
+        self._ends[slot] = NEW
 
     def follow(self, seen: Seen) -> None:
         """Compute the layer at the positions of the step, for rows that were never left alone."""
-        ends = self._ends[seen.slots]
-        rows = np.flatnonzero(((ends < 0) | (seen.starts <= ends)) & (seen.counts > 0))
+        whole = self._whole(seen)
+        if not whole.all():
+            self._ends[seen.slots[~whole]] = ALONE
+            self.pages.note(seen.slots[~whole], seen.starts[~whole], seen.counts[~whole], computed=False)
+        rows = np.flatnonzero(whole & (seen.counts > 0))
         if not rows.size:
             return
         slots, begins, counts = seen.slots[rows], seen.starts[rows], seen.counts[rows]
@@ -102,14 +109,23 @@ class NextLayerDrafter:
         positions = offsets + np.repeat(begins, counts)
         tokens = self._history.tokens[np.repeat(slots, counts), positions + 1].astype(np.int64)
         hidden = seen.hidden.index_select(0, self._send(offsets + np.repeat(seen.firsts[rows], counts)))
-        tables = self._pages.tables(slots, int((begins + counts).max()))
+        tables = self.pages.tables(slots, int((begins + counts).max()))
         last = starts[1:] - 1
-        batch = self._pages.batch(slots, tables, self._send(tokens), positions, starts, begins + counts, last)
+        batch = self.pages.batch(slots, tables, self._send(tokens), positions, starts, begins + counts, last)
         guessed = self._layer.forward(batch, hidden)
         where = self._send(slots)
         self._states.index_copy_(0, where, guessed.states.index_select(0, batch.logit_rows))
         self._scored.index_copy_(0, where, guessed.scored.index_select(0, batch.logit_rows))
         self._ends[slots] = begins + counts
+        self.pages.note(slots, begins, counts, computed=True)
+
+    def _whole(self, seen: Seen) -> np.ndarray:
+        """bool [R]: rows whose keys and values are there up to where the step began."""
+        ends = self._ends[seen.slots]
+        whole = (seen.starts <= ends) | ((seen.starts == 0) & (ends == NEW))
+        for row in np.flatnonzero((ends == NEW) & (seen.starts > 0)).tolist():
+            whole[row] = self.pages.filled(int(seen.slots[row]), int(seen.starts[row]))
+        return whole
 
     def propose(self, slots: np.ndarray) -> list[tuple[int, ...]]:
         """Guesses for the rows that were followed up to here, none at the end of the context."""
@@ -125,7 +141,7 @@ class NextLayerDrafter:
         """int64 [R, count]."""
         lengths = self._history.lengths[slots]
         rows = self._send(slots)
-        tables = self._pages.tables(slots, int(lengths.max()) + self._count)
+        tables = self.pages.tables(slots, int(lengths.max()) + self._count)
         states, scored = self._states.index_select(0, rows), self._scored.index_select(0, rows)
         starts, wanted = np.arange(len(slots) + 1), np.arange(len(slots))
         guesses = []
@@ -137,7 +153,7 @@ class NextLayerDrafter:
             )
             guesses.append(tokens)
             if ahead + 1 < self._count:
-                batch = self._pages.batch(slots, tables, tokens, ends - 1, starts, ends, wanted)
+                batch = self.pages.batch(slots, tables, tokens, ends - 1, starts, ends, wanted)
                 guessed = self._layer.forward(batch, states)
                 states, scored = guessed.states, guessed.scored
         return self._device.to_host(torch.stack(guesses, dim=1)).numpy()

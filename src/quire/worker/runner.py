@@ -58,6 +58,8 @@ class Runner:
         self._slots.grant(plan.grants)
         if plan.copies:
             self._store.copy(plan.copies)
+        if self._speculator is not None:
+            self._speculator.begin(plan)
         results = self._compute(plan.spans)
         if self._speculator is not None:
             results = self._speculator.propose(plan.spans, results, began)

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from quire.core.params import SamplingParams
-from quire.core.plan import Admission, Span, SpanResult
+from quire.core.plan import Admission, Span, SpanResult, StepPlan
 from quire.models.nextlayer import KeepsStates
+from quire.worker.draft_pages import DraftPages
 from quire.worker.drafter import Drafter, History, Seen
 from quire.worker.governor import Governor
 
@@ -24,16 +25,19 @@ logger = logging.getLogger(__name__)
 class Speculator:
     """Keeps the History. Without a governor, drafts are made whether they pay or not.
 
-    `model` is the served model where it keeps the hidden states that the drafter goes on from.
+    `model` is the served model where it keeps the hidden states that the drafter goes on from, `pages` are the drafter's
+    own where their content comes from those states.
     """
 
     def __init__(
-        self, history: History, drafter: Drafter, governor: Governor | None, model: KeepsStates | None = None
-    ) -> None:
+        self, history: History, drafter: Drafter, governor: Governor | None, model: KeepsStates | None = None,
+        pages: DraftPages | None = None,
+    ) -> None:  # fmt: skip
         self._history = history
         self._drafter = drafter
         self._governor = governor
         self._model = model
+        self._pages = pages
         self._able = np.zeros(len(history.lengths), dtype=bool)
         self._ended = 0.0  # when the last step did
         self._steady = 0  # its rows, if all of them were up to date
@@ -45,12 +49,17 @@ class Speculator:
         self._history.admit(new)
         self._drafter.admit(new.slot)
 
+    def begin(self, plan: StepPlan) -> None:
+        """Follow what a plan does with pages, before its step is computed."""
+        if self._pages is not None:
+            self._pages.begin(plan.grants, plan.copies)
+
     def propose(self, spans: Sequence[Span], results: tuple[SpanResult, ...], began: float) -> tuple[SpanResult, ...]:
         """The results with guesses for the next step. `began` is when the step did, by time.perf_counter()."""
         told = self._extend(spans, results)
         governor, found = self._governor, results
-        if self._model is not None and (governor is None or governor.open()):
-            self._follow(spans, results, self._model)
+        if self._model is not None:
+            self._follow(spans, results, self._model, governor is None or governor.open())
         if governor is None or governor.wanted(len(spans)):
             found = self._with_guesses(spans, results, told.able)
         if governor is not None:
@@ -65,15 +74,18 @@ class Speculator:
             governor.note(rows, told.tokens, now - (self._ended if self._steady == rows else began))
         self._ended, self._steady = now, rows if told.up_to_date else 0
 
-    def _follow(self, spans: Sequence[Span], results: tuple[SpanResult, ...], model: KeepsStates) -> None:
+    def _follow(self, spans: Sequence[Span], results: tuple[SpanResult, ...], model: KeepsStates, wanted: bool) -> None:
         """Show the drafter the states of a step, if they are of all its spans: after a failure they are not."""
         hidden, model.hidden = model.hidden, None
-        if hidden is None or len(hidden) != sum(span.count for span in spans):
-            return
-        try:
-            self._drafter.follow(Seen.of(spans, results, hidden))
-        except Exception:
-            logger.exception("no drafts go on from this step")
+        if wanted and hidden is not None and len(hidden) == sum(span.count for span in spans):
+            try:
+                self._drafter.follow(Seen.of(spans, results, hidden))
+                return
+            except Exception:
+                logger.exception("no drafts go on from this step")
+        if self._pages is not None and spans:
+            slots, starts, counts = np.array([span[:3] for span in spans], dtype=np.int64).T
+            self._pages.note(slots, starts, counts, computed=False)
 
     def _extend(self, spans: Sequence[Span], results: tuple[SpanResult, ...]) -> _Told:
         """Add what the step brought to the history."""

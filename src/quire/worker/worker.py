@@ -137,7 +137,9 @@ class Worker:
             return None
         history = History(slots.num_slots, slots.width)
         governor = Governor() if wanted.adaptive else None
-        return Speculator(history, self._drafter(wanted, history, slots, sampler), governor, self._states)
+        drafter = self._drafter(wanted, history, slots, sampler)
+        pages = drafter.pages if isinstance(drafter, NextLayerDrafter) else None
+        return Speculator(history, drafter, governor, self._states, pages)
 
     def _drafter(self, wanted: Speculation, history: History, slots: Slots, sampler: Sampler) -> Drafter:
         setup, draft, device = self._setup, self._draft, self._device
