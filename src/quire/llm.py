@@ -18,13 +18,14 @@ from tqdm.auto import tqdm
 
 from quire.config import EngineOptions
 from quire.core.params import RequestOutputKind, SamplingParams
+from quire.engine.beam_requests import best_tokens, scoring, search_of
 from quire.engine.beams import BeamSearch, BeamSearchOutput, BeamSearchParams
 from quire.engine.engine import Engine, Prepared
 from quire.engine.metrics import Metrics
 from quire.engine.outputs import RequestOutput
 from quire.engine.prompts import Prompt, ReadPrompt
 from quire.engine.reader import Counter, Gauge, Histogram, read_metrics
-from quire.errors import ConfigError, RequestFailedError, ValidationError
+from quire.errors import ConfigError, ValidationError
 from quire.text.chat import ChatOptions, prompt_text, read_template
 from quire.text.speech import ToolWish, speech_of, tool_wish
 from quire.text.tokenizer import Tokenizer
@@ -66,7 +67,6 @@ class LLM:
                 raise ConfigError(f"{name} is {value!r}; this version of quire takes only {allowed}. Leave it out.")
         chosen = EngineOptions.from_flat(values)
         self._engine = Engine.from_options(chosen)
-        self._logprobs_mode = chosen.model.logprobs_mode
         self._ids = count()
         self._metrics: Metrics | None = None
         if not values["disable_log_stats"]:
@@ -145,25 +145,9 @@ class LLM:
         Beams find each other's pages through the prefix cache, so a step computes what lies in the last page. Raises
         ValidationError for a wrong prompt or a width beyond max_logprobs, RequestFailedError if a beam fails.
         """
-        if self._logprobs_mode != "raw_logprobs":
-            raise ConfigError(
-                f"Beams are ranked by raw_logprobs; logprobs_mode is {self._logprobs_mode}. Leave it out."
-            )
-        ends = frozenset() if params.ignore_eos else frozenset(self._engine.settings.eos_token_ids)
-        wanted, most = params.beam_width + len(ends), self._engine.settings.max_logprobs
-        if 0 <= most < wanted:
-            raise ValidationError(
-                f"A beam_width of {params.beam_width} takes the {wanted} likeliest tokens of each beam, and max_logprobs "
-                f"is {most}; make the LLM with max_logprobs={wanted}",
-                "beam_width",
-            )
-        score = SamplingParams(max_tokens=1, temperature=0.0, logprobs=wanted, ignore_eos=True, detokenize=False)
-        firsts = self._prepare(_listed(prompts), score, None, special=True)
-        room = self._engine.settings.max_model_len
-        searches = [
-            BeamSearch(one.prompt.token_ids, params, ends, min(params.max_tokens, room - len(one.prompt.token_ids)))
-            for one in firsts
-        ]
+        settings = self._engine.settings
+        firsts = self._prepare(_listed(prompts), scoring(params, settings), None, special=True)
+        searches = [search_of(first, params, settings) for first in firsts]
         bar = _Bar(len(searches), use_tqdm)
         try:
             self._search(searches, firsts, concurrency_limit or len(searches), bar)
@@ -193,7 +177,7 @@ class LLM:
             ]
             outputs = iter(self._run(requests, False))
             for search, _ in active:
-                search.advance([_best_tokens(next(outputs)) for _ in search.running])
+                search.advance([best_tokens(next(outputs)) for _ in search.running])
             still = [(search, first) for search, first in active if search.running]
             bar.ended(len(active) - len(still))
             active = still
@@ -305,14 +289,6 @@ def _listed(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     if prompts and isinstance(prompts[0], int):
         return [prompts]  # type: ignore[list-item]
     return prompts  # type: ignore[return-value]
-
-
-def _best_tokens(output: RequestOutput) -> dict[int, float]:
-    """Log-probabilities of the likeliest tokens behind a beam."""
-    completion = output.outputs[0]
-    if completion.error is not None or not completion.logprobs:
-        raise RequestFailedError(f"A beam could not go on: {completion.error or completion.finish_reason}")
-    return {token: entry.logprob for token, entry in (completion.logprobs[0] or {}).items()}
 
 
 def _whole(params: SamplingParams) -> SamplingParams:

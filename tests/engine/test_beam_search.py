@@ -14,7 +14,7 @@ import torch
 import quire
 from quire import LLM, BeamSearchParams
 from quire.engine.beams import BeamSearch
-from quire.errors import ConfigError, ValidationError
+from quire.errors import ValidationError
 
 BUNDLED = Path(quire.__file__).parent / "bundled" / "model"
 SETTINGS = {"device": "cpu", "threads": 1, "kv_cache_memory_bytes": 1 << 26, "max_model_len": 128, "max_num_seqs": 16}
@@ -165,9 +165,12 @@ def test_wishes_that_cannot_be_met(llm: LLM):
         BeamSearchParams(beam_width=0, max_tokens=2)
     with pytest.raises(ValidationError, match="early_stopping"):
         BeamSearchParams(beam_width=2, max_tokens=2, early_stopping="soon")
-    llm._logprobs_mode = "raw_logits"
+    with pytest.raises(ValidationError, match="structured_outputs"):
+        BeamSearchParams(beam_width=2, max_tokens=2, structured_outputs={"json_object": True})
+    settings = llm._engine.settings
+    llm._engine.settings = type(settings)(**{**fields_of(settings), "logprobs_mode": "raw_logits"})
     try:
-        with pytest.raises(ConfigError, match="raw_logprobs"):
+        with pytest.raises(ValidationError, match="raw_logprobs"):
             llm.beam_search("a", BeamSearchParams(beam_width=2, max_tokens=2))
     finally:
-        llm._logprobs_mode = "raw_logprobs"
+        llm._engine.settings = settings

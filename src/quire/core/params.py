@@ -41,9 +41,10 @@ _Params = TypeVar("_Params")
 # Fields of other engines that quire does not have: the values that ask for nothing, and what to do instead.
 _ELSEWHERE: dict[str, tuple[tuple[object, ...], str]] = {
     "best_of": ((None, 1), "Ask for n and choose by cumulative_logprob."),
-    "use_beam_search": ((None, False), "LLM.beam_search searches with beams."),
+    "use_beam_search": ((None, False), "LLM.beam_search searches with beams, and so do the HTTP routes."),
     "length_penalty": ((None, 1, 1.0), "It belongs to BeamSearchParams."),
     "early_stopping": ((None, False), "It belongs to BeamSearchParams."),
+    "structured_outputs": ((None,), "Beams cannot be held to a form."),
     "logits_processors": ((None, [], ()), "Processors are plugins of the engine; requests reach them by extra_args."),
     "guided_decoding": ((None,), "Use structured_outputs."),
     "truncate_prompt_tokens": ((None,), "Cut the prompt before it is given, or use the field of the HTTP routes."),
@@ -61,7 +62,7 @@ class RequestOutputKind(enum.IntEnum):
     FINAL_ONLY = 2
 
 
-def _suggesting(cls: type[_Params]) -> type[_Params]:
+def suggesting(cls: type[_Params]) -> type[_Params]:
     """Turn an unknown keyword of a dataclass into a ValidationError that names the nearest known one."""
     made = cls.__init__
     known = [item.name for item in dataclasses.fields(cls)]  # type: ignore[arg-type]
@@ -84,10 +85,10 @@ def _suggesting(cls: type[_Params]) -> type[_Params]:
     return cls
 
 
-_suggesting(StructuredOutputsParams)
+suggesting(StructuredOutputsParams)
 
 
-@_suggesting
+@suggesting
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RepetitionDetection:
     """End a request whose last tokens are one pattern, min_pattern_size to max_pattern_size long, min_count times."""
@@ -112,7 +113,7 @@ class ThinkingMarks:
     implied: bool = False
 
 
-@_suggesting
+@suggesting
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How to choose tokens and when to stop.
@@ -392,7 +393,7 @@ class SamplingParams:
                 )
 
 
-@_suggesting
+@suggesting
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolingParams:
     """What vector to make of a prompt. `dimensions` cuts it; `use_activation` None means the model's habit."""

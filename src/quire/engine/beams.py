@@ -10,9 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from quire.core.checks import finite_number, token_ids
+from quire.core.params import suggesting
 from quire.errors import ValidationError
 
 
+@suggesting
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BeamSearchParams:
     """How to search. Results are ranked by cumulative log-probability / (generated tokens ** length_penalty).
@@ -25,6 +28,7 @@ class BeamSearchParams:
     beam_width: int
     max_tokens: int
     ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()  # that end a sequence, beside the model's own
     temperature: float = 0.0
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
@@ -37,6 +41,8 @@ class BeamSearchParams:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValidationError(f"{name} must be a whole number of at least 1, found {value!r}", name)
+        finite_number("length_penalty", self.length_penalty, -100.0, 100.0)
+        object.__setattr__(self, "stop_token_ids", token_ids("stop_token_ids", self.stop_token_ids))
         if self.early_stopping not in (True, False, "never"):
             raise ValidationError('early_stopping must be true, false or "never"', "early_stopping")
 

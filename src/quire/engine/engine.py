@@ -45,6 +45,7 @@ class EngineSettings:
     vocab_size: int
     eos_token_ids: tuple[int, ...] = ()  # the tokenizer's own first, then those of the generation config
     max_logprobs: int = 20
+    logprobs_mode: str = "raw_logprobs"
     seed: int = 0
     default_params: SamplingParams = field(default_factory=SamplingParams)  # for requests that bring none
     max_num_queued_reqs: int | None = None

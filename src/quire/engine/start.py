@@ -160,6 +160,7 @@ def engine_settings(config: EngineConfig, layout: ModelLayout, tokenizer: Tokeni
         vocab_size=layout.vocab_size,
         eos_token_ids=end_tokens(config, tokenizer),
         max_logprobs=options.model.max_logprobs,
+        logprobs_mode=options.model.logprobs_mode,
         seed=options.model.seed,
         default_params=default_params(config.files.sampling_defaults),
         max_num_queued_reqs=options.schedule.max_num_queued_reqs,

@@ -21,6 +21,7 @@ from quire.serve.protocol import CompletionRequest
 from quire.serve.service import LONG_TEXT, NOBODY, Job, Service, new_id
 from quire.serve.sse import event, json_response, stream, until_left
 from quire.serve.usage import Usage
+from quire.text.infill import infill_prompt
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -121,6 +122,8 @@ class _Answer:
     async def _job(self, prompt: str | list[int], special: bool, in_thread: bool) -> Job:
         room = max(self.body.output_tokens, 1)
         if isinstance(prompt, str):
+            if self.body.suffix:
+                prompt = infill_prompt(self.service.tokenizer, prompt, self.body.suffix)
             return await self.service.encode(prompt, self.body, special, room, in_thread)
         return self.service.job_of_ids(prompt, self.body, room)
 

@@ -11,19 +11,40 @@ from typing import Any
 from quire.core.structured import StructuredOutputsParams
 from quire.errors import ValidationError
 
+# Older names of the fields of structured_outputs, each a field of the body itself.
+GUIDED = {
+    "guided_json": "json",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
+    "guided_json_object": "json_object",
+    "guided_whitespace_pattern": "whitespace_pattern",
+}
+
 
 def wished_form(
-    response_format: Mapping[str, Any] | None, structured_outputs: Mapping[str, Any] | None
+    response_format: Mapping[str, Any] | None,
+    structured_outputs: Mapping[str, Any] | None,
+    others: Mapping[str, Any],
 ) -> StructuredOutputsParams | None:
-    """What the two fields ask for together; None for plain text. Raises ValidationError."""
+    """What the two fields ask for, or the older ones among the `others`; None for plain text. Raises ValidationError."""
     form = _of_response_format(response_format) if response_format is not None else None
-    if structured_outputs is None:
+    guided = {GUIDED[name]: value for name, value in others.items() if name in GUIDED and value is not None}
+    if guided and structured_outputs is not None:
+        raise ValidationError(f"structured_outputs and {_older(others)} exclude each other.", "structured_outputs")
+    wished = guided or structured_outputs
+    if wished is None:
         return form
     if form is not None:
-        raise ValidationError("response_format and structured_outputs exclude each other.", "structured_outputs")
-    if "after" in structured_outputs:
+        field = _older(others) if guided else "structured_outputs"
+        raise ValidationError(f"response_format and {field} exclude each other.", field)
+    if "after" in wished:
         raise ValidationError("structured_outputs has no field 'after'.", "structured_outputs")
-    return StructuredOutputsParams(**{name: value for name, value in structured_outputs.items() if value is not None})
+    return StructuredOutputsParams(**{name: value for name, value in wished.items() if value is not None})
+
+
+def _older(others: Mapping[str, Any]) -> str:
+    return next(name for name in GUIDED if others.get(name) is not None)
 
 
 def _of_response_format(given: Mapping[str, Any]) -> StructuredOutputsParams | None:

@@ -73,11 +73,12 @@ def _named(entry: Mapping[int, Logprob], most: int | None, names: TokenNames) ->
 
 
 def chat_logprobs(
-    token_ids: Sequence[int], entries: Sequence[Mapping[int, Logprob]], most: int, names: TokenNames
+    token_ids: Sequence[int], entries: Sequence[Mapping[int, Logprob] | None], most: int, names: TokenNames
 ) -> dict[str, list[dict[str, Any]]]:
     """The `logprobs` of a chat choice."""
     content = []
     for token, entry in zip(token_ids, entries, strict=True):
+        assert entry is not None, "every token of an output has its log-probabilities"
         top = list(entry.items()) if most == -1 else list(entry.items())[:most]
         content.append(
             _chat_token(token, entry[token], names)

@@ -1,25 +1,22 @@
 """The bodies that clients send: their fields, bounds and defaults, and what becomes of them in the engine.
 
-A field that is known here and cannot be honoured is refused, never ignored; an unknown one is ignored, and logged when it
-looks like a misspelling. Knows no engine and no HTTP.
+Knows no engine and no HTTP. Fields that are declared nowhere here are in fields.py.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
-import logging
-from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from quire.core.params import RequestOutputKind, SamplingParams
+from quire.engine.beam_requests import beam_params
+from quire.engine.beams import BeamSearchParams
 from quire.errors import ValidationError
+from quire.serve.fields import ApiRequest
 from quire.serve.forms import wished_form
-
-logger = logging.getLogger(__name__)
 
 MOST_PROMPTS = 1024
 MOST_COMPLETIONS = 16384  # prompts times n, in one request
@@ -46,65 +43,6 @@ Penalty = Annotated[float, Field(ge=1e-4, le=1e4)]  # beyond, float32 logits tur
 XArg = str | int | float | bool
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 
-# What quire knows and cannot do yet, with the values that ask for nothing.
-_REFUSED: dict[str, tuple[object, ...]] = {
-    "suffix": (None, ""),
-    "prompt_embeds": (None,),
-    "best_of": (None, 1),
-    "use_beam_search": (None, False),
-    "length_penalty": (None, 1, 1.0),
-    "structural_tag": (None,),
-    "guided_json": (None,),
-    "guided_regex": (None,),
-    "guided_choice": (None,),
-    "guided_grammar": (None,),
-    "grammar": (None,),
-    "kv_transfer_params": (None,),
-    "ec_transfer_params": (None,),
-    "logits_processors": (None, []),
-    "watermarking": (None, False),
-    "mm_processor_kwargs": (None, {}),
-    "media_io_kwargs": (None, {}),
-    "audio": (None,),
-    "modalities": (None, ["text"]),
-    "web_search_options": (None,),
-    "functions": (None, []),
-    "function_call": (None, "none"),
-}
-# Known, and without any effect on the answer: notes for the operator, or wishes about speed and billing.
-_NO_EFFECT = frozenset(
-    (
-        "user",
-        "metadata",
-        "store",
-        "service_tier",
-        "safety_identifier",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-        "prediction",
-        "parallel_tool_calls",
-        "session_id",
-        "verbosity",
-    )
-)
-
-
-class ApiRequest(BaseModel):
-    """A JSON body. Fields that are not declared stay in `model_extra`."""
-
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
-
-    model: str | None = None
-
-    def check_extra(self) -> None:
-        """Refuse what is known and cannot be done; log what looks like a misspelt field."""
-        for name, value in (self.model_extra or {}).items():
-            if name in _REFUSED:
-                if value not in _REFUSED[name]:
-                    raise ValidationError(f"The field {name} is not supported yet by this server. Leave it out.", name)
-            elif name not in _NO_EFFECT:
-                _note_unknown(type(self), name[:64])
-
 
 class StreamOptions(BaseModel):
     """What a stream carries besides text."""
@@ -117,6 +55,9 @@ class GenerationRequest(ApiRequest):
     """The fields that completions and chat completions share."""
 
     n: Int32 | None = None
+    use_beam_search: bool | None = None  # with n beams
+    length_penalty: float | None = None
+    early_stopping: bool | Literal["never"] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: float | None = None
@@ -173,9 +114,26 @@ class GenerationRequest(ApiRequest):
             raise ValidationError("truncate_prompt_tokens must be -1 or at least 1.", "truncate_prompt_tokens")
         if self.logprob_token_ids and not self.logprobs and self.logprobs != 0:
             raise ValidationError("logprob_token_ids needs logprobs.", "logprob_token_ids")
+        self._check_beams()
         self._check_stop()
         self._check_salt()
         self._check_lists()
+
+    def _check_beams(self) -> None:
+        if self.use_beam_search and self.stream:
+            raise ValidationError(
+                "A beam search cannot be streamed: which continuation is the best is known at its end.", "stream"
+            )
+        for name, nothing in (("length_penalty", 1.0), ("early_stopping", False)):
+            if not self.use_beam_search and getattr(self, name) not in (None, nothing):
+                raise ValidationError(f"{name} needs use_beam_search.", name)
+
+    def beams(self, params: SamplingParams, room: int) -> BeamSearchParams | None:
+        """The beam search that is asked for, if any; `room`: tokens of the model's context. Raises ValidationError."""
+        if not self.use_beam_search:
+            return None
+        penalty = 1.0 if self.length_penalty is None else self.length_penalty
+        return beam_params(params, penalty, self.early_stopping or False, room)
 
     def _check_stop(self) -> None:
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -221,14 +179,15 @@ class GenerationRequest(ApiRequest):
         """What the engine is asked for. Fields that were not given come from `defaults`, the model's own settings."""
         given = {name: getattr(self, name) for name in _PASSED_ON if getattr(self, name) is not None}
         chosen = {name: getattr(defaults, name) for name in _DEFAULTED} | given
+        if self.use_beam_search:  # nothing is drawn, so no temperature counts, and no setting of the model's
+            chosen = given | {"temperature": 1.0}
         return SamplingParams(
             **chosen,
             max_tokens=max_tokens,
             logprobs=None if self.logprob_token_ids else logprobs,
             extra_args=self.vllm_xargs,
             prompt_logprobs=prompt_logprobs,
-            logit_bias=_biases(self.logit_bias or {}),
-            structured_outputs=wished_form(self.response_format, self.structured_outputs),
+            structured_outputs=wished_form(self.response_format, self.structured_outputs, self.model_extra or {}),
             output_kind=RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY,
         )
 
@@ -246,6 +205,7 @@ _PASSED_ON = (
     "skip_special_tokens",
     "spaces_between_special_tokens",
     "include_stop_str_in_output",
+    "logit_bias",
     "allowed_token_ids",
     "bad_words",
     "repetition_detection",
@@ -259,6 +219,7 @@ class CompletionRequest(GenerationRequest):
     """POST /v1/completions. `prompt`: a string, token ids, or a list of either."""
 
     prompt: Any = None
+    suffix: str | None = None  # the output stands between prompt and suffix
     logprobs: Int32 | None = None
     add_special_tokens: bool | None = None
 
@@ -281,7 +242,12 @@ class CompletionRequest(GenerationRequest):
             raise ValidationError(
                 f"A request may hold {MOST_PROMPTS} prompts, and {MOST_COMPLETIONS} completions in all.", "prompt"
             )
-        if any(prompt == "" for prompt in found):
+        if self.suffix:
+            if self.echo:
+                raise ValidationError("echo and suffix exclude each other.", "suffix")
+            if not all(isinstance(prompt, str) for prompt in found):
+                raise ValidationError("suffix needs a prompt that is text.", "suffix")
+        elif any(prompt == "" for prompt in found):
             raise ValidationError("A prompt is empty. Give at least one character or token.", "prompt")
         return found
 
@@ -427,21 +393,3 @@ def _prompt_list(prompt: object) -> list[str | list[int]]:
 
 def _are_ids(items: list[object]) -> bool:
     return all(type(item) is int for item in items)
-
-
-def _biases(given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
-    """logit_bias with its keys as token ids."""
-    try:
-        return tuple((int(token), bias) for token, bias in given.items())
-    except ValueError as error:
-        raise ValidationError("logit_bias must have token ids as its keys.", "logit_bias") from error
-
-
-@lru_cache(maxsize=1024)  # each misspelling is logged once, and a flood of them stays cheap
-def _note_unknown(body: type[ApiRequest], name: str) -> None:
-    known: Iterable[str] = [*body.model_fields, *_REFUSED, *_NO_EFFECT]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
-    if near:
-        logger.warning("a request has the unknown field %r, which is ignored; was %r meant?", name, near[0])
-    else:
-        logger.debug("a request has the unknown field %r, which is ignored", name)

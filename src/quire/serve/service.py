@@ -22,6 +22,8 @@ from quire.config import ServeOptions
 from quire.core.params import SamplingParams
 from quire.engine.admission import LATE
 from quire.engine.async_engine import AsyncEngine
+from quire.engine.beam_requests import Wishes, beam_output
+from quire.engine.beams import BeamSearchParams
 from quire.engine.outputs import RequestOutput
 from quire.engine.prompts import TextPrompt, TokensPrompt
 from quire.engine.suspects import QUARANTINED
@@ -77,16 +79,6 @@ class Job:
 
     prompt: TextPrompt | TokensPrompt
     tokens: int | None  # None when the engine counts them
-
-
-@dataclass(frozen=True, slots=True)
-class _Wishes:
-    """How the engine shall treat a request; `special`: whether its prompt gets special tokens."""
-
-    priority: int
-    special: bool
-    tenant: str
-    timeout: float | None
 
 
 NOBODY = Caller()
@@ -256,10 +248,15 @@ class Service:
         self.live.add(live)
         try:
             salt = cache_salt("" if self.options.share_prefix_cache else caller.tenant, body.cache_salt)
-            wishes = _Wishes(
+            wishes = Wishes(
                 body.priority or 0, special, caller.tenant, caller.timeout if body.timeout is None else body.timeout
             )
-            sources = [self._one(live, index, _salted(job, salt), params, wishes) for index, job in enumerate(jobs)]
+            beams = body.beams(params, self.card.max_model_len)
+            salted = [_salted(job, salt) for job in jobs]
+            if beams is None:
+                sources = [self._one(live, index, job, params, wishes) for index, job in enumerate(salted)]
+            else:
+                sources = [self._search(live, index, job, beams, wishes) for index, job in enumerate(salted)]
             async with aclosing(merged(sources)) as found:
                 async for index, output in found:
                     account.note(output)
@@ -288,7 +285,7 @@ class Service:
         logger.info("%s arrived: %d prompts, %d tokens in, %s%s", request_id, len(jobs), known, params, shown)
 
     def _one(
-        self, live: LiveRequest, index: int, job: Job, params: SamplingParams, wishes: _Wishes
+        self, live: LiveRequest, index: int, job: Job, params: SamplingParams, wishes: Wishes
     ) -> AsyncGenerator[RequestOutput]:
         """The outputs of one prompt, several tokens at a time where that is wanted."""
         engine_id = f"{live.id}-{index}-{uuid.uuid4().hex[:8]}"
@@ -297,7 +294,7 @@ class Service:
         return self._tracked(live, engine_id, job, params, wishes)
 
     async def _tracked(
-        self, live: LiveRequest, engine_id: str, job: Job, params: SamplingParams, wishes: _Wishes
+        self, live: LiveRequest, engine_id: str, job: Job, params: SamplingParams, wishes: Wishes
     ) -> AsyncGenerator[RequestOutput]:
         live.engine_ids.add(engine_id)
         try:
@@ -309,6 +306,19 @@ class Service:
                     yield output
         finally:
             live.engine_ids.discard(engine_id)
+
+
+    async def _search(
+        self, live: LiveRequest, index: int, job: Job, beams: BeamSearchParams, wishes: Wishes
+    ) -> AsyncGenerator[RequestOutput]:
+        """The one output of a beam search over one prompt."""
+        name = f"{live.id}-{index}-{uuid.uuid4().hex[:8]}"
+        ids = [f"{name}-{beam}" for beam in range(beams.beam_width)]
+        live.engine_ids.update(ids)
+        try:
+            yield await beam_output(self.engine, job.prompt, beams, ids, wishes)
+        finally:
+            live.engine_ids.difference_update(ids)
 
 
 def _raise_failed(output: RequestOutput) -> None:

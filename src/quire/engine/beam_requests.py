@@ -1,0 +1,202 @@
+"""Beam search as requests: in each round every beam has the engine name the likeliest tokens behind it.
+
+Beams find each other's pages through the prefix cache, so a round computes the last token of each. Knows the engine and
+its asyncio driver; the rules of the search are those of beams.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from quire.core.params import RequestOutputKind, SamplingParams
+from quire.engine.async_engine import AsyncEngine
+from quire.engine.beams import BeamSearch, BeamSearchParams, BeamSearchSequence
+from quire.engine.engine import EngineSettings, Prepared
+from quire.engine.outputs import CompletionOutput, RequestOutput
+from quire.engine.prompts import TextPrompt, TokensPrompt
+from quire.errors import RequestFailedError, ValidationError
+from quire.text.stream import Stream
+from quire.text.tokenizer import Tokenizer
+
+# Wishes of a request that a search heeds, or that make no difference to it. Any other one must be left out.
+HEEDED = frozenset(
+    (
+        "n",
+        "seed",
+        "temperature",
+        "max_tokens",
+        "ignore_eos",
+        "stop_token_ids",
+        "eos_token_ids",
+        "include_stop_str_in_output",
+        "skip_special_tokens",
+        "spaces_between_special_tokens",
+        "detokenize",
+        "output_kind",
+        "stream_interval",
+    )
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """How the requests of a search are to be treated; `timeout`: seconds for the whole search."""
+
+    priority: int = 0
+    special: bool = True
+    tenant: str = ""
+    timeout: float | None = None
+
+
+def beam_params(
+    params: SamplingParams, length_penalty: float, early_stopping: bool | Literal["never"], room: int
+) -> BeamSearchParams:
+    """A search with n beams, for a request that asks for one. ValidationError names a wish that it cannot heed."""
+    plain = SamplingParams()
+    for item in fields(SamplingParams):
+        if item.name not in HEEDED and getattr(params, item.name) != getattr(plain, item.name):
+            raise ValidationError(f"{item.name} has no meaning for a beam search; leave out one of them", item.name)
+    return BeamSearchParams(
+        beam_width=params.n,
+        max_tokens=room if params.max_tokens is None else params.max_tokens,
+        ignore_eos=params.ignore_eos,
+        stop_token_ids=params.stop_token_ids,
+        length_penalty=length_penalty,
+        early_stopping=early_stopping,
+        include_stop_str_in_output=params.include_stop_str_in_output,
+        skip_special_tokens=params.skip_special_tokens,
+    )
+
+
+def end_ids(params: BeamSearchParams, settings: EngineSettings) -> frozenset[int]:
+    """The tokens that end a sequence."""
+    return frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else settings.eos_token_ids)
+
+
+def scoring(params: BeamSearchParams, settings: EngineSettings) -> SamplingParams:
+    """What each beam asks for in a round. Raises ValidationError for what the engine's options do not allow."""
+    if settings.logprobs_mode != "raw_logprobs":
+        raise ValidationError(
+            f"Beams are ranked by raw_logprobs, and the option logprobs_mode is {settings.logprobs_mode}. Leave it out",
+            "logprobs_mode",
+        )
+    wanted, most = params.beam_width + len(end_ids(params, settings)), settings.max_logprobs
+    if 0 <= most < wanted:
+        raise ValidationError(
+            f"A beam_width of {params.beam_width} takes the {wanted} likeliest tokens of each beam, and max_logprobs "
+            f"is {most}; set the option max_logprobs={wanted}",
+            "beam_width",
+        )
+    return SamplingParams(
+        max_tokens=1,
+        temperature=0.0,
+        logprobs=wanted,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def search_of(first: Prepared, params: BeamSearchParams, settings: EngineSettings) -> BeamSearch:
+    """The search over a prepared prompt."""
+    prompt = first.prompt.token_ids
+    limit = min(params.max_tokens, settings.max_model_len - len(prompt))
+    return BeamSearch(prompt, params, end_ids(params, settings), limit)
+
+
+def best_tokens(output: RequestOutput) -> dict[int, float]:
+    """Log-probabilities of the likeliest tokens behind a beam."""
+    completion = output.outputs[0]
+    if completion.error is not None or not completion.logprobs:
+        raise RequestFailedError(f"A beam could not go on: {completion.error or completion.finish_reason}")
+    return {token: entry.logprob for token, entry in (completion.logprobs[0] or {}).items()}
+
+
+async def beam_output(
+    engine: AsyncEngine, prompt: TextPrompt | TokensPrompt, params: BeamSearchParams, ids: Sequence[str], wishes: Wishes
+) -> RequestOutput:
+    """The results of a search as the completions of one request, the best first. `ids`: one for each beam.
+
+    Raises ValidationError, and what AsyncEngine.generate does. Cancelling it ends its requests.
+    """
+    settings, score = engine.engine.settings, scoring(params, engine.engine.settings)
+    end = None if wishes.timeout is None else time.monotonic() + wishes.timeout
+    first = engine.engine.prepare(ids[0], prompt, score, add_special_tokens=wishes.special)
+    search = search_of(first, params, settings)
+    prompt_ids, cached = list(first.prompt.token_ids), None
+    while search.running:
+        rounds = [
+            _next(engine, request_id, _tokens_prompt(beam.tokens, prompt), score, wishes, end)
+            for request_id, beam in zip(ids, search.running, strict=False)
+        ]
+        outputs = await _together(rounds)
+        cached = outputs[0].num_cached_tokens if cached is None else cached
+        ended = next((found.outputs[0] for found in outputs if not found.outputs[0].logprobs), None)
+        if ended is not None:  # by an abort, a failure, or the end of its time
+            lost = [
+                CompletionOutput(index, "", [], None, None, ended.finish_reason, None, ended.error)
+                for index in range(params.beam_width)
+            ]
+            return RequestOutput(ids[0], first.prompt.text, prompt_ids, None, lost, True)
+        search.advance([best_tokens(found) for found in outputs])
+    found = [
+        _completion(index, sequence, len(prompt_ids), params, engine.tokenizer)
+        for index, sequence in enumerate(search.sequences())
+    ]
+    return RequestOutput(ids[0], first.prompt.text, prompt_ids, None, found, True, num_cached_tokens=cached or 0)
+
+
+async def _next(
+    engine: AsyncEngine, request_id: str, prompt: TokensPrompt, score: SamplingParams, wishes: Wishes, end: float | None
+) -> RequestOutput:
+    """What the engine says of one beam in one round."""
+    left = None if end is None else max(end - time.monotonic(), 1e-3)
+    generation = engine.generate(prompt, score, request_id, wishes.priority, False, wishes.tenant, left)
+    async with aclosing(generation) as outputs:
+        async for output in outputs:
+            if output.finished:
+                return output
+    raise RequestFailedError("A beam ended without an output")
+
+
+def _tokens_prompt(tokens: list[int], like: TextPrompt | TokensPrompt) -> TokensPrompt:
+    """A prompt of these tokens, which shares pages with those of the same salt."""
+    salt = like.get("cache_salt")
+    return {"prompt_token_ids": tokens} if salt is None else {"prompt_token_ids": tokens, "cache_salt": salt}
+
+
+async def _together(rounds: Iterable) -> list[RequestOutput]:
+    """The results of all; where one raises, the others are ended."""
+    tasks = [asyncio.ensure_future(one) for one in rounds]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _completion(
+    index: int, sequence: BeamSearchSequence, start: int, params: BeamSearchParams, tokenizer: Tokenizer | None
+) -> CompletionOutput:
+    """A result as a completion, whose tokens are those behind the prompt, its end included."""
+    tokens = sequence.tokens[start:]
+    ended = sequence.stop_reason is not None
+    if ended and not params.include_stop_str_in_output and sequence.stop_reason is not None:
+        tokens = [*tokens, sequence.stop_reason]
+    text = ""
+    if tokenizer is not None:
+        shown = SamplingParams(
+            skip_special_tokens=params.skip_special_tokens, include_stop_str_in_output=params.include_stop_str_in_output
+        )
+        stream = Stream(tokenizer, shown, sequence.tokens[:start])
+        stream.push(tokens, ended=ended)
+        stream.finish()
+        text = stream.text
+    # The tokenizer's own end is no news to anybody.
+    reason = None if tokenizer is not None and sequence.stop_reason == tokenizer.eos_token_id else sequence.stop_reason
+    return CompletionOutput(index, text, tokens, sequence.cum_logprob, None, sequence.finish_reason, reason)

@@ -1,0 +1,93 @@
+"""Beam search over HTTP: the sequences of LLM.beam_search on both routes, and wishes that a search cannot heed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from served_model import ENGINE, served_model
+
+from quire import LLM, BeamSearchParams
+
+PROMPT = "The old man went to the"
+BEAMS = {"use_beam_search": True, "n": 3, "max_tokens": 12}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[httpx.Client]:
+    with served_model(dtype="float32") as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with LLM(**ENGINE, dtype="float32") as made:
+        yield made
+
+
+@pytest.mark.parametrize(
+    "wishes", [{}, {"length_penalty": 0.0}, {"early_stopping": True, "temperature": 0}, {"ignore_eos": True}]
+)
+def test_the_sequences_of_the_library(server: httpx.Client, llm: LLM, wishes: dict[str, Any]) -> None:
+    body = {"prompt": [PROMPT, "Once upon"], "return_token_ids": True} | BEAMS | wishes
+    answer = server.post("/v1/completions", json=body).raise_for_status().json()
+    params = {name: value for name, value in wishes.items() if name != "temperature"}
+    wanted = llm.beam_search([PROMPT, "Once upon"], BeamSearchParams(beam_width=3, max_tokens=12, **params))
+    assert [choice["index"] for choice in answer["choices"]] == list(range(6))
+    sequences = [(sequence, output) for output in wanted for sequence in output.sequences]
+    for choice, (sequence, _) in zip(answer["choices"], sequences, strict=True):
+        tokens = choice["prompt_token_ids"] + choice["token_ids"]
+        if choice["finish_reason"] == "stop":
+            tokens = tokens[:-1]  # the end is a token of the output, and not of a sequence
+        assert tokens == sequence.tokens
+        assert choice["finish_reason"] == sequence.finish_reason
+        prompt = PROMPT if choice["index"] < 3 else "Once upon"
+        assert prompt + choice["text"] == sequence.text
+    usage = answer["usage"]
+    assert usage["completion_tokens"] == sum(len(choice["token_ids"]) for choice in answer["choices"])
+
+
+def test_a_conversation_is_searched(server: httpx.Client) -> None:
+    body = {"messages": [{"role": "user", "content": "Tell me a story."}]} | BEAMS
+    answer = server.post("/v1/chat/completions", json=body).raise_for_status().json()
+    texts = [choice["message"]["content"] for choice in answer["choices"]]
+    assert len(set(texts)) == 3 and all(texts)
+
+
+def test_stops_and_echo(server: httpx.Client) -> None:
+    plain = server.post("/v1/completions", json={"prompt": PROMPT, "return_token_ids": True} | BEAMS).json()
+    stop = plain["choices"][0]["token_ids"][4]
+    body = {"prompt": PROMPT, "stop_token_ids": [stop], "return_token_ids": True, "echo": True} | BEAMS
+    answer = server.post("/v1/completions", json=body).raise_for_status().json()
+    ended = [choice for choice in answer["choices"] if choice["stop_reason"] == stop]
+    assert ended and all(choice["token_ids"][-1] == stop for choice in ended)
+    assert all(choice["text"].startswith(PROMPT) for choice in answer["choices"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"stream": True}, "stream"),
+        ({"logprobs": 1}, "logprobs"),
+        ({"top_p": 0.5}, "top_p"),
+        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"stop": "x"}, "stop"),
+        ({"response_format": {"type": "json_object"}}, "structured_outputs"),
+        ({"n": 20}, "beam_width"),
+        ({"length_penalty": 1e9}, "length_penalty"),
+        ({"use_beam_search": False, "length_penalty": 2.0}, "length_penalty"),
+        ({"use_beam_search": False, "n": 1, "early_stopping": True}, "early_stopping"),
+    ],
+)
+def test_what_a_search_cannot_heed_is_named(server: httpx.Client, fields: dict[str, Any], param: str) -> None:
+    found = server.post("/v1/completions", json={"prompt": PROMPT} | BEAMS | fields)
+    assert found.status_code == 400, found.text
+    assert found.json()["error"]["param"] == param
+
+
+def test_its_time_can_be_over(server: httpx.Client) -> None:
+    found = server.post("/v1/completions", json={"prompt": PROMPT, "timeout": 0.05} | BEAMS | {"max_tokens": 200})
+    assert found.status_code in (408, 429)
+    assert server.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 2}).status_code == 200
