@@ -39,6 +39,7 @@ from quire.serve.chunks import ShortWay
 from quire.serve.progress import Progress
 from quire.serve.service import ModelCard, Service
 from quire.text import Tokenizer
+from quire.text.library_tokenizer import of_library
 
 TEMPLATE = (
     "{% for message in messages %}<|turn|>{{ message.role }}:{{ message.content }}<|end|>{% endfor %}"
@@ -58,9 +59,8 @@ def byte_tokenizer() -> Tokenizer:
     rust.decoder = decoders.ByteLevel()
     rust.add_special_tokens([AddedToken(text, special=True) for text in ("<s>", "</s>", "<|turn|>", "<|end|>")])
     rust.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", rust.token_to_id("<s>"))])
-    return Tokenizer(
-        PreTrainedTokenizerFast(tokenizer_object=rust, bos_token="<s>", eos_token="</s>", chat_template=TEMPLATE)
-    )
+    names = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": TEMPLATE}
+    return Tokenizer(of_library(PreTrainedTokenizerFast(tokenizer_object=rust, **names)))
 
 
 TOKENIZER = byte_tokenizer()

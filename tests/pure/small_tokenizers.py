@@ -10,6 +10,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from transformers import PreTrainedTokenizerFast
 
 from quire.text import Tokenizer
+from quire.text.library_tokenizer import of_library
 
 CORPUS = [
     "Once upon a time there was a king who had three daughters, and the youngest was so fair.",
@@ -86,6 +87,5 @@ def small(kind: str) -> Tokenizer:
 def wrapped(rust: RustTokenizer, **settings: Any) -> Tokenizer:
     """A quire Tokenizer over a Rust one."""
     rust.add_tokens([AddedToken("<tool>", special=False)])
-    return Tokenizer(
-        PreTrainedTokenizerFast(tokenizer_object=rust, bos_token="<s>", eos_token="</s>", **settings),
-    )
+    library = PreTrainedTokenizerFast(tokenizer_object=rust, bos_token="<s>", eos_token="</s>", **settings)
+    return Tokenizer(of_library(library))

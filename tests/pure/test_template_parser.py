@@ -33,7 +33,7 @@ PROMPT = "hello <assistant>"
 
 def tokenizer() -> Tokenizer:
     found = wrapped(byte_level())
-    found.hf.response_template = TEMPLATE
+    found.library.response_template = TEMPLATE
     found.given_template = "{{ messages }}"
     return found
 

@@ -13,6 +13,7 @@ from transformers import ByT5Tokenizer, CanineTokenizer
 
 from quire.core.params import SamplingParams
 from quire.text import Stream, Tokenizer
+from quire.text.library_tokenizer import of_library
 
 KINDS = ["byte_level", "space_marked", "space_kept", "word_piece"]
 TEXT = st.text(st.sampled_from("ab eEnd.STOP \n日é🙂#"), max_size=40)
@@ -81,7 +82,7 @@ _PLAIN = ("skip_special_tokens", "spaces_between_special_tokens")
 def test_byte_level_text_is_what_the_library_decodes(ids: list[int], skip: bool) -> None:
     tokenizer = small("byte_level")
     text, _, _ = run(Stream(tokenizer, SamplingParams(skip_special_tokens=skip)), ids, [1] * len(ids))
-    assert text == tokenizer.hf.decode(ids, skip_special_tokens=skip)
+    assert text == tokenizer.library.decode(ids, skip_special_tokens=skip)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -89,7 +90,7 @@ def test_byte_level_text_is_what_the_library_decodes(ids: list[int], skip: bool)
 def test_text_is_what_the_library_decodes(kind: str, text: str) -> None:
     tokenizer = small(kind)
     ids = tokenizer.encode(text, add_special_tokens=False)
-    assert run(Stream(tokenizer, SamplingParams()), ids, [1] * len(ids))[0] == tokenizer.hf.decode(ids)
+    assert run(Stream(tokenizer, SamplingParams()), ids, [1] * len(ids))[0] == tokenizer.library.decode(ids)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -99,7 +100,7 @@ def test_the_prompt_is_the_left_context(kind: str) -> None:
     for cut in range(1, len(ids) - 1):
         prompt = [tokenizer.bos_token_id, *ids[:cut]]
         text = run(Stream(tokenizer, SamplingParams(), prompt), ids[cut:], [])[0]
-        assert tokenizer.hf.decode(ids[:cut]) + text == tokenizer.hf.decode(ids)
+        assert tokenizer.library.decode(ids[:cut]) + text == tokenizer.library.decode(ids)
 
 
 def test_a_space_is_stripped_only_where_nothing_visible_precedes() -> None:
@@ -210,7 +211,7 @@ def test_cost_is_linear(kind: str) -> None:
 @pytest.mark.parametrize("kind", [ByT5Tokenizer, CanineTokenizer])
 def test_tokenizers_written_in_python(kind: Any) -> None:
     """Their decoding may drop the bytes of an unfinished character; the text is the same all the same."""
-    tokenizer = Tokenizer(kind())
+    tokenizer = Tokenizer(of_library(kind()))
     assert tokenizer.pieces is None
     text = "Grüß 🙂 dich, ab"
     ids = tokenizer.encode(text, add_special_tokens=False)

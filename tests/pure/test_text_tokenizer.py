@@ -31,7 +31,7 @@ def test_encode_is_what_the_library_encodes(kind: str) -> None:
     tokenizer = small(kind)
     for text in [*CORPUS[:3], "", "<|user|> hi </s>"]:
         for special in (True, False):
-            assert tokenizer.encode(text, special) == tokenizer.hf.encode(text, add_special_tokens=special)
+            assert tokenizer.encode(text, special) == tokenizer.library.encode(text, add_special_tokens=special)
 
 
 def test_special_and_added_tokens() -> None:
@@ -40,7 +40,7 @@ def test_special_and_added_tokens() -> None:
     assert len(ids) == 4
     assert tokenizer.special_ids == set(ids[:3])
     assert tokenizer.added_tokens[ids[3]] == "<tool>"
-    assert tokenizer.vocab_size == len(tokenizer.hf) == ids[3] + 1
+    assert tokenizer.vocab_size == len(tokenizer.library) == ids[3] + 1
     assert tokenizer.eos_token_id == ids[1]
     assert tokenizer.decode([*ids, 10**6]) == "<tool>"
     assert tokenizer.decode(ids, skip_special_tokens=False) == "<s></s><|user|><tool>"
@@ -140,7 +140,7 @@ def test_a_folder_without_and_with_a_damaged_tokenizer(tmp_path: Path) -> None:
 
 def test_loading_what_was_saved(tmp_path: Path) -> None:
     own = wrapped(byte_level(), chat_template=TEMPLATE)
-    own.hf.save_pretrained(tmp_path)
+    own.library.save_pretrained(tmp_path)
     loaded = load_tokenizer(tmp_path, chat_template="{{ messages[0].role }}")
     assert loaded.encode(CORPUS[1]) == own.encode(CORPUS[1])
     assert loaded.pieces is not None

@@ -19,6 +19,7 @@ from quire.errors import ValidationError
 from quire.serve.renderer import RenderPool
 from quire.text import ChatOptions, Tokenizer, prompt_text
 from quire.text.chat import render_job
+from quire.text.library_tokenizer import of_library
 from quire.text.render_worker import MARK, answer
 
 CHAT: list[dict[str, Any]] = [{"role": "user", "content": "say:hello;"}]
@@ -195,6 +196,14 @@ def test_cve_2026_5760_templates_run_in_a_sandbox(trusting: Running, template: s
     assert "root:" not in error["message"]
 
 
+def library_text(template: str, messages: Any, options: dict[str, Any]) -> str:
+    """What the Transformers library makes of it."""
+    variables = options.get("template_kwargs", {})
+    rest = {name: value for name, value in options.items() if name != "template_kwargs"}
+    given = {"add_generation_prompt": True, **rest, **variables}
+    return TOKENIZER.library.apply_chat_template(messages, chat_template=template, tokenize=False, **given)
+
+
 def test_what_the_worker_makes_is_what_the_library_makes() -> None:
     with_tools = TEMPLATE + "{{ bos_token }}{{ tools | tojson(indent=2) if tools }}{{ mood }}"
     scoped = (
@@ -211,7 +220,9 @@ def test_what_the_worker_makes_is_what_the_library_makes() -> None:
             {"add_generation_prompt": False, "continue_final_message": True},
         ):
             known = {"template": template, **options}
-            assert rendered(messages=said, **known) == prompt_text(TOKENIZER, said, ChatOptions(**known))
+            made = rendered(messages=said, **known)
+            assert made == library_text(template, said, options)
+            assert made == prompt_text(TOKENIZER, said, ChatOptions(**known))
 
 
 def test_a_message_that_is_continued() -> None:
@@ -238,12 +249,13 @@ def test_a_template_that_calls_itself_without_end_is_the_clients_mistake() -> No
 
 
 def test_tokenizers_with_their_own_rendering_are_known() -> None:
-    class Own(type(TOKENIZER.hf)):  # type: ignore[misc]
+    class Own(type(TOKENIZER.library)):  # type: ignore[misc]
         def apply_chat_template(self, *_: Any, **__: Any) -> str:
             return "own"
 
     assert not TOKENIZER.renders_itself
-    assert Tokenizer(Own(tokenizer_object=TOKENIZER.hf.backend_tokenizer)).renders_itself
+    own = Tokenizer(of_library(Own(tokenizer_object=TOKENIZER.library.backend_tokenizer)), "{{ messages }}")
+    assert own.renders_itself and prompt_text(own, CHAT) == "own"
 
 
 def test_a_template_that_ends_its_process_twice_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

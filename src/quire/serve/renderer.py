@@ -19,6 +19,7 @@ from typing import Any
 
 import quire.text
 from quire.errors import ValidationError
+from quire.text.tokenizer import refusal
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ class RenderPool:
                 reply = await self._ask_again(frame)
         if "text" in reply:
             return reply["text"]
-        raise _refusal(reply)
+        raise refusal(reply)
 
     async def _ask(self, frame: bytes) -> dict[str, str]:
         """A process's answer. One that takes too long, or does not answer, is ended."""
@@ -121,12 +122,6 @@ class RenderPool:
 
 
 _NOTHING = {"tools": None, "documents": None, "add_generation_prompt": False, "continue_final_message": False}
-
-
-def _refusal(reply: dict[str, str]) -> ValidationError:
-    if reply["kind"] == "syntax":
-        return ValidationError(f"The chat template is not valid Jinja: {reply['error']}.", "chat_template")
-    return ValidationError(f"The chat template cannot render these messages: {reply['error']}", "messages")
 
 
 async def _start() -> _Child:

@@ -1,13 +1,15 @@
-"""The Hugging Face tokenizer behind one small face: encode, decode, special tokens, chat templates.
+"""A tokenizer behind one small face: encode, decode, special tokens, chat templates.
 
-Importing this module imports neither transformers nor torch; load_tokenizer does. Safe to use from several threads.
+load_tokenizer reads its files with the bare `tokenizers` package where that gives the same as the Transformers library,
+whose import takes seconds and brings torch, and else with that library. Safe to use from several threads.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
+import sys
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,12 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from quire.errors import CheckpointError, ModelNotFoundError, ValidationError
+from quire.errors import ValidationError
+from quire.text.codec import Described
+from quire.text.library_tokenizer import is_own, read_with_library
 from quire.text.pieces import Pieces, pieces_of
+from quire.text.render_worker import answer
+from quire.text.tokenizer_files import read_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -42,44 +48,42 @@ RESERVED_TEMPLATE_KWARGS = frozenset(
         "tokenizer_kwargs",
     ]
 )
-# A library class whose own versions of these are in use can be bypassed by calling the Rust tokenizer underneath.
-_OVERRIDABLE = ("__call__", "encode", "_encode_plus", "decode", "_decode")
 
 
 class Tokenizer:
     """Text to token ids and back.
 
-    `chat_template` is a template (not a path) that takes the place of the tokenizer's own. `hf` is the library's own
-    object, for callers who need more than this face offers.
+    `chat_template` is a template (not a path) that takes the place of the tokenizer's own. `library` is the object of
+    the Transformers library where that had to read the files, else None.
     """
 
-    def __init__(self, hf: Any, chat_template: str | None = None) -> None:
-        self.hf = hf
+    def __init__(self, described: Described, chat_template: str | None = None) -> None:
+        codec = self._codec = described.codec
+        self.library = described.library
         self.given_template = chat_template
-        self.eos_token_id: int | None = hf.eos_token_id
-        self.bos_token_id: int | None = hf.bos_token_id
-        self.pad_token_id: int | None = hf.pad_token_id
-        self.added_tokens: dict[int, str] = {i: token.content for i, token in hf.added_tokens_decoder.items()}
-        self.special_ids: frozenset[int] = frozenset(hf.all_special_ids) | {
-            i for i, token in hf.added_tokens_decoder.items() if token.special
-        }
-        self.vocab_size: int = max(len(hf), max(self.added_tokens, default=-1) + 1)
-        self._backend = _bare_backend(hf)
-        self._lock = threading.Lock()  # the library's Python tokenizers, and its argument handling, are not thread-safe
-        self.pieces: Pieces | None = None if self._backend is None else pieces_of(self._backend)
+        self.own_template = described.chat_template
+        self.template_tokens: dict[str, Any] = dict(described.special_tokens)  # that templates know by name
+        named = dict(zip(described.special_tokens, codec.ids_of(described.special_tokens.values()), strict=True))
+        self.eos_token_id: int | None = named.get("eos_token")
+        self.bos_token_id: int | None = named.get("bos_token")
+        self.pad_token_id: int | None = named.get("pad_token")
+        added = codec.added_tokens()
+        self.added_tokens: dict[int, str] = {i: token.content for i, token in added.items()}
+        listed = [*named.values(), *codec.ids_of(described.extra_special_tokens)]
+        special = [*listed, *(i for i, token in added.items() if token.special)]
+        self.special_ids: frozenset[int] = frozenset(i for i in special if i is not None)
+        self.vocab_size: int = max(codec.size(), max(self.added_tokens, default=-1) + 1)
+        self.pieces: Pieces | None = None if codec.backend is None else pieces_of(codec.backend)
 
     @cached_property
     def longest_token(self) -> int:
         """The most characters that one token can stand for."""
-        return max((len(token) for token in self.hf.get_vocab()), default=1)
+        return max(map(len, self._codec.vocabulary()), default=1)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with the tokenizer's own BOS and the like unless switched off."""
         try:
-            if self._backend is not None:
-                return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
-            with self._lock:
-                return list(self.hf.encode(text, add_special_tokens=add_special_tokens))
+            return self._codec.encode(text, add_special_tokens)
         except (UnicodeEncodeError, TypeError) as error:  # Rust says TypeError for what it cannot take as text
             raise ValidationError(
                 "The text is not valid Unicode, such as half of a surrogate pair.", "prompt"
@@ -87,11 +91,7 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids. Ids outside the vocabulary add nothing."""
-        ids = list(token_ids)
-        if self._backend is not None:
-            return self.hf.decode(ids, skip_special_tokens=skip_special_tokens)
-        with self._lock:
-            return self.hf.decode(ids, skip_special_tokens=skip_special_tokens)
+        return self._codec.decode(list(token_ids), skip_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
         """What one token adds to a text, as bytes: possibly a part of a character."""
@@ -106,22 +106,16 @@ class Tokenizer:
     @cached_property
     def renders_itself(self) -> bool:
         """Whether conversations are turned into text by the tokenizer's own code instead of a Jinja template."""
-        method = getattr(type(self.hf), "apply_chat_template", None)
-        return method is None or not method.__module__.startswith("transformers.tokenization_utils")
+        return self.library is not None and is_own(type(self.library), "apply_chat_template")
 
     @cached_property
     def has_response_template(self) -> bool:
         """Whether the tokenizer says itself how its model's answers are read."""
-        return bool(getattr(self.hf, "response_template", None)) and hasattr(self.hf, "get_response_parser")
+        return bool(getattr(self.library, "response_template", None)) and hasattr(self.library, "get_response_parser")
 
     def response_parser(self, prompt: str, tools: Sequence[Mapping[str, Any]]) -> Any:
         """The library's parser for one answer to a prompt, by the tokenizer's own response template."""
-        return self.hf.get_response_parser(prefix=prompt, tools=list(tools))
-
-    @cached_property
-    def template_tokens(self) -> dict[str, Any]:
-        """The special tokens that templates know by name, such as bos_token."""
-        return {name: str(token) for name, token in self.hf.special_tokens_map.items() if not isinstance(token, list)}
+        return self.library.get_response_parser(prefix=prompt, tools=list(tools))
 
     def template_for(self, tools: Sequence[object] | None = None, chat_template: str | None = None) -> str:
         """The template to use: the given one, else the tokenizer's; of several named ones "tool_use" with tools.
@@ -129,7 +123,7 @@ class Tokenizer:
         A given value may be the name of one of the tokenizer's own templates. ValidationError when there is none.
         """
         given = chat_template if chat_template is not None else self.given_template
-        own = self.hf.chat_template
+        own = self.own_template
         if isinstance(own, Mapping):
             if given is not None:
                 return own.get(given, given)
@@ -176,22 +170,45 @@ class Tokenizer:
             )
         template = self.template_for(tools, chat_template)
         usable = _usable_kwargs(template, template_kwargs or {})
+        job = {
+            "template": template,
+            "messages": deepcopy(list(messages)),  # the last one is marked where it is continued
+            "tools": list(tools) if tools else None,
+            "documents": list(documents) if documents else None,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "variables": self.template_tokens | usable,
+            "chars": sys.maxsize,
+        }
+        reply = self._rendered_by_library(job, usable) if self.renders_itself else answer(job)
+        if "text" not in reply:
+            raise refusal(reply)
+        return reply["text"]
+
+    def _rendered_by_library(self, job: Mapping[str, Any], variables: Mapping[str, Any]) -> dict[str, str]:
+        """What the tokenizer's own code makes of a job, as render_worker.answer would say it."""
         try:
-            return self.hf.apply_chat_template(
-                list(messages),
-                tools=list(tools) if tools else None,
-                documents=list(documents) if documents else None,
-                chat_template=template,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
+            text = self.library.apply_chat_template(
+                job["messages"],
+                tools=job["tools"],
+                documents=job["documents"],
+                chat_template=job["template"],
+                add_generation_prompt=job["add_generation_prompt"],
+                continue_final_message=job["continue_final_message"],
                 tokenize=False,
-                **usable,
+                **variables,
             )
-        except TemplateSyntaxError as error:
-            raise ValidationError(f"The chat template is not valid Jinja: {error.message}.", "chat_template") from error
         except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
             reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
-            raise ValidationError(f"The chat template cannot render these messages: {reason}", "messages") from error
+            return {"kind": "render", "error": reason}
+        return {"text": text}
+
+
+def refusal(reply: Mapping[str, str]) -> ValidationError:
+    """The error for an answer of render_worker.py that is no text."""
+    if reply["kind"] == "syntax":
+        return ValidationError(f"The chat template is not valid Jinja: {reply['error']}.", "chat_template")
+    return ValidationError(f"The chat template cannot render these messages: {reply['error']}", "messages")
 
 
 def load_tokenizer(
@@ -206,59 +223,8 @@ def load_tokenizer(
     `chat_template` is the template itself, see quire.text.chat.read_template. A folder without a tokenizer raises
     ModelNotFoundError, one with damaged files CheckpointError.
     """
-    from transformers import AutoTokenizer  # here, because it imports torch and takes seconds
-
-    is_folder = Path(path).is_dir()
-    try:
-        hf = AutoTokenizer.from_pretrained(
-            str(path),
-            trust_remote_code=trust_remote_code,
-            revision=revision,
-            token=token,
-            local_files_only=is_folder,
-        )
-    except OSError as error:
-        raise ModelNotFoundError(_missing(path)) from error
-    except Exception as error:  # damaged files raise whatever their parser raises, down to a bare Exception from Rust
-        if is_folder and not _has_tokenizer(Path(path)):
-            raise ModelNotFoundError(_missing(path)) from error
-        raise CheckpointError(
-            f"The tokenizer of {str(path)!r} cannot be read: {type(error).__name__}: {str(error)[:300]}. Tried its "
-            "files with transformers.AutoTokenizer. Download the files again, name another tokenizer with the option "
-            "tokenizer, or, if they hold their own code that you trust, set trust_remote_code."
-        ) from error
-    return Tokenizer(hf, chat_template)
-
-
-def _missing(path: str | Path) -> str:
-    return (
-        f"There is no tokenizer at {str(path)!r}: no tokenizer.json, tokenizer.model or tokenizer_config.json was found "
-        "as a local folder, in the hub's cache or on the hub. Give the folder or hub id of one with the option "
-        "tokenizer, or run on token ids alone with skip_tokenizer_init."
-    )
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    """True when a folder holds any file by which a tokenizer is known."""
-    return any(folder.glob("tokenizer*")) or any(folder.glob("vocab*")) or any(folder.glob("*.tiktoken"))
-
-
-def _bare_backend(hf: Any) -> Any:
-    """The Rust tokenizer under a library tokenizer, when calling it directly gives the same; else None.
-
-    Called directly it is thread-safe, since nothing on it is changed after this.
-    """
-    backend = getattr(hf, "backend_tokenizer", None)
-    if backend is None:
-        return None
-    for name in _OVERRIDABLE:
-        method = getattr(type(hf), name, None)
-        if method is not None and not method.__module__.startswith("transformers.tokenization_utils"):
-            return None
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = bool(getattr(hf, "split_special_tokens", False))
-    return backend
+    described = read_tokenizer(Path(path)) if Path(path).is_dir() else None
+    return Tokenizer(described or read_with_library(path, trust_remote_code, revision, token), chat_template)
 
 
 class GenerationTag(Extension):
@@ -290,7 +256,10 @@ def _usable_kwargs(template: str, given: Mapping[str, Any]) -> dict[str, Any]:
         )
     if not given:
         return {}
-    known = _template_variables(template)
+    try:
+        known = _template_variables(template)
+    except TemplateSyntaxError as error:
+        raise refusal({"kind": "syntax", "error": str(error.message)}) from error
     unknown = sorted(given.keys() - known)
     if unknown:
         logger.debug("the chat template does not use %s", _listed(unknown))
