@@ -38,7 +38,7 @@ greedy. *Equal* means the same tokens as the library's own `generate`.
 
 {equal} of {tried} are equal. The tier of a model is found on your machine, on a tiny twin of its own config; this table
 is what the default configs gave with torch {torch}. *Replaced* counts the kinds of modules whose replacement was proved
-equal: merged linears (m), linears (l), norms (n), gated blocks (g), rotary functions (r), expert blocks (e).
+equal: merged linears (m), linears (l), norms (n), gated blocks (g), rotary functions (r), expert blocks (e), attention that keeps latents (k).
 
 | model type | class | tier | equal | largest difference | replaced | remarks |
 |---|---|---|---|---|---|---|

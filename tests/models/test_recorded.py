@@ -38,6 +38,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "gemma2, windows and softcaps": ("transformers", "gemma2", {}, 1),
     "gemma3, two ropes": ("transformers", "gemma3_text", {}, 0),
     "gpt2, positions from a table": ("transformers", "gpt2", {}, 6),
+    "youtu, latents": ("transformers", "youtu", {}, 0),
+    "deepseek_v3, latents and experts": ("transformers", "deepseek_v3", {}, 28),
     "mixtral": ("transformers", "mixtral", {}, 15),
     "qwen3_next, recurrent mixers": ("transformers", "qwen3_next", {}, 28),
 }

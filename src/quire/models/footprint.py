@@ -19,6 +19,7 @@ from quire.models.native_config import NativeConfig
 from quire.quant.checkpoints import stored_bytes
 from quire.quant.format import ROUTERS, format_of, head_format
 
+EXPANDS = "kv_b_proj"  # the linear from latents to keys and values; where latents are kept it is never rounded
 SAMPLE = 4096  # width of the matrix whose bytes stand for those of matrices of unknown shape
 
 
@@ -37,11 +38,15 @@ def weight_bytes(
         count = count_parameters(files, stored)
         return int((count - table) * bytes_per_weight(method, dtype) + table * dtype.itemsize + head)
     total = head
+    latents = any(layer.shared for layer in layout.layers)
     for name, shape in shapes.items():
+        count, parts = math.prod(shape), name.split(".")
+        if latents and parts[-2:-1] == [EXPANDS]:
+            total += count * dtype.itemsize
+            continue
         if name in stored_ones:
             total += stored_ones[name]
             continue
-        count, parts = math.prod(shape), name.split(".")
         if len(parts) > 1 and parts[-2] == "lm_head":
             total += count * head_bytes(method, dtype)
         elif method is None or files.scheme is not None or not _is_linear(shape, parts, layout):

@@ -19,6 +19,7 @@ from quire.errors import UnsupportedModelError
 from quire.kernels.table import Ops
 from quire.layers.attention import attend
 from quire.layers.batch import Batch
+from quire.layers.latent import LatentProjection
 from quire.layers.spec import LayerSpec
 from quire.models.masks import mask_spec
 
@@ -91,12 +92,38 @@ class LayerCall:
         )[None]
 
 
+class LatentCall:
+    """The same for a layer that keeps latents: the projection takes the place of every head's keys and values."""
+
+    __slots__ = ("index", "ops", "projection", "spec")
+
+    def __init__(self, ops: Ops, spec: LayerSpec, index: int, projection: LatentProjection) -> None:
+        self.ops = ops
+        self.spec = spec
+        self.index = index
+        self.projection = projection
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        batch: Batch,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """query [1, H, T, Dk], key [1, 1, T, rank + rope] -> [1, T, H, Dv]. Values are a part of the keys."""
+        latents = key[0].transpose(0, 1)
+        absorbed = self.projection.query(query[0].transpose(0, 1))
+        mixed = attend(self.ops, self.spec, self.index, absorbed, latents, latents, batch, sinks)
+        return self.projection.result(mixed)[None]
+
+
 class CallSequence:
     """The calls of a module that uses the interface several times per step, in order. `restart` precedes each step."""
 
     __slots__ = ("calls", "next")
 
-    def __init__(self, calls: list[LayerCall]) -> None:
+    def __init__(self, calls: list[LayerCall | LatentCall]) -> None:
         self.calls = calls
         self.next = 0
 

@@ -36,6 +36,7 @@ from quire.models.decide import (
 from quire.models.full_size import observe_full, try_observe
 from quire.models.hub import ModelFiles
 from quire.models.interface import SPEC
+from quire.models.latent import with_latents
 from quire.models.prove import prove
 from quire.models.report import FORMAT, ProbeReport
 from quire.models.twin import build, shrink
@@ -100,7 +101,7 @@ def enlarge(model_class: type, config: Any, dtype: torch.dtype, decision: Decisi
     else:
         layers = counted_layers(try_observe(model, seen_twin), model)
         report = model_report(model, layers, twin.mode, twin.layout.chunked_prefill, notes)
-    return replace(report, rewrite=twin.rewrite)
+    return with_latents(replace(report, rewrite=twin.rewrite), model)
 
 
 def find_class(files: ModelFiles) -> type:

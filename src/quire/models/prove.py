@@ -16,6 +16,7 @@ from torch import nn
 from quire.kernels.table import Ops
 from quire.layers.target import Target
 from quire.models.decide import TOLERANCE, Decider, Decision
+from quire.models.latent import with_latents
 from quire.models.report import RewritePlan
 from quire.models.rewrite import propose, rewrite
 
@@ -49,7 +50,8 @@ def prove(decider: Decider, decision: Decision, ops: Ops) -> RewritePlan:
 
 def _holds(decider: Decider, decision: Decision, plan: RewritePlan, ops: Ops, allowed: float) -> bool:
     try:
-        difference = decider.trial(decision.report, lambda model: transplant(model, plan, ops))
+        report = with_latents(replace(decision.report, rewrite=plan), decider.twin())
+        difference = decider.trial(report, lambda model: transplant(model, plan, ops))
     except Exception as error:  # whatever the replaced model raises means that the replacement does not hold
         logger.info("%s raises %s: %s", _name(plan), type(error).__name__, error)
         return False
@@ -77,6 +79,7 @@ def _kinds(plan: RewritePlan) -> list[list[RewritePlan]]:
         [RewritePlan(norms={key: found}) for key, found in plan.norms.items()],
         [RewritePlan(rotary={key: style}) for key, style in plan.rotary.items()],
         [RewritePlan(experts=[key]) for key in plan.experts],
+        [RewritePlan(latent={key: name}) for key, name in plan.latent.items()],
         gated,
     ]
     return [entries for entries in kinds if entries]

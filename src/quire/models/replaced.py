@@ -107,6 +107,16 @@ class GatedForward:
         return self.down(self.gated(self.gate_up(x), self.activation, self.gate_first))
 
 
+class KeptLatents:
+    """Stands for the method that expands latents into the keys and values of every head: they stay what they are."""
+
+    __slots__ = ()
+
+    def __call__(self, latents: torch.Tensor, rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """latents [1, 1, T, rank], rope [1, 1, T, R] -> [1, 1, T, rank + R] as keys, the latents as values."""
+        return torch.cat((latents, rope), -1), latents
+
+
 class RotaryForward:
     """Stands for the library's function of the same purpose, called with heads before positions."""
 

@@ -16,12 +16,22 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from quire.kernels.table import Ops
+from quire.layers.latent import LatentProjection
 from quire.layers.linear import Linear
 from quire.layers.target import Target
 from quire.models.experts import PackedExperts, is_experts, set_experts
+from quire.models.latent import EXPAND, latent_sizes, propose_latent
 from quire.models.numeric import gated_of, is_layer_norm, rms_norm_of, rotary_of
 from quire.models.observe import Observation, class_key
-from quire.models.replaced import GatedForward, LayerNormForward, MergedLinear, MergedView, NormForward, RotaryForward
+from quire.models.replaced import (
+    GatedForward,
+    KeptLatents,
+    LayerNormForward,
+    MergedLinear,
+    MergedView,
+    NormForward,
+    RotaryForward,
+)
 from quire.models.report import RewritePlan
 from quire.quant.format import ROUTERS, full_ops, head_ops
 
@@ -31,7 +41,7 @@ from quire.quant.format import ROUTERS, full_ops, head_ops
 def propose(model: nn.Module, seen: Observation, ops: Ops) -> RewritePlan:
     """Every replacement that what was seen on this twin speaks for."""
     merged = _propose_merged(model, seen)
-    plan = RewritePlan(merged=merged, linears=_propose_linears(model, seen))
+    plan = RewritePlan(merged=merged, linears=_propose_linears(model, seen), latent=propose_latent(model, seen))
     attention = {call.module for call in seen.attention}
     for name, module in model.named_modules():
         key = class_key(module)
@@ -152,6 +162,8 @@ class _Rewriter:
         for name, module in list(self._model.named_modules()):
             key = class_key(module)
             prefix = f"{name}." if name else ""
+            if key in self._plan.latent:
+                self._keep_latents(module, prefix, self._plan.latent[key])
             gate_up = {}
             for group in self._plan.merged.get(key, ()):
                 merged = self._merge(module, prefix, group)
@@ -209,6 +221,14 @@ class _Rewriter:
         if original.bias is not None:
             self._new[f"{prefix}{name}.bias"] = linear.bias_target()
         setattr(parent, name, linear)
+
+    def _keep_latents(self, module: nn.Module, prefix: str, name: str) -> None:
+        sizes, dtype = latent_sizes(module, name), self._given[f"{prefix}{name}.weight"].dtype
+        shape = (sizes.heads, sizes.rank, sizes.key_dim, sizes.value_dim)
+        projection = LatentProjection(self._ops, *shape, dtype, self._device)
+        self._new[f"{prefix}{name}.weight"] = projection.weight_target()
+        setattr(module, name, projection)
+        module.__dict__[EXPAND] = KeptLatents()
 
     def _ops_for(self, name: str, original: nn.Module) -> Ops:
         """The ops of one linear: the output matrix and routers may be stored in another format than the others."""

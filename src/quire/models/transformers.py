@@ -15,11 +15,21 @@ from transformers.cache_utils import DynamicCache
 from quire.kernels.programs import NotRecordableError, Opaque, without_step
 from quire.kernels.table import Ops
 from quire.layers.batch import Batch
+from quire.layers.latent import LatentProjection
 from quire.layers.spec import ModelLayout
 from quire.models.fallback import PrivateCaches, SequentialModule
-from quire.models.interface import BATCH_ARGUMENT, PAGED, SPEC, CallSequence, LayerCall, current_batch
+from quire.models.interface import (
+    BATCH_ARGUMENT,
+    PAGED,
+    SPEC,
+    CallSequence,
+    LatentCall,
+    LayerCall,
+    current_batch,
+)
 from quire.models.mixers import Mixer, StepSplit, stray_state
-from quire.models.report import ProbeReport
+from quire.models.observe import class_key
+from quire.models.report import CallPlan, ProbeReport
 from quire.models.ropes import LengthRope
 
 
@@ -125,15 +135,23 @@ class TransformersModel:
             self._private.release(slot)
 
     def _attach_calls(self, report: ProbeReport, ops: Ops) -> None:
-        by_module: dict[str, list[LayerCall]] = {}
+        by_module: dict[str, list[LayerCall | LatentCall]] = {}
         for plan in report.calls:
-            call = LayerCall(ops, self.layout.layers[plan.index], plan.index)
-            by_module.setdefault(plan.module, []).append(call)
+            by_module.setdefault(plan.module, []).append(self._call(plan, report, ops))
         for name, calls in by_module.items():
             answer = calls[0] if len(calls) == 1 else CallSequence(calls)
             if isinstance(answer, CallSequence):
                 self._sequences.append(answer)
             self.model.get_submodule(name).__dict__["quire_call"] = answer
+
+    def _call(self, plan: CallPlan, report: ProbeReport, ops: Ops) -> LayerCall | LatentCall:
+        spec = self.layout.layers[plan.index]
+        if not spec.shared:
+            return LayerCall(ops, spec, plan.index)
+        module = self.model.get_submodule(plan.module)
+        projection = module.get_submodule(report.rewrite.latent[class_key(module)])
+        assert isinstance(projection, LatentProjection)
+        return LatentCall(ops, spec, plan.index, projection)
 
     def _attach_mixers(self, report: ProbeReport) -> None:
         split = StepSplit()

@@ -149,7 +149,7 @@ class PagedLoop:
             return None
         size = (num_pages, self.page_size, layer.kv_heads, layer.key_dim, layer.value_dim)
         cache = ops.new_cache(*size, dtype, self.device, layer.shared)
-        cache.data.fill_(float("nan"))
+        cache.data.view(torch.uint8).fill_(255)  # NaN, also as a scale of bytes
         return cache
 
     def _tensor(self, values: list[Any], dtype: torch.dtype = torch.int64) -> torch.Tensor:
