@@ -65,6 +65,15 @@ def test_the_same_answers_with_heads(plain: list[object], heads: dict[str, dict[
     assert stats.preemptions > 0 or way != "preempted"
 
 
+def test_the_same_answers_while_guesses_are_on_trial(plain: list[object]):  # noqa: F811
+    """Steps with and without the model's states, one after the other."""
+    with LLM(**SETTINGS, speculative_config={**GOING_ON, "adaptive": True}) as llm:
+        for _ in range(4):
+            assert told(ask(llm)) == plain
+        stats = llm._engine.stats()
+    assert 0 < stats.draft_tokens < 0.5 * stats.generated_tokens
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_guesses_do_not_depend_on_what_lies_in_fresh_memory(way: str, monkeypatch: pytest.MonkeyPatch):
     """Whatever the head's pages hold at first, the same guesses are made: n answers, hits and preemptions included."""

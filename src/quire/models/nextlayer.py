@@ -189,20 +189,24 @@ class StatesOnly:
 
 
 class KeepsStates:
-    """A ServedModel that keeps the last hidden states of its latest step, [T, size], in `hidden`.
+    """A ServedModel that keeps the last hidden states of its latest step, [T, size], in `hidden`, as long as it is `open`.
 
-    `body` computes them; it may be replaced by a program that does the same.
+    `body` computes them, `whole` is the model for all other steps; both may be replaced by programs that do the same.
     """
 
     def __init__(self, model: OpenModel) -> None:
         self.model = model
         self.body: ServedModel = StatesOnly(model)
+        self.whole: ServedModel = model
         self.layout = model.layout
         self.hf_config = model.hf_config
+        self.open = True
         self.hidden: torch.Tensor | None = None
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """See ServedModel."""
+        if not self.open:
+            return self.whole.forward(batch)
         self.hidden = self.body.forward(batch)
         return self.model.score(self.hidden.index_select(0, batch.logit_rows))
 

@@ -45,9 +45,9 @@ class DraftPages:
 
     def begin(self, grants: Sequence[PageGrant], copies: Sequence[PageCopy]) -> None:
         """Follow what a plan does with pages, before its step is computed."""
-        for item in grants:
-            if item.group == self._group:
-                self._held[item.slot, item.index : item.index + len(item.pages)] = item.pages
+        for grant in grants:
+            if grant.group == self._group:
+                self._held[grant.slot, grant.index : grant.index + len(grant.pages)] = grant.pages
         mine = [item for item in copies if item.group == self._group]
         if mine:
             self._store.copy(

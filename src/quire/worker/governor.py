@@ -43,9 +43,9 @@ class Governor:
         return self._ways(rows).drafting
 
     def open(self) -> bool:
-        """Whether drafts may soon be wanted: they are on trial in steps like the latest, or have won for some size."""
-        won = any(ways.drafting and not ways.trial for ways in self._sizes.values())
-        return won or self._latest is None or self._latest.trial
+        """Whether drafts may soon be wanted: in steps like the latest they are made, or on trial."""
+        latest = self._latest
+        return latest is None or latest.drafting or latest.trial
 
     def note(self, rows: int, tokens: int, seconds: float) -> None:
         """A step of `rows` rows, each of which was up to date, brought `tokens` tokens in `seconds`."""

@@ -59,32 +59,37 @@ class Speculator:
         told = self._extend(spans, results)
         governor, found = self._governor, results
         if self._model is not None:
-            self._follow(spans, results, self._model, governor is None or governor.open())
-        if governor is None or governor.wanted(len(spans)):
+            self._follow(spans, results, self._model)
+        drafting = governor is None or governor.wanted(len(spans))
+        if drafting:
             found = self._with_guesses(spans, results, told.able)
         if governor is not None:
-            self._note(governor, len(spans), told, began)
+            # A drafter that has not seen the rows' beginnings cannot guess for them: there is nothing to judge.
+            blind = drafting and self._model is not None and found is results
+            self._note(governor, len(spans), told, began, judged=not blind)
+            if self._model is not None:
+                self._model.open = governor.open()
         return found
 
-    def _note(self, governor: Governor, rows: int, told: _Told, began: float) -> None:
+    def _note(self, governor: Governor, rows: int, told: _Told, began: float, judged: bool) -> None:
         """Tell how long the step took: from the end of the one before it where nothing lay between, since drafts make
         work outside of the worker, too."""
         now = time.perf_counter()
-        if told.up_to_date and told.tokens:
+        if told.up_to_date and told.tokens and judged:
             governor.note(rows, told.tokens, now - (self._ended if self._steady == rows else began))
         self._ended, self._steady = now, rows if told.up_to_date else 0
 
-    def _follow(self, spans: Sequence[Span], results: tuple[SpanResult, ...], model: KeepsStates, wanted: bool) -> None:
+    def _follow(self, spans: Sequence[Span], results: tuple[SpanResult, ...], model: KeepsStates) -> None:
         """Show the drafter the states of a step, if they are of all its spans: after a failure they are not."""
         hidden, model.hidden = model.hidden, None
-        if wanted and hidden is not None and len(hidden) == sum(span.count for span in spans):
+        if hidden is not None and len(hidden) == sum(span.count for span in spans):
             try:
                 self._drafter.follow(Seen.of(spans, results, hidden))
                 return
             except Exception:
                 logger.exception("no drafts go on from this step")
         if self._pages is not None and spans:
-            slots, starts, counts = np.array([span[:3] for span in spans], dtype=np.int64).T
+            slots, starts, counts = (np.array(column) for column in list(zip(*spans, strict=True))[:3])
             self._pages.note(slots, starts, counts, computed=False)
 
     def _extend(self, spans: Sequence[Span], results: tuple[SpanResult, ...]) -> _Told:
@@ -114,6 +119,8 @@ class Speculator:
             guesses = self._drafter.propose(np.array(slots, dtype=np.int64))
         except Exception:
             logger.exception("no drafts for this step")
+            return results
+        if not any(guesses):
             return results
         changed = list(results)
         for index, guess in zip(able, guesses, strict=True):

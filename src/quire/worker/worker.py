@@ -113,7 +113,9 @@ class Worker:
         if self._states is None:
             model = with_program(model, sizes, pages, store.caches, self._ops)
         else:
-            self._states.body = with_program(StatesOnly(self._states.model), sizes, pages, store.caches, self._ops)
+            states = self._states
+            states.body = with_program(StatesOnly(states.model), sizes, pages, store.caches, self._ops)
+            states.whole = with_program(states.model, sizes, pages, store.caches, self._ops)
         self._runner = Runner(model, slots, store, sampler, self._device, setup.max_num_batched_tokens, speculator)
 
     def _load_draft(self, draft: DraftModel, where: torch.device) -> None:
