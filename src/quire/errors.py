@@ -10,6 +10,7 @@ what was found, what was tried and what to do. Nothing here imports another part
     │   ├── TimeOverError (408)      the time that the request allowed is over
     │   └── OverloadedError (503)    the queue is full or the server drains; says when to come back
     │       └── DeadlineError (429)  the time that the request allows is too short for the present queue
+    ├── NoSuchMethodError            a method of other engines that quire does not have; also an AttributeError
     ├── ConfigError                  options that cannot work together, or an unknown option; also a ValueError
     ├── ModelError                   a model that cannot be found, read or run
     │   ├── ModelNotFoundError
@@ -76,6 +77,10 @@ class TimeOverError(ClientError):
     """The request's time was over before its answer was complete; what it held is free again."""
 
     status = 408
+
+
+class NoSuchMethodError(QuireError, AttributeError):
+    """A method that other engines have and quire has not; the message says what to do instead."""
 
 
 class ConfigError(QuireError, ValueError):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 from types import TracebackType
@@ -25,7 +25,7 @@ from quire.engine.metrics import Metrics
 from quire.engine.outputs import RequestOutput
 from quire.engine.prompts import Prompt, ReadPrompt
 from quire.engine.reader import Counter, Gauge, Histogram, read_metrics
-from quire.errors import ConfigError, ValidationError
+from quire.errors import ConfigError, NoSuchMethodError, ValidationError
 from quire.text.chat import ChatOptions, prompt_text, read_template
 from quire.text.speech import ToolWish, speech_of, tool_wish
 from quire.text.tokenizer import Tokenizer
@@ -47,6 +47,22 @@ WITHOUT_EFFECT: dict[str, tuple[object, ...]] = {
     "disable_custom_all_reduce": (True, False),
 }
 
+_NO_VECTORS = "quire runs models that write text; vectors, classes and scores of prompts are not computed."
+_ONE_PROCESS = "The model runs in this process; there are no workers to call."
+_NO_SLEEP = "close() frees the model and its pages; make a new LLM to have them back."
+# Methods of other engines that quire does not have, and why.
+NOT_HERE: dict[str, str] = {
+    **dict.fromkeys(("encode", "embed", "classify", "score", "reward"), _NO_VECTORS),
+    **dict.fromkeys(("collective_rpc", "apply_model"), _ONE_PROCESS),
+    **dict.fromkeys(("sleep", "wake_up", "release_kv_cache_memory"), _NO_SLEEP),
+    **dict.fromkeys(("start_profile", "stop_profile"), "Use a profiler of Python or of the system."),
+    "reset_mm_cache": "Models here read text only.",
+    **dict.fromkeys(
+        ("init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update"),
+        "Weights are read once; make a new LLM for others.",
+    ),
+}
+
 
 class LLM:
     """A loaded model.
@@ -65,14 +81,31 @@ class LLM:
             if value not in WITHOUT_EFFECT[name]:
                 allowed = " or ".join(repr(item) for item in WITHOUT_EFFECT[name])
                 raise ConfigError(f"{name} is {value!r}; this version of quire takes only {allowed}. Leave it out.")
-        chosen = EngineOptions.from_flat(values)
-        self._engine = Engine.from_options(chosen)
+        self._open(EngineOptions.from_flat(values))
+
+    def _open(self, options: EngineOptions) -> None:
+        self._engine = Engine.from_options(options)
         self._ids = count()
+        self._queued: list[str] = []  # ids of enqueue() that wait_for_completion() has not handed out
+        self._done: dict[str, RequestOutput] = {}  # finished requests that nobody has taken
         self._metrics: Metrics | None = None
-        if not values["disable_log_stats"]:
+        if not options.observe.disable_log_stats:
             settings = self._engine.settings
             self._metrics = Metrics(settings.model_names[0], settings.max_model_len)
             self._engine.observer = self._metrics
+
+    @classmethod
+    def from_engine_args(cls, options: EngineOptions) -> LLM:
+        """An LLM with these options."""
+        made = cls.__new__(cls)
+        made._open(options)
+        return made
+
+    def __getattr__(self, name: str) -> Any:
+        """Say why a method of other engines is not here."""
+        if name in NOT_HERE:
+            raise NoSuchMethodError(f"LLM.{name} does not exist in quire. {NOT_HERE[name]}")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     # ---------------------------------------------------------------- generation
 
@@ -83,22 +116,49 @@ class LLM:
         *,
         use_tqdm: Progress = True,
         priority: Sequence[int] | None = None,
+        lora_request: None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: None = None,
     ) -> list[RequestOutput]:
         """Continue each prompt: a string, a list of token ids, or a dict (TextPrompt, TokensPrompt); one or many.
 
         `sampling_params` are one for all or one for each; None takes the model's own defaults. A prompt or parameter
         that is wrong raises ValidationError before anything runs; a request that fails while it runs has
-        finish_reason "error" in its output and leaves the others alone.
+        finish_reason "error" in its output and leaves the others alone. Of `tokenization_kwargs` there is
+        add_special_tokens; adapters and processors of images are there to be refused by name.
         """
-        listed = _listed(prompts)
-        return self._run(self._prepare(listed, sampling_params, priority, special=True), use_tqdm)
+        special = _tokenization(tokenization_kwargs, True)
+        _refuse_given(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
+        return self._run(self._prepare(_listed(prompts), sampling_params, priority, special), use_tqdm)
+
+    def enqueue(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: Sequence[int] | None = None,
+        lora_request: None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: None = None,
+    ) -> list[str]:
+        """The arguments of generate(), without waiting: the ids of the requests, which run in wait_for_completion()."""
+        special = _tokenization(tokenization_kwargs, True)
+        _refuse_given(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
+        return self._enqueue(self._prepare(_listed(prompts), sampling_params, priority, special))
+
+    def wait_for_completion(self, output_type: type | None = None, *, use_tqdm: Progress = True) -> list[RequestOutput]:
+        """The outputs of all that was enqueued, in that order. `output_type`, if given, is RequestOutput."""
+        if output_type not in (None, RequestOutput):
+            raise ValidationError("output_type can only be RequestOutput", "output_type", output_type)
+        ids, self._queued = self._queued, []
+        return self._collect(ids, use_tqdm)
 
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: Progress = True,
-        *,
+        lora_request: None = None,
         priority: Sequence[int] | None = None,
         chat_template: str | None = None,
         chat_template_content_format: str = "auto",
@@ -107,15 +167,15 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: str | Mapping[str, Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: None = None,
     ) -> list[RequestOutput]:
         """Answer a conversation, or each of several. Messages are in the form of the OpenAI API.
 
         `tool_choice` "required", or an object that names one tool, lets the model say nothing but calls; they stay in
         the text, as the model writes them.
         """
-        if self._engine.tokenizer is None:
-            raise ValidationError("chat needs a tokenizer, and this engine runs without one", "messages")
-        conversations: Sequence[Any] = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        _refuse_given(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
         options = ChatOptions(
             tools=tools,
             add_generation_prompt=add_generation_prompt,
@@ -124,18 +184,57 @@ class LLM:
             template_kwargs=chat_template_kwargs or {},
             content_format=chat_template_content_format,
         )
+        # The template writes the special tokens.
+        special = _tokenization(tokenization_kwargs, False)
+        return self._run(self._talks(messages, sampling_params, priority, options, tool_choice, special), use_tqdm)
+
+    def enqueue_chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: Sequence[int] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[str]:
+        """The arguments of chat(), without waiting: the ids of the requests, which run in wait_for_completion()."""
+        options = ChatOptions(
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            template=read_template(chat_template),
+            template_kwargs=chat_template_kwargs or {},
+        )
+        return self._enqueue(self._talks(messages, sampling_params, priority, options, tool_choice, special=False))
+
+    def _talks(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        priority: Sequence[int] | None,
+        options: ChatOptions,
+        tool_choice: str | Mapping[str, Any] | None,
+        special: bool,
+    ) -> list[Prepared]:
+        """Requests for the answers to conversations."""
+        if self._engine.tokenizer is None:
+            raise ValidationError("chat needs a tokenizer, and this engine runs without one", "messages")
+        conversations: Sequence[Any] = [messages] if messages and isinstance(messages[0], Mapping) else messages
         prompts: list[Prompt] = [prompt_text(self._engine.tokenizer, talk, options) for talk in conversations]
         if tool_choice is not None:
-            sampling_params = self._with_tools(
-                tool_wish(tools, tool_choice, None), options.template, sampling_params, str(prompts[0])
-            )
-        # The template has written the special tokens already.
-        return self._run(self._prepare(prompts, sampling_params, priority, special=False), use_tqdm)
+            wish = tool_wish(options.tools, tool_choice, None)
+            params = self._with_tools(wish, options.template, params, str(prompts[0]))
+        return self._prepare(prompts, params, priority, special)
 
     def beam_search(
         self,
         prompts: Prompt | Sequence[Prompt],
         params: BeamSearchParams,
+        lora_request: None = None,
         *,
         use_tqdm: Progress = False,
         concurrency_limit: int | None = None,
@@ -145,6 +244,7 @@ class LLM:
         Beams find each other's pages through the prefix cache, so a step computes what lies in the last page. Raises
         ValidationError for a wrong prompt or a width beyond max_logprobs, RequestFailedError if a beam fails.
         """
+        _refuse_given(lora_request=lora_request)
         settings = self._engine.settings
         firsts = self._prepare(_listed(prompts), scoring(params, settings), None, special=True)
         searches = [search_of(first, params, settings) for first in firsts]
@@ -230,22 +330,47 @@ class LLM:
 
     def _run(self, requests: Sequence[Prepared], use_tqdm: Progress) -> list[RequestOutput]:
         """Run the requests to their ends. Whatever interrupts it, none of them goes on."""
-        done: dict[str, RequestOutput] = {}
-        bar = _Bar(len(requests), use_tqdm)
+        return self._collect(self._submit(requests), use_tqdm)
+
+    def _enqueue(self, requests: Sequence[Prepared]) -> list[str]:
+        ids = self._submit(requests)
+        self._queued += ids
+        return ids
+
+    def _submit(self, requests: Sequence[Prepared]) -> list[str]:
+        """Give the requests to the engine: all of them, or none. Their ids."""
+        ids: list[str] = []
         try:
             for request in requests:
                 self._engine.submit(request)
-            while len(done) < len(requests):
+                ids.append(request.request_id)
+        except BaseException:
+            self._drop(ids)
+            raise
+        return ids
+
+    def _collect(self, ids: Sequence[str], use_tqdm: Progress) -> list[RequestOutput]:
+        """Run until these requests are done."""
+        bar, done = _Bar(len(ids), use_tqdm), self._done
+        missing = set(ids)
+        try:
+            while missing := missing - done.keys():
                 for output in self._engine.step():
                     done[output.request_id] = output
                     bar.finished(output)
         finally:
             bar.close()
-            left = [request.request_id for request in requests if request.request_id not in done]
-            if left:
-                self._engine.abort(left)
-                self._engine.step()  # takes the last outputs, which nobody wants any more
-        return [done[request.request_id] for request in requests]
+            if missing:
+                self._drop(missing)
+        return [done.pop(request_id) for request_id in ids]
+
+    def _drop(self, ids: Iterable[str]) -> None:
+        """End requests that nobody waits for any more."""
+        gone = set(ids)
+        self._engine.abort(gone)
+        for output in self._engine.step():
+            if output.request_id not in gone:
+                self._done[output.request_id] = output
 
     # ---------------------------------------------------------------- the rest
 
@@ -256,6 +381,10 @@ class LLM:
     def get_default_sampling_params(self) -> SamplingParams:
         """What generate() uses when it is given no parameters: from the model's generation_config.json."""
         return self._engine.settings.default_params
+
+    def get_world_size(self, include_dp: bool = True) -> int:
+        """How many devices run the model: one. `include_dp` changes nothing."""
+        return 1
 
     def reset_prefix_cache(self) -> bool:
         """Forget what is known of earlier prompts. False while requests hold some of it."""
@@ -289,6 +418,24 @@ def _listed(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     if prompts and isinstance(prompts[0], int):
         return [prompts]  # type: ignore[list-item]
     return prompts  # type: ignore[return-value]
+
+
+def _tokenization(given: Mapping[str, Any] | None, special: bool) -> bool:
+    """Whether prompts get special tokens: as tokenization_kwargs says, else `special`."""
+    unknown = set(given or ()) - {"add_special_tokens"}
+    if unknown:
+        raise ValidationError(
+            f"tokenization_kwargs may have add_special_tokens; found {', '.join(sorted(unknown))}",
+            "tokenization_kwargs",
+        )
+    return bool((given or {}).get("add_special_tokens", special))
+
+
+def _refuse_given(**values: object) -> None:
+    """Raise ValidationError for an argument that other engines have a use for."""
+    for name, value in values.items():
+        if value:
+            raise ValidationError(f"{name} is not supported: models are served as they are, and read text", name)
 
 
 def _whole(params: SamplingParams) -> SamplingParams:
