@@ -140,13 +140,17 @@ def test_why() -> None:
 
 def test_of_requests_that_are_over_nothing_is_told_and_little_is_kept() -> None:
     live = Live()
-    for number in range(1000):
-        live.add(LiveRequest(f"r-{number}", "", 1, 5, over=number % 10 > 0))
+    requests = [LiveRequest(f"r-{number}", "", 1, 5, over=number % 10 > 0) for number in range(1000)]
+    for request in requests:
+        live.add(request)
     assert len(live) == 100 and live.find("r-3", "") is None
     assert len(live._requests) < 300
-    live.add(LiveRequest("r-990", "", 1, 7))
+    later = LiveRequest("r-990", "", 1, 7)
+    live.add(later)
     found = live.find("r-990", "")
     assert found is not None and found.prompt_tokens == 7, "the later one of the same id"
+    del requests, request, later, found
+    assert len(live) == 0 and live.busy_since is None, "whoever should have answered them is gone"
 
 
 # -------------------------------------------------------------------- the pace of streams

@@ -132,14 +132,21 @@ def check_length(length: int, max_model_len: int) -> None:
     """Raise ValidationError unless a prompt of `length` leaves room for one more token."""
     if length > max_model_len:
         raise ValidationError(
-            f"The decoder prompt (length {length}) is longer than the maximum model length of {max_model_len}. "
-            f"Shorten the prompt, or raise max_model_len if the model allows it",
+            f"The decoder prompt (length {length}) is longer than the maximum model length of {max_model_len}: "
+            f"{_limit(max_model_len)}",
             "prompt",
         )
     if length == max_model_len:
         raise ValidationError(
             f"The decoder prompt (length {length}) plus the number of requested output tokens (at least 1) is longer "
-            f"than the maximum model length of {max_model_len}. Shorten the prompt, or raise max_model_len if the "
-            f"model allows it",
+            f"than the maximum model length of {max_model_len}: {_limit(max_model_len)}",
             "prompt",
         )
+
+
+def _limit(max_model_len: int) -> str:
+    """The words by which clients know this error from others, and then shorten their conversation."""
+    return (
+        f"this model's maximum context length is {max_model_len} tokens. Shorten the prompt, or raise max_model_len if "
+        "the model allows it"
+    )

@@ -24,7 +24,6 @@ _NAMES = re.compile(rb"^(# (?:HELP|TYPE) )?quire:", re.MULTILINE)
 
 
 @router.get("/health")
-@router.head("/health", include_in_schema=False)
 async def health(request: Request) -> Response:
     """200 while requests can be served; 503 when the engine has stopped or stands still, or the server drains."""
     service: Service = request.app.state.service

@@ -15,7 +15,7 @@ from quire.errors import ConfigError
 from quire.serve import admin, chats, completions, errors, messages, page, requests, responses
 from quire.serve.auth import KeyCheck
 from quire.serve.document import ERRORS, with_keys
-from quire.serve.layers import BodyLimit, ErrorShield, HeaderLimit, RequestIds
+from quire.serve.layers import BodyLimit, ErrorShield, HeaderLimit, RequestIds, SameRoute
 from quire.serve.service import Service
 from quire.serve.sse import ClientLeft
 from quire.serve.traffic import Traffic, TrafficLayer
@@ -24,7 +24,7 @@ from quire.serve.traffic import Traffic, TrafficLayer
 def create_app(service: Service, keys: Sequence[str] = ()) -> FastAPI:
     """The server as an ASGI application over a started AsyncEngine. `keys`: API keys; none lets everybody in."""
     options = service.options
-    app = FastAPI(title="quire", version=quire.__version__)
+    app = FastAPI(title="quire", version=quire.__version__, redirect_slashes=False)
     app.state.service = service
     for module in (completions, chats, responses, messages, requests, admin, page):
         app.include_router(module.router, responses=ERRORS)
@@ -32,6 +32,7 @@ def create_app(service: Service, keys: Sequence[str] = ()) -> FastAPI:
         app.openapi = with_keys(app)  # type: ignore[method-assign]  # as FastAPI's documentation has it
     errors.install(app)
     app.add_exception_handler(ClientLeft, _left)
+    app.add_middleware(SameRoute)
     app.add_middleware(ErrorShield)
     app.add_middleware(BodyLimit, most=options.max_request_bytes)
     if service.registry is not None:

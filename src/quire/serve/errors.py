@@ -51,8 +51,13 @@ class Failure:
 
     def response(self, path: str = "") -> JSONResponse:
         """The HTTP response, in the shape that clients of this path expect."""
-        is_anthropic = path.partition("/v1/")[2].startswith("messages")
-        return JSONResponse(self.anthropic_body() if is_anthropic else self.body(), self.status, self.headers)
+        body = self.anthropic_body() if is_anthropic(path) else self.body()
+        return JSONResponse(body, self.status, self.headers)
+
+
+def is_anthropic(path: str) -> bool:
+    """Whether clients of this path expect Anthropic's protocol."""
+    return path.partition("/v1/")[2].startswith("messages")
 
 
 _ANTHROPIC = {
@@ -71,6 +76,7 @@ _NAMES = {
     408: "RequestTimeoutError",
     413: "RequestTooLargeError",
     429: "TooManyRequestsError",
+    415: "UnsupportedMediaTypeError",
     422: "UnprocessableEntityError",
     431: "RequestTooLargeError",
     503: "ServiceUnavailableError",
@@ -112,9 +118,10 @@ async def _any_error(request: Request, error: Exception) -> JSONResponse:
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     kind = _NAMES.get(error.status_code, "BadRequestError" if error.status_code < 500 else "InternalServerError")
-    return Failure(error.status_code, kind, str(error.detail), headers=dict(error.headers or {})).response(
-        request.scope["path"]
-    )
+    message = str(error.detail)
+    if isinstance(error.__cause__, UnicodeDecodeError):  # FastAPI tells no more than that the body could not be parsed
+        message = "The body is not valid UTF-8."
+    return Failure(error.status_code, kind, message, headers=dict(error.headers or {})).response(request.scope["path"])
 
 
 async def _invalid_body(request: Request, error: Exception) -> JSONResponse:

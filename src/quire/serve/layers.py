@@ -1,4 +1,4 @@
-"""The plain ASGI layers around the routes: request ids, limits on headers and bodies, and the last net for exceptions.
+"""The plain ASGI layers around the routes: forms, ids, limits on headers and bodies, and the last net for exceptions.
 
 Each does one thing and knows no route. Who may come in is decided in auth.py.
 """
@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire.errors import ValidationError
 from quire.serve.caller import read_trace
-from quire.serve.errors import Failure, failure_of
+from quire.serve.errors import Failure, failure_of, is_anthropic
 from quire.serve.sse import ClientLeft
 
 DEEPEST_JSON = 64  # objects and lists within each other
@@ -45,6 +45,8 @@ class RequestIds:
         own = given if 0 < len(given) <= 128 and given.isascii() else uuid.uuid4().hex.encode()
 
         added = [(b"x-request-id", own)]
+        if is_anthropic(scope["path"]):
+            added.append((b"request-id", own))  # where its clients look for it
         trace = next((value for name, value in scope["headers"] if name == b"traceparent"), b"")
         if read_trace(trace.decode("latin-1")) is not None:
             added.append((b"traceparent", trace))
@@ -55,6 +57,23 @@ class RequestIds:
             await send(message)
 
         await self._app(scope, receive, named)
+
+
+class SameRoute:
+    """Finds the route of requests that differ from it in form only: HEAD is a GET, of which the HTTP server leaves out
+    the body, and a slash at the end of a path means nothing.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on."""
+        if scope["type"] == "http":
+            scope = {**scope, "path": scope["path"].rstrip("/") or "/"}
+            if scope["method"] == "HEAD":
+                scope["method"] = "GET"
+        await self._app(scope, receive, send)
 
 
 class HeaderLimit:
@@ -135,6 +154,9 @@ class JsonRoute(APIRoute):
 
         async def checked(request: Request) -> Response:
             if request.method == "POST":
+                coding = request.headers.get("content-encoding", "identity")
+                if coding.strip().lower() not in ("", "identity"):
+                    raise HTTPException(415, "A body with a Content-Encoding is not read. Send it uncompressed.")
                 try:
                     body = await request.body()
                 except ClientDisconnect as error:

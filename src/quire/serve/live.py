@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from weakref import ref
 
 from quire.core.stats import Stats
 from quire.engine.engine import Place
@@ -17,7 +18,7 @@ FEW = 64  # requests that are over and may stay in the list
 FULL = 0.95  # share of the pages from which on they are what is missing
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class LiveRequest:
     """One request on its way."""
 
@@ -41,23 +42,27 @@ class LiveRequest:
 
 @dataclass(slots=True)
 class Live:
-    """All of them, in the order of their arrival. Those that are over are swept out when there are many."""
+    """All of them, in the order of their arrival. Those that are over are swept out when there are many.
 
-    _requests: list[LiveRequest] = field(default_factory=list)
+    Whoever answers a request owns it: one whose owner is gone without a word is over, too.
+    """
+
+    _requests: list[ref[LiveRequest]] = field(default_factory=list)
     _most: int = FEW  # entries from which on they are swept
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
     def __iter__(self) -> Iterator[LiveRequest]:
-        return (request for request in self._requests if not request.over)
+        found = (held() for held in self._requests)
+        return (request for request in found if request is not None and not request.over)
 
     def add(self, request: LiveRequest) -> None:
         """A request begins. Of two with one id, only the later one can be asked about."""
         if len(self._requests) >= self._most:
-            self._requests = list(self)
+            self._requests = [ref(request) for request in self]
             self._most = 2 * len(self._requests) + FEW
-        self._requests.append(request)
+        self._requests.append(ref(request))
 
     @property
     def busy_since(self) -> float | None:

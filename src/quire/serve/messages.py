@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -43,6 +43,8 @@ async def create_message(body: MessagesRequest, request: Request) -> Response:
     service.check_model(body.model)
     chat = body.chat()
     params = chat.params(service.card.defaults, service.card.limit)
+    if params.thinking_token_budget is not None and not service.marks_thoughts:
+        params = replace(params, thinking_token_budget=None)  # it has no thoughts that could be limited
     own_id = new_id("msg", request.headers.get("x-request-id"), None)
     wish = tool_wish(chat.tools, chat.tool_choice, chat.parallel_tool_calls)
     answer = _Answer(service, Talk(service, chat, own_id, params, caller_of(request), wish=wish))

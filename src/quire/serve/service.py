@@ -126,6 +126,11 @@ class Service:
             raise ValidationError("This server runs without a tokenizer; send prompts as token ids.", "prompt")
         return found
 
+    @property
+    def marks_thoughts(self) -> bool:
+        """Whether it is known how the model marks its thoughts."""
+        return thinking_marks(self.tokenizer, self.options.reasoning_parser) is not None
+
     def with_marks(self, params: SamplingParams) -> SamplingParams:
         """The parameters with the marks of thoughts that the option names, where a request limits its thoughts."""
         parser = self.options.reasoning_parser
