@@ -7,7 +7,8 @@
 //       4 bits   [groups][group / 8][16 outputs][4 bytes]            [groups][16] bf16 scales   [groups][16] zero points
 //                a byte holds k = 8 j + i in its low half and k = 8 j + 4 + i in its high half, i < 4
 //
-// N is filled up with zero outputs, K with zero values of x. A tile of rows runs over the whole of K in registers, because
+// N is filled up with zero outputs, K with zero values of x. Rows of x may be those of a norm or of a gated activation,
+// which are made just before they are rounded and are kept by nobody. A tile of rows runs over the whole of K in registers, because
 // a panel of bytes lies in L1 or L2 while all tiles of an item pass it, each fetching its share of the next one.
 #include <algorithm>
 #include <climits>
@@ -15,6 +16,7 @@
 
 #include "integers.h"
 #include "quire.h"
+#include "rows.h"
 #include "threads.h"
 #include "tile.h"
 
@@ -139,16 +141,17 @@ template <class T>
 struct Call {
     const Layout& w;
     const uint8_t* packed;
-    const T *x, *bias;
+    const T* bias;
     T* out;
-    long x_stride, m, tiles;
+    long m, tiles;
     uint32_t* a;
     float* scales;
     int32_t* sums;
 
     long first_row(long tile) const { return m * tile / tiles; }
 
-    void round_tile(long tile) const {
+    template <class RowAt>
+    void round_tile(long tile, const RowAt& row_at) const {
         const long row0 = first_row(tile), rows = first_row(tile + 1) - row0, words = w.words();
         struct Bytes;
         auto* q = static_cast<int8_t*>(scratch<Bytes>(w.padded_k()));
@@ -156,9 +159,10 @@ struct Call {
         uint32_t* to = a + row0 * words;
         for (long i = 0; i < rows; i++) {
             const long row = row0 + i;
+            const T* x = row_at(row);
             for (long g = 0; g < w.groups; g++) {
                 const long from = g * w.group, count = std::min(w.group, w.k - from), at = row * w.groups + g;
-                sums[at] = round_values(x + row * x_stride + from, count, q + from, scales + at);
+                sums[at] = round_values(x + from, count, q + from, scales + at);
             }
             if (w.nibbles)
                 for (long j = 0; j < words; j++) std::memcpy(to + j * rows + i, q + 4 * j, 4);
@@ -358,8 +362,8 @@ void multiply_item(const Call<T>& call, long tile0, long tile1, long panel0, lon
     }
 }
 
-template <class T>
-void linear_block(Call<T> call) {
+template <class T, class RowAt>
+void linear_block(Call<T> call, const RowAt& row_at) {
     const Layout& w = call.w;
     struct Rows;
     struct Scales;
@@ -370,7 +374,7 @@ void linear_block(Call<T> call) {
     const long most_rows = w.nibbles ? MAX_ROWS<nibble> : MAX_ROWS<int8_t>;
     call.tiles = ceil_div(call.m, most_rows);
     if (call.m > LONE_ROWS) call.tiles = std::max<long>(2, call.tiles);
-    for_each_item(call.tiles, call.m * w.k > 1 << 15, [&](long tile) { call.round_tile(tile); });
+    for_each_item(call.tiles, call.m * w.k > 1 << 15, [&](long tile) { call.round_tile(tile, row_at); });
     const long groups = ceil_div(w.panels, ITEM_PANELS), blocks = ceil_div(call.tiles, ITEM_ROWS / most_rows);
     for_each_item(groups * blocks, call.m * w.n * w.k > 1 << 17, [&](long item) {
         const long block = item / groups, group = item % groups;
@@ -379,12 +383,20 @@ void linear_block(Call<T> call) {
     });
 }
 
-template <class T>
-void linear(const Layout& w, const void* x, long x_stride, const void* packed, const void* bias, void* out, long m) {
+// row_at(row) gives the elements of a row of x, which need to stay only until it is called again.
+template <class T, class RowAt>
+void linear(const QuireQuantized& weight, const void* packed, const void* bias, void* out, long m, const RowAt& row_at) {
+    const Layout w(weight);
     for (long row = 0; row < m; row += BLOCK_ROWS)
-        linear_block(Call<T>{w, static_cast<const uint8_t*>(packed), static_cast<const T*>(x) + row * x_stride,
-                             static_cast<const T*>(bias), static_cast<T*>(out) + row * w.n, x_stride,
-                             std::min(BLOCK_ROWS, m - row), 0, nullptr, nullptr, nullptr});
+        linear_block(Call<T>{w, static_cast<const uint8_t*>(packed), static_cast<const T*>(bias),
+                             static_cast<T*>(out) + row * w.n, std::min(BLOCK_ROWS, m - row), 0, nullptr, nullptr, nullptr},
+                     [&](long i) { return row_at(row + i); });
+}
+
+// fn(zero) with a zero of the dtype.
+template <class Fn>
+void with_dtype(int32_t dtype, const Fn& fn) {
+    dtype == QUIRE_BFLOAT16 ? fn(bf16{}) : fn(0.0f);
 }
 
 }  // namespace
@@ -408,9 +420,46 @@ void quire_unpack_quantized(const QuireQuantized* weight, void* packed, int8_t* 
 
 void quire_quantized_linear(const QuireQuantized* weight, int32_t dtype, const void* x, int64_t x_stride,
                             const void* packed, const void* bias, void* out, int64_t m) {
-    const Layout w(*weight);
-    if (dtype == QUIRE_BFLOAT16)
-        linear<bf16>(w, x, x_stride, packed, bias, out, m);
-    else
-        linear<float>(w, x, x_stride, packed, bias, out, m);
+    with_dtype(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        const T* rows = static_cast<const T*>(x);
+        linear<T>(*weight, packed, bias, out, m, [=](long row) { return rows + row * x_stride; });
+    });
+}
+
+void quire_norm_quantized_linear(int32_t dtype, const void* x, int64_t stride, const void* residual, const void* scale,
+                                 void* normed, void* total, int64_t m, int64_t dim, float eps, int32_t style,
+                                 const QuireQuantized* weight, const void* packed, const void* bias, void* out) {
+    with_dtype(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        struct Normed;
+        const RmsNorm<T> norm{static_cast<const T*>(x), static_cast<const T*>(residual), static_cast<const T*>(scale),
+                              static_cast<T*>(total), stride, dim, eps, style};
+        T* kept = static_cast<T*>(normed);
+        linear<T>(*weight, packed, bias, out, m, [&](long row) {
+            T* to = kept ? kept + row * dim : static_cast<T*>(scratch<Normed>(dim * long(sizeof(T))));
+            norm.row(row, to);
+            return to;
+        });
+    });
+}
+
+void quire_gated_quantized_linear(int32_t dtype, const void* gate, const void* up, int64_t stride, int64_t m, int64_t dim,
+                                  int32_t activation, const QuireQuantized* weight, const void* packed, const void* bias,
+                                  void* out) {
+    with_dtype(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        struct Rows;
+        struct Row;
+        const Gated<T> gated{static_cast<const T*>(gate), static_cast<const T*>(up), stride, dim, activation};
+        const bool few = m < team_size();  // then each row is made by all
+        T* rows = few ? static_cast<T*>(scratch<Rows>(m * dim * long(sizeof(T)))) : nullptr;
+        if (few) gated_rows(gated, rows, m);
+        linear<T>(*weight, packed, bias, out, m, [&](long row) {
+            if (few) return rows + row * dim;
+            T* to = static_cast<T*>(scratch<Row>(dim * long(sizeof(T))));
+            gated.part(row, 0, dim, to);
+            return to;
+        });
+    });
 }

@@ -33,6 +33,15 @@ QUIRE_API void quire_unpack_quantized(const QuireQuantized* weight, void* packed
                                       uint8_t* zeros);
 QUIRE_API void quire_quantized_linear(const QuireQuantized* weight, int32_t dtype, const void* x, int64_t x_stride,
                                       const void* packed, const void* bias, void* out, int64_t m);
+// The same of the rows that quire_rms_norm or quire_gated (below) would give, to the bit. normed: null, or where the rows
+// of the norm go.
+QUIRE_API void quire_norm_quantized_linear(int32_t dtype, const void* x, int64_t stride, const void* residual,
+                                           const void* scale, void* normed, void* total, int64_t m, int64_t dim,
+                                           float eps, int32_t style, const QuireQuantized* weight, const void* packed,
+                                           const void* bias, void* out);
+QUIRE_API void quire_gated_quantized_linear(int32_t dtype, const void* gate, const void* up, int64_t stride, int64_t m,
+                                            int64_t dim, int32_t activation, const QuireQuantized* weight,
+                                            const void* packed, const void* bias, void* out);
 
 // ---- cache.cpp, attention.cpp. A cache of one layer; pages.h draws a page. Keys, values, queries and results are of the
 // cache's dtype, with int8 of the dtype `rows`. shared: values are the first value_dim elements of the keys; what is given
@@ -91,7 +100,7 @@ typedef struct {
 QUIRE_API void quire_heads_linear(const QuireHeads* call);
 
 // ---- rows.cpp. norm style: 0 down_then_scale, 1 scale_then_down, 2 plus_one, 3 no weight. residual: null, or added to
-// x first, the sum going to total. activation: see the enum in rows.cpp.
+// x first, the sum going to total. activation: see the enum in rows.h.
 QUIRE_API void quire_rms_norm(int32_t dtype, const void* x, int64_t stride, const void* residual, const void* weight,
                               void* out, void* total, int64_t rows, int64_t dim, float eps, int32_t style);
 QUIRE_API void quire_layer_norm(int32_t dtype, const void* x, int64_t stride, const void* weight, const void* bias,
@@ -99,15 +108,13 @@ QUIRE_API void quire_layer_norm(int32_t dtype, const void* x, int64_t stride, co
 QUIRE_API void quire_gated(int32_t dtype, const void* gate, const void* up, int64_t stride, void* out, int64_t rows,
                            int64_t dim, int32_t activation);
 
-// ---- sampling.cpp
+// ---- sampling.cpp. A row with NaN in it, or whose largest logit is not finite, gets -1.
 QUIRE_API void quire_argmax(int32_t dtype, const void* logits, int64_t stride, int64_t* out, int64_t rows,
                             int64_t vocab);
 QUIRE_API void quire_uniform(const int64_t* seeds, const int64_t* positions, double* out, int64_t rows);
 QUIRE_API void quire_sample(int32_t dtype, const void* logits, int64_t stride, const float* temperature,
                             const int64_t* top_k, const float* top_p, const float* min_p, const double* uniform,
                             int64_t* out, int64_t rows, int64_t vocab);
-// Whether a row's logits may be chosen from: none is NaN, and the largest is finite.
-QUIRE_API void quire_usable(int32_t dtype, const void* logits, int64_t stride, uint8_t* out, int64_t rows, int64_t vocab);
 
 // What log-probabilities are made of, for each row: log(sum(exp(logits))), how many logits are at least that of `chosen`,
 // and the ids of the `count` largest.

@@ -8,7 +8,9 @@
 //                suffices is the bound
 //     neither    weights are summed in blocks, and only the block in which the draw falls is searched
 //
-// The few candidates above the bound are then treated exactly.
+// The few candidates above the bound are then treated exactly. Several rows are shared out among the team, one by one; of
+// fewer rows than threads the passes are, part by part. What a block holds is summed alone and the blocks in their order,
+// so that either way gives the same bits.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -23,11 +25,18 @@ namespace {
 
 constexpr long CHUNK = 64;
 constexpr long BLOCK = 1024;
+constexpr long PART = 16 * BLOCK;  // of a row, for one thread
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 
 template <class T>
 QUIRE_INLINE F get(const T* p, long n) {
     return n >= W ? load(p) : keep_range(load_some(p, n), 0, 0, int(n), set1(LOWEST));
+}
+
+// fn(first, end) for all parts of a row.
+template <class Fn>
+void for_each_part(long n, bool team, const Fn& fn) {
+    for_each_item((n + PART - 1) / PART, team, [&](long part) { fn(part * PART, std::min(n, (part + 1) * PART)); });
 }
 
 template <class T>
@@ -47,14 +56,59 @@ void for_each_at_least(const T* x, long n, float bound, const Fn& fn) {
         }
 }
 
+// The largest logit of a row or of a part of it: of equals the first.
+struct Peak {
+    float largest = LOWEST;
+    long at = 0;
+    bool numbers = true;  // none is NaN
+
+    // Nothing can be chosen from a row with NaN or +inf in it, nor from one that is -inf throughout.
+    bool usable() const { return numbers && largest > LOWEST && largest < -LOWEST; }
+};
+
 template <class T>
-int64_t first_largest(const T* x, long n) {
-    int64_t found = 0;
-    for_each_at_least(x, n, largest_of(x, n), [&](long i) {
-        found = i;
+Peak peak_of(const T* x, long first, long end) {
+    constexpr unsigned ALL = (1u << W) - 1;
+    constexpr int CHAINS = 4;
+    Peak peak;
+    unsigned numbers = ALL;
+    long found = first;
+    for (long block = first; block < end; block += BLOCK) {
+        F most[CHAINS] = {set1(LOWEST), set1(LOWEST), set1(LOWEST), set1(LOWEST)};
+        auto look = [&](F v, F& chain) {
+            numbers &= mask_ge(v, v);
+            chain = max(v, chain);
+        };
+        const long block_end = std::min(end, block + BLOCK);
+        long i = block;
+        for (; i + CHAINS * W <= block_end; i += CHAINS * W)
+            for (int j = 0; j < CHAINS; j++) look(load(x + i + j * W), most[j]);
+        for (; i < block_end; i += W) look(get(x + i, block_end - i), most[0]);
+        const float largest = reduce_max(max(max(most[0], most[1]), max(most[2], most[3])));
+        if (largest > peak.largest) peak.largest = largest, found = block;
+    }
+    peak.numbers = numbers == ALL;
+    for_each_at_least(x + found, std::min(BLOCK, end - found), peak.largest, [&](long i) {
+        peak.at = found + i;
         return true;
     });
-    return found;
+    return peak;
+}
+
+// Of a whole row, on the team where the row is alone.
+template <class T>
+Peak peak_of_row(const T* x, long n, bool team) {
+    if (!team) return peak_of(x, 0, n);
+    static thread_local std::vector<Peak> peaks;
+    peaks.resize(size_t((n + PART - 1) / PART));
+    Peak* parts = peaks.data();
+    for_each_part(n, team, [&](long first, long end) { parts[first / PART] = peak_of(x, first, end); });
+    Peak best = parts[0];
+    for (const Peak& part : peaks) {
+        if (part.largest > best.largest) best.largest = part.largest, best.at = part.at;
+        best.numbers = best.numbers && part.numbers;
+    }
+    return best;
 }
 
 struct Rule {
@@ -64,15 +118,17 @@ struct Rule {
     double uniform;
 };
 
-// One row: `weigh` turns logits into weights, 1 for the largest, and 0 below min_p of it.
+// One row: `weigh` turns logits into weights, 1 for the largest, and 0 below min_p of it. `team`: the row has it to itself.
 template <class T>
 class Draw {
 public:
-    Draw(const T* logits, long vocab, const Rule& rule) : x_(logits), n_(vocab), rule_(rule) {
-        largest_ = largest_of(logits, vocab);
-    }
+    Draw(const T* logits, long vocab, const Rule& rule, bool team)
+        : x_(logits), n_(vocab), rule_(rule), team_(team), peak_(peak_of_row(logits, vocab, team)), largest_(peak_.largest) {}
 
+    // The chosen id, or -1 where nothing can be chosen.
     int64_t run() {
+        if (!peak_.usable()) return -1;
+        if (rule_.temperature == 0) return peak_.at;
         const bool few = rule_.top_k > 0 && rule_.top_k < n_, share = rule_.top_p < 1;
         if (!few && !share) return draw_from_all();
         double total = 0;
@@ -97,28 +153,44 @@ private:
     float bound_of_top_k() const {
         const long chunks = (n_ + CHUNK - 1) / CHUNK;
         if (rule_.top_k >= chunks) return LOWEST;
-        static thread_local std::vector<float> most;
-        most.resize(size_t(chunks));
-        for (long c = 0; c < chunks; c++) most[size_t(c)] = largest_of(x_ + c * CHUNK, std::min(CHUNK, n_ - c * CHUNK));
-        std::nth_element(most.begin(), most.begin() + (rule_.top_k - 1), most.end(), std::greater<float>());
-        return most[size_t(rule_.top_k - 1)];
+        static thread_local std::vector<float> maxima;
+        maxima.resize(size_t(chunks));
+        float* most = maxima.data();
+        for_each_part(n_, team_, [&](long first, long end) {
+            for (long i = first; i < end; i += CHUNK) most[i / CHUNK] = largest_of(x_ + i, std::min(CHUNK, end - i));
+        });
+        std::nth_element(most, most + (rule_.top_k - 1), most + chunks, std::greater<float>());
+        return most[rule_.top_k - 1];
     }
 
     float bound_of_top_p(double& total) const {
         constexpr int LEVELS = 3;
         constexpr float level[LEVELS] = {1.0f / 32, 1.0f / 1024, 1.0f / 65536};
+        struct Mass {
+            float all, above[LEVELS];
+        };
+        static thread_local std::vector<Mass> masses;  // of each block
+        masses.resize(size_t((n_ + BLOCK - 1) / BLOCK));
+        Mass* of_block = masses.data();
+        for_each_part(n_, team_, [&](long first, long part_end) {
+            for (long block = first; block < part_end; block += BLOCK) {
+                F all = zero(), above[LEVELS] = {zero(), zero(), zero()};
+                const long end = std::min(part_end, block + BLOCK);
+                for (long i = block; i < end; i += W) {
+                    const F w = weigh(get(x_ + i, end - i));
+                    all = add(all, w);
+                    for (int j = 0; j < LEVELS; j++) above[j] = add(above[j], select_lt(w, set1(level[j]), zero(), w));
+                }
+                Mass& mass = of_block[block / BLOCK];
+                mass.all = reduce_add(all);
+                for (int j = 0; j < LEVELS; j++) mass.above[j] = reduce_add(above[j]);
+            }
+        });
         double mass[LEVELS] = {};
         total = 0;
-        for (long block = 0; block < n_; block += BLOCK) {
-            F all = zero(), above[LEVELS] = {zero(), zero(), zero()};
-            const long end = std::min(n_, block + BLOCK);
-            for (long i = block; i < end; i += W) {
-                const F w = weigh(get(x_ + i, end - i));
-                all = add(all, w);
-                for (int j = 0; j < LEVELS; j++) above[j] = add(above[j], select_lt(w, set1(level[j]), zero(), w));
-            }
-            total += reduce_add(all);
-            for (int j = 0; j < LEVELS; j++) mass[j] += reduce_add(above[j]);
+        for (const Mass& block : masses) {
+            total += block.all;
+            for (int j = 0; j < LEVELS; j++) mass[j] += block.above[j];
         }
         // The margins keep what rounding could move on the safe side: too many candidates are never wrong.
         for (int j = 0; j < LEVELS; j++)
@@ -157,32 +229,36 @@ private:
             if (logits_[i] < least) weights_[i] = 0;
     }
 
-    // Keep the largest until they hold `wanted`; halving the range in which the cut lies costs two passes in all.
+    // Keep the largest until they hold `wanted`. The cut falls into one of many ranges of logits, and only those in it
+    // are sorted.
     void keep_top_p(double wanted) {
-        static thread_local std::vector<int32_t> order;
-        order.resize(ids_.size());
-        for (size_t i = 0; i < order.size(); i++) order[i] = int32_t(i);
-        auto before = [&](int32_t a, int32_t b) {
-            return logits_[size_t(a)] != logits_[size_t(b)] ? logits_[size_t(a)] > logits_[size_t(b)] : a < b;
-        };
-        long low = 0, high = long(order.size());
-        double mass = 0;  // of what stands before `low`
-        while (high - low > 32) {
-            const long middle = (low + high) / 2;
-            std::nth_element(order.begin() + low, order.begin() + middle, order.begin() + high, before);
-            double half = 0;
-            for (long i = low; i < middle; i++) half += weights_[size_t(order[size_t(i)])];
-            if (mass + half >= wanted) {
-                high = middle;
-            } else {
-                mass += half;
-                low = middle;
-            }
+        static thread_local std::vector<int32_t> order;  // of those in the range of the cut
+        double mass[RANGES] = {};
+        const long count = long(ids_.size());
+        for (long i = 0; i < count; i++) mass[range_of(logits_[size_t(i)])] += weights_[size_t(i)];
+        long range = 0;
+        double before = 0;  // of what stands before the range
+        while (range < RANGES - 1 && before + mass[range] < wanted) before += mass[range++];
+        order.clear();
+        for (long i = 0; i < count; i++) {
+            const long found = range_of(logits_[size_t(i)]);
+            if (found == range) order.push_back(int32_t(i));
+            if (found > range) weights_[size_t(i)] = 0;
         }
-        std::sort(order.begin() + low, order.begin() + high, before);
-        long cut = low;
-        while (cut < high && (cut == 0 || mass < wanted)) mass += weights_[size_t(order[size_t(cut++)])];
-        for (size_t i = size_t(cut); i < order.size(); i++) weights_[size_t(order[i])] = 0;
+        std::sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
+            return logits_[size_t(a)] != logits_[size_t(b)] ? logits_[size_t(a)] > logits_[size_t(b)] : a < b;
+        });
+        size_t cut = 0;
+        while (cut < order.size() && ((cut == 0 && range == 0) || before < wanted))
+            before += weights_[size_t(order[cut++])];
+        for (size_t i = cut; i < order.size(); i++) weights_[size_t(order[i])] = 0;
+    }
+
+    // Ranges in which a weight falls by e^(1/32), from the largest logit on; the last one takes all that are below.
+    static constexpr long RANGES = 512;
+    long range_of(float logit) const {
+        const float steps = (largest_ - logit) * (32.0f / std::max(rule_.temperature, 1e-30f));
+        return steps < float(RANGES - 1) ? long(steps) : RANGES - 1;
     }
 
     // ---- draws: the first id whose running sum exceeds uniform * sum
@@ -192,22 +268,26 @@ private:
         for (float w : weights_) total += w;
         for (size_t i = 0; i < ids_.size(); i++)
             if ((sum += weights_[i]) > rule_.uniform * total) return ids_[i];
-        return first_largest(x_, n_);  // only where the logits are not numbers
+        return peak_.at;  // a number that is not below 1
     }
 
     int64_t draw_from_all() const {
         static thread_local std::vector<double> sums;  // up to and with each block
-        sums.clear();
+        sums.resize(size_t((n_ + BLOCK - 1) / BLOCK));
+        double* of_block = sums.data();
+        for_each_part(n_, team_, [&](long first, long part_end) {
+            for (long block = first; block < part_end; block += BLOCK) {
+                F all = zero();
+                const long end = std::min(part_end, block + BLOCK);
+                for (long i = block; i < end; i += W) all = add(all, weigh(get(x_ + i, end - i)));
+                of_block[block / BLOCK] = reduce_add(all);
+            }
+        });
         double sum = 0;
-        for (long block = 0; block < n_; block += BLOCK) {
-            F all = zero();
-            const long end = std::min(n_, block + BLOCK);
-            for (long i = block; i < end; i += W) all = add(all, weigh(get(x_ + i, end - i)));
-            sums.push_back(sum += reduce_add(all));
-        }
+        for (double& block : sums) block = sum += block;
         const double wanted = rule_.uniform * sum;
         const size_t found = size_t(std::upper_bound(sums.begin(), sums.end(), wanted) - sums.begin());
-        if (found == sums.size()) return first_largest(x_, n_);  // only where the logits are not numbers
+        if (found == sums.size()) return peak_.at;  // a number that is not below 1
         sum = found == 0 ? 0 : sums[found - 1];
         int64_t last = 0;
         const long block = long(found) * BLOCK, end = std::min(n_, block + BLOCK);
@@ -225,28 +305,33 @@ private:
     const T* x_;
     const long n_;
     const Rule rule_;
-    float largest_;
+    const bool team_;
+    const Peak peak_;
+    const float largest_;
     std::vector<int32_t> ids_;
     std::vector<float> logits_, weights_;
 };
 
-template <class T>
-void argmax(const T* logits, long stride, int64_t* out, long rows, long vocab) {
-    for_each_item(rows, rows * vocab > 1 << 16, [&](long r) { out[r] = first_largest(logits + r * stride, vocab); });
+// out[r] = choose(r, team) for all rows: one after the other with the team, or one for each of its threads.
+template <class Choose>
+void for_each_choice(long rows, long vocab, int64_t* out, const Choose& choose) {
+    const bool worth = rows * vocab > 1 << 14, alone = rows < team_size();
+    for_each_item(rows, worth && !alone, [&](long r) { out[r] = choose(r, worth && alone); });
 }
 
-// Whether the largest of the logits is a finite number and none is NaN.
 template <class T>
-bool usable(const T* x, long n) {
-    constexpr unsigned ALL = (1u << W) - 1;
-    F most = set1(LOWEST);
-    for (long i = 0; i < n; i += W) {
-        const F v = get(x + i, n - i);
-        if (mask_ge(v, v) != ALL) return false;
-        most = max(v, most);
-    }
-    const float largest = reduce_max(most);
-    return largest > LOWEST && largest < -LOWEST;
+void argmax(const T* logits, long stride, int64_t* out, long rows, long vocab) {
+    for_each_choice(rows, vocab, out, [&](long r, bool team) {
+        const Peak peak = peak_of_row(logits + r * stride, vocab, team);
+        return peak.usable() ? int64_t(peak.at) : -1;
+    });
+}
+
+template <class T>
+void sample(const T* logits, long stride, int64_t* out, long rows, long vocab, const Rule* rules) {
+    for_each_choice(rows, vocab, out, [&](long r, bool team) {
+        return Draw<T>(logits + r * stride, vocab, rules[r], team).run();
+    });
 }
 
 // The ids of the `count` largest, the largest first, of equals the lowest id. Zeros where too many are NaN.
@@ -358,21 +443,11 @@ void quire_uniform(const int64_t* seeds, const int64_t* positions, double* out, 
 void quire_sample(int32_t dtype, const void* logits, int64_t stride, const float* temperature, const int64_t* top_k,
                   const float* top_p, const float* min_p, const double* uniform, int64_t* out, int64_t rows,
                   int64_t vocab) {
-    for_each_item(rows, rows * vocab > 1 << 14, [&](long r) {
-        const Rule rule{temperature[r], top_k[r], top_p[r], min_p[r], uniform[r]};
-        auto draw = [&](const auto* x) {
-            return rule.temperature == 0 ? first_largest(x, vocab) : Draw<std::decay_t<decltype(*x)>>(x, vocab, rule).run();
-        };
-        out[r] = dtype == QUIRE_BFLOAT16 ? draw(static_cast<const bf16*>(logits) + r * stride)
-                                         : draw(static_cast<const float*>(logits) + r * stride);
-    });
-}
-
-void quire_usable(int32_t dtype, const void* logits, int64_t stride, uint8_t* out, int64_t rows, int64_t vocab) {
-    for_each_item(rows, rows * vocab > 1 << 16, [&](long r) {
-        out[r] = dtype == QUIRE_BFLOAT16 ? usable(static_cast<const bf16*>(logits) + r * stride, vocab)
-                                         : usable(static_cast<const float*>(logits) + r * stride, vocab);
-    });
+    static thread_local std::vector<Rule> rules;
+    rules.clear();
+    for (int64_t r = 0; r < rows; r++) rules.push_back({temperature[r], top_k[r], top_p[r], min_p[r], uniform[r]});
+    dtype == QUIRE_BFLOAT16 ? sample(static_cast<const bf16*>(logits), stride, out, rows, vocab, rules.data())
+                            : sample(static_cast<const float*>(logits), stride, out, rows, vocab, rules.data());
 }
 
 void quire_rank(const QuireRank* call) { call->dtype == QUIRE_BFLOAT16 ? rank<bf16>(*call) : rank<float>(*call); }

@@ -144,3 +144,31 @@ def test_rows_that_nobody_asks_for_are_not_computed() -> None:
         given = inputs(rows, wanted, torch.float32)
         found = program.run([given["x"], given["rows"]], (rows, wanted), 1)
         assert same_bits(found, function(given["x"], given["rows"]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_rows_of_quantized_layers_are_made_on_their_way_in(dtype: torch.dtype, ops: Ops) -> None:
+    """A norm and a gated activation become parts of the layers behind them, and the bits stay."""
+    weight = TABLE[40, :WIDTH].to(dtype)
+    wide = ops.round_linear(TABLE[: 2 * WIDTH].to(dtype), TABLE[50].repeat(2).to(dtype), dtype, 8, 0, False)
+    narrow = ops.round_linear(TABLE[100 : 100 + WIDTH].to(dtype), None, dtype, 4, 32, True)
+
+    def function(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        total = x
+        for style in ("down_then_scale", "scale_then_down", "plus_one"):
+            y, total = ops.add_rms_norm(total * 2, total, weight, 1e-5, style)
+            y = ops.quantized_linear(y, wide)
+            total = ops.quantized_linear(ops.gated(y, "silu"), narrow) + total
+        y = ops.rms_norm(total, weight, 1e-5, "plus_one")
+        return ops.quantized_linear(y, narrow) + y  # somebody else wants the norm
+
+    program = make(function, ops, dtype)
+    names = [line.calls[0].function for line in program._draft.lines]  # type: ignore[attr-defined]
+    assert names.count("quire_norm_quantized_linear") == 4
+    assert names.count("quire_gated_quantized_linear") == 3
+    assert not {"quire_rms_norm", "quire_gated", "quire_quantized_linear"} & set(names)
+    for rows in (1, 2, 30, 400):
+        given = inputs(rows, 1, dtype)
+        program.spoil(rows)
+        found = program.run([given["x"], given["rows"]], (rows, 1), 1)
+        assert same_bits(found, function(given["x"], given["rows"]))

@@ -18,7 +18,7 @@ def test_argmax_takes_the_first_of_equals(ops: Ops, dtype: torch.dtype, vocab: i
     logits = torch.randint(-3, 3, (20, vocab)).to(dtype)
     want = torch.tensor([row.tolist().index(row.max().item()) for row in logits])
     assert torch.equal(ops.argmax(logits), want)
-    assert torch.equal(ops.argmax(torch.full((2, vocab), float("-inf"), dtype=dtype)), torch.zeros(2).long())
+    assert torch.equal(torch.cat([ops.argmax(row[None]) for row in logits]), want)
 
 
 def splitmix(seed: int, position: int) -> float:
@@ -110,8 +110,8 @@ def test_what_is_kept(ops: Ops, oracle: Ops) -> None:
 def test_extreme_rows(ops: Ops) -> None:
     half = torch.tensor([0.5], dtype=torch.float64)
     for options in [{}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1}]:
-        assert ops.sample(torch.full((1, 9), float("nan")), **rule(**options), uniform=half).item() == 0
-        assert ops.sample(torch.full((1, 9), float("-inf")), **rule(**options), uniform=half).item() == 0
+        assert ops.sample(torch.full((1, 9), float("nan")), **rule(**options), uniform=half).item() == -1
+        assert ops.sample(torch.full((1, 9), float("-inf")), **rule(**options), uniform=half).item() == -1
         one = torch.full((1, 3000), float("-inf"))
         one[0, 2999] = 3.0
         assert ops.sample(one, **rule(**options), uniform=half).item() == 2999
@@ -158,13 +158,33 @@ def test_what_logprobs_are_made_of(ops: Ops, oracle: Ops, dtype: torch.dtype, vo
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_that_cannot_be_chosen_from(ops: Ops, dtype: torch.dtype) -> None:
-    logits = torch.randn(6, 1003).to(dtype)
-    logits[1, 1002] = float("nan")
+@pytest.mark.parametrize("vocab", [1003, 40003])
+def test_rows_that_cannot_be_chosen_from(ops: Ops, oracle: Ops, dtype: torch.dtype, vocab: int) -> None:
+    logits = torch.randn(6, vocab).to(dtype)
+    logits[1, vocab - 1] = float("nan")
     logits[2, 5] = float("inf")
     logits[3] = float("-inf")
     logits[4, 1:] = float("-inf")
-    assert ops.usable(logits).tolist() == [True, False, False, False, True, True]
+    want = [True, False, False, False, True, True]
+    for table in (ops, oracle):
+        assert (table.argmax(logits) >= 0).tolist() == want
+        for top_p in (1.0, 0.9):
+            settings = (torch.ones(6), torch.zeros(6).long(), torch.full((6,), top_p), torch.zeros(6))
+            assert (table.sample(logits, *settings, torch.rand(6).double()) >= 0).tolist() == want
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_alone_is_cut_for_the_team_without_a_change(ops: Ops, oracle: Ops, dtype: torch.dtype) -> None:
+    logits = (torch.randn(8, 60001) * torch.tensor([0.01, 1, 3, 3, 3, 3, 9, 30])[:, None]).to(dtype)
+    logits[3] = logits[3].round()  # many ties, also across the parts
+    rules = random_rules(8)
+    rules["temperature"].clamp_(min=0.3)
+    for top_k, top_p in ((0, 1.0), (0, 0.9), (40, 1.0), (40, 0.5), (0, 0.999)):
+        rules["top_k"], rules["top_p"] = torch.full((8,), top_k), torch.full((8,), top_p)
+        together = ops.sample(logits, *rules.values())
+        alone = [ops.sample(logits[i : i + 1], *(item[i : i + 1] for item in rules.values())) for i in range(8)]
+        assert torch.equal(together, torch.cat(alone))
+        assert torch.equal(together, oracle.sample(logits, *rules.values()))
 
 
 def test_penalties(ops: Ops, oracle: Ops) -> None:

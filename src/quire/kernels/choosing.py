@@ -35,8 +35,8 @@ class Said:
 
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:
-    """logits [R, V] -> int64 [R]: the first of equals."""
-    return torch.argmax(logits, dim=-1)
+    """logits [R, V] -> int64 [R]: the first of equals; -1 where nothing can be chosen, see usable."""
+    return torch.where(usable(logits), torch.argmax(logits, dim=-1), -1)
 
 
 def _mix(z: torch.Tensor) -> torch.Tensor:
@@ -62,7 +62,7 @@ def sample(
     min_p: torch.Tensor,
     uniform: torch.Tensor,
 ) -> torch.Tensor:
-    """logits [R, V], the others [R] -> int64 [R]. Temperature 0 is argmax.
+    """logits [R, V], the others [R] -> int64 [R]. Temperature 0 is argmax; -1 where nothing can be chosen, see usable.
 
     Of the weights exp((logit - largest) / temperature) in float32 those stay that are at least min_p of the largest;
     of these the top_k largest with all that equal the last of them (0: all); of these the smallest set of largest
@@ -86,11 +86,12 @@ def sample(
     kept = torch.zeros_like(ordered).scatter_(1, order, ordered)
     total = kept.cumsum(-1)
     drawn = (total > uniform.double()[:, None] * total[:, -1:]).int().argmax(-1)
-    return torch.where(greedy, argmax(logits), drawn)
+    return torch.where(greedy, argmax(logits), torch.where(usable(logits), drawn, -1))
 
 
 def usable(logits: torch.Tensor) -> torch.Tensor:
-    """logits [R, V] -> bool [R]: whether a token can be chosen, none being NaN and the largest finite."""
+    """logits [R, V] -> bool [R]: whether a token can be chosen, none being NaN and the largest finite. It is not where a
+    model went wrong, or where every token is forbidden."""
     return torch.isfinite(logits.amax(-1))
 
 

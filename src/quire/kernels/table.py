@@ -52,7 +52,6 @@ class Ops:
     argmax: Callable[..., torch.Tensor]
     uniform: Callable[..., torch.Tensor]
     sample: Callable[..., torch.Tensor]
-    usable: Callable[[torch.Tensor], torch.Tensor]
     rank: Callable[[torch.Tensor, torch.Tensor, int], choosing.Ranked]
     penalize: Callable[[torch.Tensor, torch.Tensor, choosing.Said], None]
     set_threads: Callable[[int], None]

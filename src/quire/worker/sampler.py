@@ -116,8 +116,6 @@ class Sampler:
         """
         scores = self._processed(logits, rows)
         tokens = self.draw(scores, rows)
-        # NaN and +inf show in the largest value of a row, and so does a row in which every token is forbidden.
-        tokens = torch.where(self._ops.usable(scores), tokens, -1)
         return Choices(tokens, self._device.to_host(tokens).tolist(), self._report(logits, scores, tokens, rows))
 
     @staticmethod
@@ -148,7 +146,8 @@ class Sampler:
         return scores
 
     def draw(self, scores: torch.Tensor, rows: Rows) -> torch.Tensor:
-        """int64 [R]: by temperature, filters and the numbers of each row's seed and position; the best when greedy."""
+        """int64 [R]: by temperature, filters and the numbers of each row's seed and position; the best when greedy; -1
+        where a row has no usable score, or every token is forbidden."""
         if not self._random[rows.slots_host].any():
             return self._ops.argmax(scores)
         seeds = self._seeds.index_select(0, rows.slots)

@@ -70,14 +70,6 @@ class NativeChoosing:
         )
         return out
 
-    def usable(self, logits: torch.Tensor) -> torch.Tensor:
-        code = CODES.get(logits.dtype)
-        if code is None:
-            return choosing.usable(logits)
-        rows, out = _rows(logits), torch.empty(logits.shape[0], dtype=torch.bool)
-        self._lib.quire_usable(code, rows.data_ptr(), rows.stride(0), out.data_ptr(), rows.shape[0], rows.shape[1])
-        return out
-
     def rank(self, logits: torch.Tensor, chosen: torch.Tensor, count: int) -> Ranked:
         code = CODES.get(logits.dtype)
         if code is None:

@@ -35,6 +35,8 @@ LONG_FUNCTIONS = {
     "quire_pack_quantized": (_P, _P, _P, _P, _P),
     "quire_unpack_quantized": (_P, _P, _P, _P, _P),
     "quire_quantized_linear": (_P, _I, _P, _L, _P, _P, _P, _L),
+    "quire_norm_quantized_linear": (_I, _P, _L, _P, _P, _P, _P, _L, _L, _F, _I, _P, _P, _P, _P),
+    "quire_gated_quantized_linear": (_I, _P, _P, _L, _L, _L, _I, _P, _P, _P, _P),
     "quire_attention": (_P,),
     "quire_heads_linear": (_P,),
     "quire_sample": (_I, _P, _L, _P, _P, _P, _P, _P, _P, _L, _L),
@@ -55,7 +57,6 @@ SHORT_FUNCTIONS = {
     "quire_gated": (_I, _P, _P, _L, _P, _L, _L, _I),
     "quire_argmax": (_I, _P, _L, _P, _L, _L),
     "quire_uniform": (_P, _P, _P, _L),
-    "quire_usable": (_I, _P, _L, _P, _L, _L),
     "quire_penalize": (_P,),
     "quire_copy_pages": (_P, _L, _P, _L),
     "quire_best_level": (),
@@ -163,6 +164,8 @@ class Library:
     quire_pack_quantized: Callable[..., None]
     quire_unpack_quantized: Callable[..., None]
     quire_quantized_linear: Callable[..., None]
+    quire_norm_quantized_linear: Callable[..., None]
+    quire_gated_quantized_linear: Callable[..., None]
     quire_attention: Callable[..., None]
     quire_heads_linear: Callable[..., None]
     quire_sample: Callable[..., None]
@@ -179,7 +182,6 @@ class Library:
     quire_gated: Callable[..., None]
     quire_argmax: Callable[..., None]
     quire_uniform: Callable[..., None]
-    quire_usable: Callable[..., None]
     quire_rank: Callable[..., None]
     quire_penalize: Callable[..., None]
     quire_copy_pages: Callable[..., None]

@@ -101,7 +101,7 @@ class CpuOps:
         self.round_linear = packing.round_linear
         choosing = NativeChoosing(self._lib)
         self.argmax, self.uniform, self.sample = choosing.argmax, choosing.uniform, choosing.sample
-        self.usable, self.rank, self.penalize = choosing.usable, choosing.rank, choosing.penalize
+        self.rank, self.penalize = choosing.rank, choosing.penalize
         self.packed_layout, self.checksum = packing.packed_layout, packing.checksum
         self.take_apart, self.put_together = packing.take_apart, packing.put_together
 

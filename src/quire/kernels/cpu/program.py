@@ -14,7 +14,7 @@ import torch
 
 from quire.kernels.cpu.native import Library
 from quire.kernels.cpu.program_draft import fill, join, run_eager, strided, tabulate, value
-from quire.kernels.cpu.program_fuse import fuse
+from quire.kernels.cpu.program_fuse import fuse, fuse_rounding
 from quire.kernels.cpu.program_layout import CALL, LINE, Arena, Code, Native
 from quire.kernels.cpu.program_lower import lower
 from quire.kernels.cpu.program_rows import pick_early
@@ -38,6 +38,7 @@ class CpuRecorder:
         tabulate(draft, one, two, FIRST_TABLE)
         fuse(draft)
         pick_early(draft)
+        fuse_rounding(draft)
         return CpuProgram(self._library, self._functions, draft)
 
 

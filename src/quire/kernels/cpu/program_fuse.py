@@ -1,9 +1,11 @@
 """Two calls of a draft made one where a kernel does both and the bits stay: a sum and the norm of it, a rotation and the
-write of its keys. They stand side by side in the models where they occur, so only neighbours are looked at.
+write of its keys; a norm or a gated activation and the linear layer that rounds its rows. They stand side by side in the
+models where they occur, so only neighbours are looked at.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from quire.kernels.cpu import native
@@ -15,18 +17,36 @@ STRIDED += ("kind", "a_dtype", "b_dtype", "out_dtype")  # the fields of QuireStr
 ROTARY = tuple(field[0] for field in native.RotaryStruct._fields_)
 NORM = ("dtype", "x", "stride", "residual", "weight", "out", "total", "rows", "dim", "eps", "style")
 WRITE = ("cache", "key", "key_stride", "value", "value_stride", "slots", "tokens")
+GATED = ("dtype", "x", "residual", "stride", "out", "rows", "dim", "activation")  # x: gate, residual: up
+QUANTIZED = ("layout", "dtype", "x", "stride", "packed", "bias", "out", "rows")
 ADD = 1
+
+Uses = dict[int, int]  # how many lines touch a block
+Fusion = Callable[[Call, Call, Uses], Call | None]
 
 
 def fuse(draft: Draft) -> None:
     """Change the draft's lines."""
-    uses: dict[int, int] = {}
+    _fuse(
+        draft,
+        {("quire_strided", "quire_rms_norm"): _norm_of_sum, ("quire_rotary", "quire_write_cache"): _rotated_write},
+    )
+
+
+def fuse_rounding(draft: Draft) -> None:
+    """The same for quantized linear layers, whose rows nobody looks for any more."""
+    layer = "quire_quantized_linear"
+    _fuse(draft, {("quire_rms_norm", layer): _linear_of_norm, ("quire_gated", layer): _linear_of_gated})
+
+
+def _fuse(draft: Draft, fusions: dict[tuple[str, str], Fusion]) -> None:
+    uses: Uses = {draft.result.block: 1}
     for line in draft.lines:
         for block in line.places:
             uses[block] = uses.get(block, 0) + 1
     lines: list[Instruction] = []
     for line in draft.lines:
-        call = _fused(lines[-1], line, uses) if lines else None
+        call = _fused(lines[-1], line, fusions, uses) if lines else None
         if call is None:
             lines.append(line)
         else:
@@ -34,18 +54,15 @@ def fuse(draft: Draft) -> None:
     draft.lines = lines
 
 
-def _fused(first: Instruction, second: Instruction, uses: dict[int, int]) -> Call | None:
+def _fused(first: Instruction, second: Instruction, fusions: dict[tuple[str, str], Fusion], uses: Uses) -> Call | None:
     if first.calls is None or second.calls is None or len(first.calls) != 1 or len(second.calls) != 1:
         return None
     (one,), (two,) = first.calls, second.calls
-    if (one.function, two.function) == ("quire_strided", "quire_rms_norm"):
-        return _norm_of_sum(one, two)
-    if (one.function, two.function) == ("quire_rotary", "quire_write_cache"):
-        return _rotated_write(one, two, uses)
-    return None
+    fusion = fusions.get((one.function, two.function))
+    return None if fusion is None else fusion(one, two, uses)
 
 
-def _norm_of_sum(one: Call, two: Call) -> Call | None:
+def _norm_of_sum(one: Call, two: Call, uses: Uses) -> Call | None:
     add, norm = _fields(one, STRIDED), dict(zip(NORM, two.arguments, strict=True))
     rows, dim = norm["rows"], norm["dim"]
     if add["kind"] != ADD or norm["residual"] != 0 or norm["x"] != add["out"] or norm["stride"] != dim:
@@ -59,7 +76,7 @@ def _norm_of_sum(one: Call, two: Call) -> Call | None:
     return Call(two.function, tuple(norm.values()))
 
 
-def _rotated_write(one: Call, two: Call, uses: dict[int, int]) -> Call | None:
+def _rotated_write(one: Call, two: Call, uses: Uses) -> Call | None:
     rotary, write = _fields(one, ROTARY), dict(zip(WRITE, two.arguments, strict=True))
     key = rotary["key_out"]
     if rotary["cache"] != 0 or not isinstance(key, At) or write["key"] != key or write["value"] == key:
@@ -72,6 +89,35 @@ def _rotated_write(one: Call, two: Call, uses: dict[int, int]) -> Call | None:
     image: Any = one.arguments[0]
     fields = [field._replace(value=value) for field, value in zip(image.fields, rotary.values(), strict=True)]
     return Call(one.function, (Image(image.size, tuple(fields)),))
+
+
+def _linear_of_norm(one: Call, two: Call, uses: Uses) -> Call | None:
+    norm: dict[str, Any] = dict(zip(NORM, one.arguments, strict=True))
+    linear = dict(zip(QUANTIZED, two.arguments, strict=True))
+    if not _feeds(norm, linear):
+        return None
+    if uses[norm["out"].block] == 2:
+        norm["out"] = 0  # nobody else reads the rows of the norm
+    return Call("quire_norm_quantized_linear", (*norm.values(), *_weights(linear)))
+
+
+def _linear_of_gated(one: Call, two: Call, uses: Uses) -> Call | None:
+    gated: dict[str, Any] = dict(zip(GATED, one.arguments, strict=True))
+    linear = dict(zip(QUANTIZED, two.arguments, strict=True))
+    if not _feeds(gated, linear) or uses[gated["out"].block] != 2:
+        return None
+    del gated["out"]
+    return Call("quire_gated_quantized_linear", (*gated.values(), *_weights(linear)))
+
+
+def _feeds(rows: dict[str, Any], linear: dict[str, Any]) -> bool:
+    """Whether a linear layer takes all rows that a call makes, as they are."""
+    whole = linear["x"] == rows["out"] and isinstance(rows["out"], At) and linear["stride"] == rows["dim"]
+    return whole and linear["rows"] == rows["rows"] and linear["dtype"] == rows["dtype"]
+
+
+def _weights(linear: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(linear[name] for name in ("layout", "packed", "bias", "out"))
 
 
 def _fields(call: Call, names: tuple[str, ...]) -> dict[str, Any]:

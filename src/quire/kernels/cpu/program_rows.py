@@ -11,14 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from quire.kernels.cpu.program_draft import Draft, Memory, Scaled
-from quire.kernels.cpu.program_fuse import NORM, STRIDED
+from quire.kernels.cpu.program_fuse import GATED, NORM, QUANTIZED, STRIDED
 from quire.kernels.cpu.program_trace import At, Call, Image, Instruction, touched
 
 ALL = Scaled(0, 1)  # the rows of the step
 LINEAR = ("dtype", "x", "stride", "packed", "bias", "out", "rows", "n", "k")
-QUANTIZED = ("layout", "dtype", "x", "stride", "packed", "bias", "out", "rows")
 LAYER_NORM = ("dtype", "x", "stride", "weight", "bias", "out", "rows", "dim", "eps")
-GATED = ("dtype", "x", "residual", "stride", "out", "rows", "dim", "activation")  # x: gate, residual: up
 ARGUMENTS = {
     "quire_rms_norm": NORM,
     "quire_layer_norm": LAYER_NORM,
