@@ -199,6 +199,7 @@ class ServeOptions:
     host: str = option("127.0.0.1", help="address to listen on")
     port: int = option(8000, help="port to listen on; 0 takes a free one")
     uds: str | None = option(None, help="path of a Unix socket to listen on instead")
+    api_server_count: int = option(1, help="API processes in front of the engine; more than 1 for many streams")
     api_key: tuple[str, ...] = option((), help="keys that clients must show; the variable QUIRE_API_KEY works too")
     api_key_file: str | None = option(None, help="file of further keys, one a line")
     allow_insecure: bool = option(False, help="allow a public address without an API key")

@@ -18,9 +18,10 @@ from quire.engine.async_engine import AsyncEngine
 from quire.engine.executor import FakeExecutor
 from quire.engine.metrics import Metrics
 from quire.errors import EngineError
+from quire.serve.listen import bind
 from quire.serve.progress import Progress
-from quire.serve.run import bind, serve
 from quire.serve.service import ModelCard, Service
+from quire.serve.serving import serve
 from quire.serve.startup import StartReport
 
 

@@ -20,7 +20,8 @@ from served import until
 
 from quire.config import EngineOptions, ServeOptions
 from quire.errors import ConfigError
-from quire.serve.run import bind, run_server
+from quire.serve.listen import bind
+from quire.serve.run import run_server
 
 HERE = Path(__file__).parent
 

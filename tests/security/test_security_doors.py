@@ -25,7 +25,7 @@ from quire.serve import auth
 from quire.serve.app import create_app
 from quire.serve.auth import PUBLIC, KeyCheck, check_bind, read_keys, tenant_name
 from quire.serve.errors import clean, failure_of
-from quire.serve.run import check_tls
+from quire.serve.listen import check_tls
 from quire.serve.service import cache_salt
 
 LONG = "the same long prompt for everybody, over several pages|"

@@ -26,7 +26,6 @@ IGNORED = {
 }
 
 FOREIGN_FLAGS = {
-    "api-server-count": "this version has one API process for each server. Start several behind a proxy.",
     "attention-backend": "the kernels follow from --device. Leave it out.",
     "chunked-prefill-size": "use --max-num-batched-tokens.",
     "context-length": "use --max-model-len.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from quire import env
 from quire.cli.options import engine_options, engine_parser, section_of
@@ -45,11 +46,12 @@ def main(argv: Sequence[str]) -> int:
     if options.overwrite:
         target.unlink(missing_ok=True)
 
+    from quire.engine.async_engine import AsyncEngine
     from quire.serve.app import create_app
-    from quire.serve.run import start_service
-    from quire.serve.startup import StartReport
+    from quire.serve.assemble import start_service
 
-    service = start_service(engine_options(found), ServeOptions(), StartReport())
+    wanted = engine_options(found)
+    service = start_service(wanted, ServeOptions(), partial(AsyncEngine.supervised, wanted))
     run = BatchRun(service, create_app(service), source, target, options.concurrency)
     seconds = asyncio.run(run_batch(run))
     print(summary(run, seconds))

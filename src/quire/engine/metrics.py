@@ -6,6 +6,7 @@ when somebody asks. Knows the Observer's figures, no request and no text.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
@@ -15,8 +16,10 @@ from prometheus_client.registry import Collector
 
 from quire.core.stats import Stats
 from quire.engine.observe import FinishedRequest, StepFigures
+from quire.engine.tallies import Tallies
 
 PREFIX = "quire:"
+COUNTS = PREFIX + "counts"  # the name of the plain counters among the tallies
 REASONS = ("stop", "length", "abort", "error", "repetition")
 
 FIRST_TOKEN_SECONDS = (
@@ -69,12 +72,25 @@ class Histogram:
         return shown
 
 
-class Metrics(Collector):
+class Counted(Collector):
+    """A collector of what one process counts, which can show what several have counted together."""
+
+    @abstractmethod
+    def tallies(self) -> Tallies:
+        """What was counted so far, under names that no other collector of the process has."""
+
+    @abstractmethod
+    def showing(self, tallies: Tallies) -> Counted:
+        """A collector of the same kind that shows these instead of its own; names that are not its own pass."""
+
+
+class Metrics(Counted):
     """The Observer of one engine. `registry` holds what /metrics shows; labels are model_name and engine."""
 
     def __init__(self, model_name: str, max_model_len: int, engine: str = "0") -> None:
         self.registry = CollectorRegistry()
         self._labels = [model_name, engine]
+        self._most = max_model_len
         self._stats = Stats()
         self._generated = 0
         self._prompt = 0
@@ -138,9 +154,23 @@ class Metrics(Collector):
 
     # ---------------------------------------------------------------- whoever asks
 
-    def totals(self) -> tuple[int, int]:
-        """Prompt tokens and generated tokens so far."""
-        return self._prompt, self._generated
+    def tallies(self) -> Tallies:
+        """What this process has counted; the scheduler's figures are the same for all that share an engine."""
+        counts: list[float] = [self._prompt, self._cached, self._generated, *self._reasons.values()]
+        return {COUNTS: counts} | {
+            PREFIX + name: [*histogram.counts, histogram.total] for name, _, histogram in self._histograms()
+        }
+
+    def showing(self, tallies: Tallies) -> Metrics:
+        """Metrics of the same model with the counts of several processes."""
+        found = Metrics(self._labels[0], self._most, self._labels[1])
+        found._config, found._stats = self._config, self._stats
+        found._prompt, found._cached, found._generated, *reasons = map(int, tallies[COUNTS])
+        found._reasons = dict(zip(self._reasons, reasons, strict=True))
+        for name, _, histogram in found._histograms():
+            *counts, histogram.total = tallies[PREFIX + name]
+            histogram.counts = list(map(int, counts))
+        return found
 
     @property
     def stats(self) -> Stats:

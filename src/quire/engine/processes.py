@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-import select
-import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +28,7 @@ from quire.engine.core import EngineCore
 from quire.engine.engine import EngineSettings
 from quire.engine.executor import Executor, Handle
 from quire.engine.heap import keep_for_good
+from quire.engine.orphan import end_with, leave_signals_to_parent
 from quire.grammar import Grammars
 
 logger = logging.getLogger(__name__)
@@ -91,11 +89,10 @@ def run(load: Load, arguments: Sequence[str], prepare: Callable[[], None] | None
 
     Returns 0 then, 1 when the model cannot be loaded.
     """
-    for ending in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(ending, signal.SIG_IGN)
+    leave_signals_to_parent()
     end, memory = socket.socket(fileno=int(arguments[0])), int(arguments[1])
     connection: wire.Connection[wire.ToEngine] = wire.Connection(end, wire.ToEngine)
-    threading.Thread(target=_end_with, args=(end.fileno(),), daemon=True).start()
+    end_with(end.fileno())
     box = BlackBox(memory)
     os.close(memory)
 
@@ -136,14 +133,6 @@ def live(
     tell(wire.Ready(served.scheduler, served.settings, core.stats()))
     EngineLoop(core, executor, connection, served.grammars, served.ceiling).serve(messages[1:])
     return 0
-
-
-def _end_with(other_end: int) -> None:
-    """End this process when the API process is gone, in the middle of a step if need be."""
-    poll = select.poll()
-    poll.register(other_end, 0)  # a hang-up is always told
-    poll.poll()
-    os._exit(0)
 
 
 def _wait(connection: wire.Connection[wire.ToEngine], seconds: float | None) -> list[wire.ToEngine]:

@@ -1,6 +1,6 @@
 """An Engine whose core runs in a supervised process: the text side here, the model there.
 
-Loads no model and needs none of what a model needs; the tokenizer's library may bring torch along.
+Loads no model and needs none of what a model needs; only a tokenizer that Transformers must read brings torch along.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from quire.engine import wire
 from quire.engine.child import Child, ChildProcess
 from quire.engine.engine import Engine
 from quire.engine.observe import Observer
+from quire.engine.remote import Remote
 from quire.engine.supervisor import Patience, Supervisor
 from quire.grammar import Grammars, Vocabulary
 from quire.text.chat import read_template
@@ -30,9 +31,16 @@ def start_supervised(
     """
     supervisor = Supervisor(options, new_process, patience)
     supervisor.launch()
-    if not options.model.skip_tokenizer_init:
-        # Imported here, while the engine process imports its own: it takes seconds, and brings torch.
-        from transformers import AutoTokenizer  # noqa: F401
+    return engine_over(supervisor, options, observer, on_phase)
+
+
+def engine_over(
+    core: Supervisor | Remote,
+    options: EngineOptions,
+    observer: Observer | None = None,
+    on_phase: Callable[[str, float | None], None] | None = None,
+) -> Engine:
+    """The text side over a core in another process, which is being started. Raises what the start raises."""
     tokenizers: list[Tokenizer] = []
 
     def on_tokenizer(found: wire.Tokenizing) -> None:
@@ -40,9 +48,9 @@ def start_supervised(
         template = read_template(model.chat_template)
         tokenizers.append(load_tokenizer(found.path, found.trust_remote_code, found.revision, model.hf_token, template))
 
-    ready = supervisor.start(on_phase, on_tokenizer)
+    ready = core.start(on_phase, on_tokenizer)
     tokenizer = tokenizers[0] if tokenizers else None
-    return Engine(supervisor, tokenizer, ready.settings, observer, grammars=_grammars(ready, tokenizer))
+    return Engine(core, tokenizer, ready.settings, observer, grammars=_grammars(ready, tokenizer))
 
 
 def _grammars(ready: wire.Ready, tokenizer: Tokenizer | None) -> Grammars | None:

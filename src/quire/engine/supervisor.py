@@ -7,24 +7,21 @@ with the tokens that it has emitted, and continues with the same ones. Knows tok
 from __future__ import annotations
 
 import logging
-import os
 import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from quire import errors
 from quire.config import EngineOptions
-from quire.core.options import SchedulerOptions
 from quire.core.picture import Picture
 from quire.core.plan import Event
-from quire.core.queue import FAIR
 from quire.core.request import CoreRequest
 from quire.core.stats import Queue, Stats, joined
-from quire.core.stop import stop_rules
-from quire.core.tables import PageTables
 from quire.engine import wire
+from quire.engine.bell import Bell
 from quire.engine.child import Child, ChildProcess, came_from_outside, ending
+from quire.engine.coming import Coming, Gate, add_waiting
 from quire.engine.journal import Entry, Journal
 from quire.engine.spare import Spare
 from quire.engine.suspects import CRASH, KILLED, QUARANTINED, Suspects
@@ -62,6 +59,7 @@ class Supervisor:
     ) -> None:
         self.phase = "starting"  # what the engine is doing, for people: the phase of its start, "ready", "stopped"
         self.restarts = 0
+        self.beside: list[wire.Connection[Any]] = []  # others that a waiting step() listens to, and returns for
         self._options = options
         self._patience = patience or Patience()
         self._clock = clock
@@ -69,12 +67,9 @@ class Supervisor:
         self._suspects = Suspects(self._journal)
         self._child: Child | None = None
         self._spare = Spare(new_process, self._patience.spare_after, clock)
-        self._ready: wire.Ready | None = None  # of the first start
         self._is_up = False  # the present child takes requests
         self._running: set[int] = set()  # tickets that the present child was given
-        self._unread: deque[dict[str, Queue]] = deque()  # those that it has not yet taken in, each as a queue
-        self._coming: dict[str, Queue] = {}  # all of them together
-        self._taken = 0
+        self._coming = Coming()  # those of them that it has not yet taken in
         self._early: list[Event] = []  # events that came about outside of a step
         self._totals = Totals()
         self._silent = 0.0
@@ -86,9 +81,7 @@ class Supervisor:
         self._answers: dict[int, bool | Queue | None] = {}
         self._calls = 0
         self._picture: Picture | None = None
-        self._bell, self._rope = os.pipe()
-        os.set_blocking(self._bell, False)
-        os.set_blocking(self._rope, False)
+        self._bell = Bell()
 
     # ---------------------------------------------------------------- the first start
 
@@ -117,8 +110,7 @@ class Supervisor:
                     elif isinstance(message, wire.Failed):
                         raise start_error(message)
                     elif isinstance(message, wire.Ready):
-                        self._ready = message
-                        self._tables = _tables(message.scheduler)
+                        self._gate = Gate(message.scheduler)
                         self._come_up(message)
                         return message
                 if child.connection.ended:
@@ -137,7 +129,7 @@ class Supervisor:
                 "request_id",
                 request.request_id,
             )
-        self._refuse(request)
+        self._gate.refuse(request)
         entry = self._journal.open(request)
         try:
             if self._is_up and self._suspects.may_run(entry):
@@ -151,15 +143,6 @@ class Supervisor:
                 raise ValidationError(f"The request cannot be passed to the engine: {error}") from error
             raise
         return None
-
-    def _refuse(self, request: CoreRequest) -> None:
-        """What the scheduler would refuse, refused here, before the request is on its way."""
-        assert self._ready is not None, "requests come after the start"
-        options = self._ready.scheduler
-        options.refuse_length(request)
-        rules = stop_rules(request.params, len(request.prompt_token_ids), options.max_model_len)
-        least = self._tables.least(rules.limit - 1, request.encoder_tokens, options.chunked_prefill)
-        options.refuse_pages(request, rules.limit, least)
 
     def abort(self, request_id: str) -> Event | None:
         """End a request now. Returns its last event, None if it is not known."""
@@ -177,10 +160,7 @@ class Supervisor:
 
     def interrupt(self) -> None:
         """Let a step() that waits return. May be called from any thread."""
-        try:
-            os.write(self._rope, b"!")
-        except (BlockingIOError, OSError):  # rung already, or closed
-            return
+        self._bell.ring()
 
     def step(self) -> list[Event]:
         """Wait for the engine's next step, an interruption or half a second; return what changed.
@@ -188,7 +168,7 @@ class Supervisor:
         Raises EngineDeadError when the engine cannot be brought back.
         """
         if not self._early:
-            self._wait()
+            self._wait(self.beside)
         self._go_on()
         events, self._early = self._early, []
         return events
@@ -216,12 +196,9 @@ class Supervisor:
         if len(self._journal) > len(self._running):
             for entry in self._journal:
                 if entry.ticket not in self._running:
-                    held = joined(held, self._queue_of(entry))
-        for more in (self._coming, held):
-            if more:
-                stats.queues = joined(stats.queues, more)
-                stats.waiting += sum(queue.requests for queue in more.values())
-                stats.waiting_tokens += sum(queue.tokens for queue in more.values())
+                    held = joined(held, self._gate.queue_of(entry.request))
+        add_waiting(stats, held)
+        self._coming.count_in(stats)
         return stats
 
     def before(self, request_id: str) -> Queue | None:
@@ -231,12 +208,6 @@ class Supervisor:
             return None
         found = self._ask("before", entry.ticket, request_id)
         return found if isinstance(found, Queue) else None
-
-    def _queue_of(self, entry: Entry) -> dict[str, Queue]:
-        """A queue of nobody but this request, as the scheduler would count it."""
-        assert self._ready is not None, "requests come after the start"
-        name = entry.request.tenant if self._ready.scheduler.policy == FAIR else ""
-        return {name: Queue(1, len(entry.request.prompt_token_ids))}
 
     def picture(self) -> Picture | None:
         """How the pages lay a moment ago; the engine sends pictures for some seconds after each call."""
@@ -263,32 +234,24 @@ class Supervisor:
 
     def close(self) -> None:
         """End the engine process and the spare one. A second call changes nothing."""
-        if self._rope < 0:
-            return
         self.phase = "stopped"
         self._is_up = False
         if self._child is not None:
             self._child.close()
         self._child = None
         self._spare.close()
-        os.close(self._bell)
-        rope, self._rope = self._rope, -1  # whoever rings later must not write to another file
-        os.close(rope)
+        self._bell.close()
 
     # ---------------------------------------------------------------- listening
 
-    def _wait(self) -> None:
-        """Until there is something to read, or to do."""
-        readers, writers = [self._bell], []
-        if self._child is not None:
-            end = self._child.connection.fileno()
-            readers.append(end)
-            if self._child.connection.has_unsent:
-                writers.append(end)
+    def _wait(self, beside: Sequence[wire.Connection[Any]] = ()) -> None:
+        """Until there is something to read, of the engine or of others, or to do."""
+        connections = beside if self._child is None else [self._child.connection, *beside]
+        readers = [self._bell.fileno(), *(connection.fileno() for connection in connections)]
+        writers = [connection.fileno() for connection in connections if connection.has_unsent]
         pause = TICK if self._child is not None else max(0.0, min(TICK, self._start_at - self._clock()))
-        ready = wire.wait_for(readers, writers, pause)
-        if self._bell in ready:
-            os.read(self._bell, 4096)
+        if self._bell.fileno() in wire.wait_for(readers, writers, pause):
+            self._bell.hush()
 
     def _listen(self) -> None:
         """Take in everything that the engine has sent."""
@@ -314,10 +277,7 @@ class Supervisor:
                 self._failure = message
 
     def _stepped(self, message: wire.Stepped) -> None:
-        while self._taken < message.taken:
-            for tenant, queue in self._unread.popleft().items():
-                self._coming = joined(self._coming, {tenant: Queue(-queue.requests, -queue.tokens)})
-            self._taken += 1
+        self._coming.taken(message.taken)
         self._totals.take(message.stats)
         if message.picture is not None:
             self._picture = wire.named(message.picture)
@@ -356,8 +316,7 @@ class Supervisor:
         assert self._child is not None, "there is a child when it is up"
         message = self._child.connection.encode(wire.add_message(entry.ticket, entry.request, entry.emitted))
         self._running.add(entry.ticket)
-        self._unread.append(self._queue_of(entry))
-        self._coming = joined(self._coming, self._unread[-1])
+        self._coming.sent(self._gate.queue_of(entry.request))
         self._child.connection.send_encoded(message)
 
     def _take_back(self, entry: Entry) -> None:
@@ -428,9 +387,7 @@ class Supervisor:
         how += ending(status)
         self.phase = "restarting"
         self._totals.bury()
-        self._unread.clear()
-        self._coming = {}
-        self._taken = 0
+        self._coming.clear()
         self._running.clear()
         if not was_up:
             self._count_failed_start(how if self._failure is None else self._failure.message)
@@ -486,8 +443,3 @@ def start_error(message: wire.Failed) -> Exception:
     if isinstance(kind, type) and issubclass(kind, QuireError):
         return kind(message.message)
     return EngineError(f"The engine could not be started: {message.kind}: {message.message}")
-
-
-def _tables(options: SchedulerOptions) -> PageTables:
-    """Page tables that nobody uses, to know how many pages a request needs."""
-    return PageTables(options.groups, options.max_num_batched_tokens, caching=False)

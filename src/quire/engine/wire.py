@@ -30,6 +30,7 @@ from quire.errors import EngineError
 MOST_BYTES = 256 * 2**20  # of one message; a prompt of a million tokens takes five million
 CHUNK = 256 * 2**10
 _LENGTH = struct.Struct("<I")
+_LIFE_BITS = 40  # of a ticket: what an API process can give out
 
 CallName = Literal["reset_prefix_cache", "before"]
 
@@ -193,6 +194,16 @@ def core_id(ticket: int, request_id: str) -> str:
 def ticket_of(found: str) -> int:
     """The ticket in an id made by core_id."""
     return int(found.rpartition("#")[2])
+
+
+def first_ticket(life: int) -> int:
+    """Where an API process, the server's `life`-th, begins to count its tickets: no two processes give the same."""
+    return life << _LIFE_BITS
+
+
+def life_of(ticket: int) -> int:
+    """The API process that gave a ticket."""
+    return ticket >> _LIFE_BITS
 
 
 def named(picture: Picture) -> Picture:

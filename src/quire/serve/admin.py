@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from fastapi import APIRouter, Request
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.responses import JSONResponse, Response
 
 import quire
@@ -66,7 +66,10 @@ async def version() -> dict[str, str]:
 async def load(request: Request) -> dict[str, int]:
     """Requests that are being answered."""
     service: Service = request.app.state.service
-    return {"server_load": len(service.live)}
+    if service.neighbours is None:
+        return {"server_load": len(service.live)}
+    service.note_counts()
+    return {"server_load": (await service.neighbours.sum()).load}
 
 
 @router.get("/metrics")
@@ -75,7 +78,14 @@ async def metrics(request: Request) -> Response:
     service: Service = request.app.state.service
     if service.registry is None:
         raise NotFoundError("This server keeps no metrics (disable_log_stats).")
-    text = with_prefix(generate_latest(service.registry), service.options.metrics_prefix)
+    registry = service.registry
+    if service.neighbours is not None:
+        service.note_counts()
+        found = (await service.neighbours.sum()).tallies
+        registry = CollectorRegistry()
+        for collector in service.counted:
+            registry.register(collector.showing(found))
+    text = with_prefix(generate_latest(registry), service.options.metrics_prefix)
     return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 

@@ -32,13 +32,14 @@ def create_app(service: Service, keys: Sequence[str] = ()) -> FastAPI:
         app.openapi = with_keys(app)  # type: ignore[method-assign]  # as FastAPI's documentation has it
     errors.install(app)
     app.add_exception_handler(ClientLeft, _left)
-    app.add_middleware(SameRoute)
     app.add_middleware(ErrorShield)
     app.add_middleware(BodyLimit, most=options.max_request_bytes)
     if service.registry is not None:
         traffic = Traffic()
         service.registry.register(traffic)
+        service.counted.append(traffic)
         app.add_middleware(TrafficLayer, traffic=traffic)
+    app.add_middleware(SameRoute)  # outside of the layer that asks which route was taken
     app.add_middleware(RequestIds)
     if keys:
         app.add_middleware(KeyCheck, keys=keys)

@@ -15,8 +15,8 @@ from starlette.responses import Response
 from quire.core.picture import FIRST_OWNER, Picture, PictureRequest
 from quire.errors import NotFoundError
 from quire.serve import web
+from quire.serve.anywhere import topic
 from quire.serve.auth import tenant_of
-from quire.serve.live import Live
 from quire.serve.service import Service
 
 router = APIRouter()
@@ -80,14 +80,28 @@ async def live_picture(request: Request) -> dict[str, Any]:
         "preemptions": stats.preemptions,
         "drafted_tokens": stats.draft_tokens,
         "accepted_tokens": stats.accepted_tokens,
-        **_pages(picture, service.live, tenant_of(request.scope)),
+        **_pages(picture, await _names(service, tenant_of(request.scope))),
     }
 
 
-def _pages(picture: Picture | None, live: Live, tenant: str) -> dict[str, Any]:
+async def _names(service: Service, tenant: str) -> dict[str, str]:
+    """The tenant's requests by their ids in the engine, those of other API processes, too."""
+    found = await engine_names(service, "", tenant)
+    if service.neighbours is not None:
+        for names in await service.neighbours.ask_all(engine_names.__name__, "", tenant):
+            found |= names
+    return found
+
+
+@topic
+async def engine_names(service: Service, _: str, tenant: str) -> dict[str, str]:
+    """The same of this process."""
+    return {engine_id: found.id for found in service.live if found.tenant == tenant for engine_id in found.engine_ids}
+
+
+def _pages(picture: Picture | None, names: dict[str, str]) -> dict[str, Any]:
     if picture is None:
         return {"first_owner": FIRST_OWNER, "groups": [], "requests": [], "ceiling": None}
-    names = {engine_id: found.id for found in live if found.tenant == tenant for engine_id in found.engine_ids}
     return {
         "first_owner": FIRST_OWNER,
         "groups": [{"page_size": group.page_size, "runs": group.runs} for group in picture.groups],

@@ -20,22 +20,20 @@ class Progress:
     then: Observer | None = None
     clock: Callable[[], float] = time.monotonic
     stats: Stats = field(default_factory=Stats)
-    steps: int = 0
-    rows: int = 0  # running requests, added up over the steps
-    tokens: int = 0  # generated
+    steps: int = 0  # that were told of, which may be fewer than the engine made
+    rows: int = 0  # running requests, added up over these
     last_step: float | None = None
     last_token: float | None = None
 
     def observe(self, stats: Stats, figures: StepFigures) -> None:
         """Take note of a step, in the engine's thread."""
         now = self.clock()
+        if stats.generated_tokens > self.stats.generated_tokens:
+            self.last_token = now
         self.stats = stats
         self.steps += 1
         self.rows += stats.running
         self.last_step = now
-        if figures.generation_tokens:
-            self.tokens += figures.generation_tokens
-            self.last_token = now
         if self.then is not None:
             self.then.observe(stats, figures)
 
@@ -49,8 +47,8 @@ class Progress:
         """What /livez and /readyz tell besides their state."""
         now = self.clock()
         return {
-            "steps": self.steps,
-            "generated_tokens": self.tokens,
+            "steps": self.stats.steps,
+            "generated_tokens": self.stats.generated_tokens,
             "seconds_since_step": None if self.last_step is None else round(now - self.last_step, 3),
             "seconds_since_token": None if self.last_token is None else round(now - self.last_token, 3),
             "running": self.stats.running,

@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from quire.errors import NotFoundError, RequestFailedError
+from quire.serve.anywhere import anywhere, topic
 from quire.serve.auth import tenant_of
 from quire.serve.live import LiveRequest
 from quire.serve.service import Service
@@ -23,8 +24,19 @@ PLACE_SECONDS = 5.0
 @router.get("/v1/requests/{request_id}")
 async def describe_request(request_id: str, request: Request) -> dict[str, Any]:
     """What a running request does: its state, its place in the queue, why it waits, and its tokens so far."""
-    service: Service = request.app.state.service
-    found = _find(service, request_id, tenant_of(request.scope))
+    return await anywhere(describe, request.app.state.service, request_id, tenant_of(request.scope))
+
+
+@router.delete("/v1/requests/{request_id}")
+async def cancel_request(request_id: str, request: Request) -> dict[str, Any]:
+    """End a request. The answer comes when it has ended; whoever waits for it gets finish_reason "abort"."""
+    return await anywhere(cancel, request.app.state.service, request_id, tenant_of(request.scope))
+
+
+@topic
+async def describe(service: Service, request_id: str, tenant: str) -> dict[str, Any]:
+    """What one of this process's requests does."""
+    found = _find(service, request_id, tenant)
     place = None
     if found.first_output is None:
         with contextlib.suppress(TimeoutError):  # an engine in the middle of a long step answers later
@@ -32,11 +44,10 @@ async def describe_request(request_id: str, request: Request) -> dict[str, Any]:
     return service.live.describe(found, service.progress.stats, place)
 
 
-@router.delete("/v1/requests/{request_id}")
-async def cancel_request(request_id: str, request: Request) -> dict[str, Any]:
-    """End a request. The answer comes when it has ended; whoever waits for it gets finish_reason "abort"."""
-    service: Service = request.app.state.service
-    found = _find(service, request_id, tenant_of(request.scope))
+@topic
+async def cancel(service: Service, request_id: str, tenant: str) -> dict[str, Any]:
+    """End one of this process's requests."""
+    found = _find(service, request_id, tenant)
     await service.engine.abort(found.engine_ids)
     deadline = time.monotonic() + CONFIRM_SECONDS
     while not found.over:

@@ -17,6 +17,7 @@ from starlette.responses import Response
 
 from quire.engine.outputs import CompletionOutput, RequestOutput
 from quire.errors import ValidationError
+from quire.serve.anywhere import anywhere, topic
 from quire.serve.blocks import Growth
 from quire.serve.caller import caller_of
 from quire.serve.errors import Failure, failure_of
@@ -50,7 +51,7 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
     service: Service = request.app.state.service
     service.check_model(body.model)
     caller = caller_of(request)
-    earlier = _earlier(service, body.previous_response_id, caller.tenant)
+    earlier = await _earlier(service, body.previous_response_id, caller.tenant)
     chat = body.chat(earlier)
     params = chat.params(service.card.defaults, service.card.limit)
     own_id = new_id("resp", request.headers.get("x-request-id"), None).replace("-", "_", 1)
@@ -70,23 +71,41 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
 @router.get("/v1/responses/{response_id}")
 async def retrieve_response(response_id: str, request: Request) -> Response:
     """A kept response as it is now."""
-    service: Service = request.app.state.service
-    return json_response(service.store.get(response_id, caller_of(request).tenant).body)
+    found = await anywhere(kept_response, request.app.state.service, response_id, caller_of(request).tenant)
+    return json_response(found["body"])
 
 
 @router.delete("/v1/responses/{response_id}")
 async def delete_response(response_id: str, request: Request) -> dict[str, Any]:
     """Forget a kept response."""
-    service: Service = request.app.state.service
-    service.store.remove(response_id, caller_of(request).tenant)
-    return {"id": response_id, "object": "response", "deleted": True}
+    return await anywhere(forget_response, request.app.state.service, response_id, caller_of(request).tenant)
 
 
 @router.post("/v1/responses/{response_id}/cancel")
 async def cancel_response(response_id: str, request: Request) -> Response:
     """End a response that runs in the background; one that has ended stays as it is."""
-    service: Service = request.app.state.service
-    stored = service.store.get(response_id, caller_of(request).tenant)
+    found = await anywhere(end_response, request.app.state.service, response_id, caller_of(request).tenant)
+    return json_response(found)
+
+
+@topic
+async def kept_response(service: Service, response_id: str, tenant: str) -> dict[str, Any]:
+    """A response that this process keeps, and the conversation that led to it."""
+    stored = service.store.get(response_id, tenant)
+    return {"body": stored.body, "messages": stored.messages}
+
+
+@topic
+async def forget_response(service: Service, response_id: str, tenant: str) -> dict[str, Any]:
+    """Forget a response that this process keeps."""
+    service.store.remove(response_id, tenant)
+    return {"id": response_id, "object": "response", "deleted": True}
+
+
+@topic
+async def end_response(service: Service, response_id: str, tenant: str) -> dict[str, Any]:
+    """End a response that this process makes in the background, and return it."""
+    stored = service.store.get(response_id, tenant)
     if stored.body["background"] is not True:
         raise ValidationError("Only a response that was created with background can be cancelled.", "response_id")
     if stored.task is not None and not stored.task.done():
@@ -94,20 +113,21 @@ async def cancel_response(response_id: str, request: Request) -> Response:
         await asyncio.gather(stored.task, return_exceptions=True)
         if stored.body["status"] == "queued":  # it had not begun, so it could not say so itself
             stored.body = stored.body | {"status": "cancelled"}
-    return json_response(service.store.get(response_id, caller_of(request).tenant).body)
+    return service.store.get(response_id, tenant).body
 
 
-def _earlier(service: Service, previous: str | None, tenant: str) -> list[dict[str, Any]]:
+async def _earlier(service: Service, previous: str | None, tenant: str) -> list[dict[str, Any]]:
     """The conversation up to and with a previous response."""
     if previous is None:
         return []
-    stored = service.store.get(previous, tenant)
-    if stored.body["status"] not in ("completed", "incomplete"):
+    found = await anywhere(kept_response, service, previous, tenant)
+    if found["body"]["status"] not in ("completed", "incomplete"):
         raise ValidationError(
-            f"The previous response is {stored.body['status']}; a conversation goes on from a finished one.",
+            f"The previous response is {found['body']['status']}; a conversation goes on from a finished one.",
             "previous_response_id",
         )
-    return stored.messages
+    messages: list[dict[str, Any]] = found["messages"]
+    return messages
 
 
 @dataclass(slots=True)

@@ -24,6 +24,7 @@ from quire.engine.admission import LATE
 from quire.engine.async_engine import AsyncEngine
 from quire.engine.beam_requests import Wishes, beam_output
 from quire.engine.beams import BeamSearchParams
+from quire.engine.metrics import Counted
 from quire.engine.outputs import RequestOutput
 from quire.engine.prompts import TextPrompt, TokensPrompt
 from quire.engine.suspects import QUARANTINED
@@ -38,6 +39,7 @@ from quire.errors import (
 from quire.serve.account import Account
 from quire.serve.caller import Caller
 from quire.serve.live import Live, LiveRequest
+from quire.serve.neighbours import Neighbours
 from quire.serve.progress import Progress
 from quire.serve.protocol import GenerationRequest
 from quire.serve.renderer import RenderPool
@@ -99,6 +101,8 @@ class Service:
     log_arrivals: bool = False
     tracing: Tracing | None = None
     takes_priority: bool = True  # whether the scheduler heeds it
+    counted: list[Counted] = field(default_factory=list)  # the collectors of `registry`
+    neighbours: Neighbours | None = None  # where there are several API processes
     store: Store = field(init=False)
     server_templates: RenderPool = field(init=False)
     client_templates: RenderPool = field(init=False)  # their own, so that they cannot hold up the server's
@@ -117,6 +121,11 @@ class Service:
         await self.engine.close()
         if self.tracing is not None:
             await asyncio.to_thread(self.tracing.close)
+
+    def note_counts(self) -> None:
+        """Tell the other API processes what this one has counted."""
+        if self.neighbours is not None:
+            self.neighbours.note(self.counted, len(self.live))
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -311,7 +320,6 @@ class Service:
                     yield output
         finally:
             live.engine_ids.discard(engine_id)
-
 
     async def _search(
         self, live: LiveRequest, index: int, job: Job, beams: BeamSearchParams, wishes: Wishes

@@ -10,16 +10,16 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from quire.engine.metrics import Histogram
+from quire.engine.metrics import Counted, Histogram
+from quire.engine.tallies import Tallies
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 LEFT_OUT = frozenset(("/metrics", "/health", "/livez", "/readyz", "/load", "/ping", "/version"))
 
 
-class Traffic(Collector):
+class Traffic(Counted):
     """Adds up answers; one for each server."""
 
     def __init__(self) -> None:
@@ -30,6 +30,28 @@ class Traffic(Collector):
         """One answer was sent."""
         self._answers[route, method, f"{status // 100}xx"] += 1
         self._seconds[route, method].add(seconds)
+
+    def tallies(self) -> Tallies:
+        """What this process has counted: under "answers" and "seconds", with the labels behind."""
+        found: Tallies = {_name("answers", *labels): [count] for labels, count in self._answers.items()}
+        for route, histogram in self._seconds.items():
+            found[_name("seconds", *route)] = [*histogram.counts, histogram.total]
+        return found
+
+    def showing(self, tallies: Tallies) -> Traffic:
+        """The answers of several processes."""
+        found = Traffic()
+        for name, numbers in tallies.items():
+            kind, *labels = name.split(" ")
+            if kind == "answers":
+                route, method, status = labels
+                found._answers[route, method, status] = int(numbers[0])
+            elif kind == "seconds":
+                route, method = labels
+                histogram = found._seconds[route, method]
+                *counts, histogram.total = numbers
+                histogram.counts = list(map(int, counts))
+        return found
 
     def collect(self) -> Iterator[Metric]:
         """Both families."""
@@ -43,6 +65,11 @@ class Traffic(Collector):
         for route, histogram in self._seconds.items():
             family.add_metric(route, histogram.buckets(), histogram.total)
         yield family
+
+
+def _name(kind: str, *labels: str) -> str:
+    """Routes, methods and kinds of status have no spaces."""
+    return " ".join((kind, *labels))
 
 
 class TrafficLayer:

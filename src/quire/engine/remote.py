@@ -1,0 +1,200 @@
+"""Remote: an EngineCore that this process shares with others; the parent process has it, see relay.py.
+
+It has the methods of EngineCore. The journal is the parent's: when the engine dies, this side sees a pause. Knows token
+ids only, no text and no engine process.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+
+from quire.core.picture import Picture
+from quire.core.plan import Event
+from quire.core.request import CoreRequest
+from quire.core.stats import Queue, Stats
+from quire.engine import wire
+from quire.engine.bell import Bell
+from quire.engine.coming import Coming, Gate
+from quire.engine.supervisor import start_error
+from quire.errors import EngineDeadError, EngineError, ValidationError
+
+TICK = 0.5  # seconds after which a step without news ends
+
+
+class Remote:
+    """One API process's view. Not thread-safe, except for interrupt() and the figures: one thread calls it.
+
+    `life` numbers the API processes of a server; no two have the same, a restarted one included.
+    """
+
+    resumable = True  # what has arrived is kept until it is handed out
+
+    def __init__(self, connection: wire.Connection[wire.FromEngine], life: int) -> None:
+        self._connection = connection
+        self._ticket = wire.first_ticket(life)
+        self._ids: dict[int, str] = {}  # live requests by ticket
+        self._tickets: dict[str, int] = {}
+        self._messages: deque[wire.FromEngine] = deque()  # arrived, not yet taken in
+        self._events: list[Event] = []
+        self._coming = Coming()
+        self._stats = Stats()
+        self._picture: Picture | None = None
+        self._answers: dict[int, bool | Queue | None] = {}
+        self._calls = 0
+        self._bell = Bell()
+
+    def start(
+        self,
+        on_phase: Callable[[str, float | None], None] | None = None,
+        on_tokenizer: Callable[[wire.Tokenizing], None] | None = None,
+    ) -> wire.Ready:
+        """Wait until the engine is ready. Raises what the engine could not be started for."""
+        while True:
+            self._wait()
+            for message in self._connection.receive():
+                if isinstance(message, wire.Tokenizing) and on_tokenizer is not None:
+                    on_tokenizer(message)
+                elif isinstance(message, wire.Phase) and on_phase is not None:
+                    on_phase(message.name, message.seconds)
+                elif isinstance(message, wire.Failed):
+                    raise start_error(message)
+                elif isinstance(message, wire.Ready):
+                    self._gate = Gate(message.scheduler)
+                    self._stats = message.stats
+                    return message
+            if self._connection.ended:
+                raise EngineError("the parent process has ended")
+
+    # ---------------------------------------------------------------- as EngineCore
+
+    def add(self, request: CoreRequest) -> Event | None:
+        """Take in a request. Raises ValidationError or CapacityError when it could never run."""
+        if request.request_id in self._tickets:
+            raise ValidationError(
+                "A request with this id is running; choose another, or wait for its end",
+                "request_id",
+                request.request_id,
+            )
+        self._gate.refuse(request)
+        ticket = self._ticket + 1
+        try:
+            message = self._connection.encode(wire.add_message(ticket, request))
+        except (ValueError, TypeError, OverflowError, EngineError) as error:
+            raise ValidationError(f"The request cannot be passed to the engine: {error}") from error
+        self._ticket = ticket
+        self._ids[ticket] = request.request_id
+        self._tickets[request.request_id] = ticket
+        self._coming.sent(self._gate.queue_of(request))
+        self._connection.send_encoded(message)
+        return None
+
+    def abort(self, request_id: str) -> Event | None:
+        """End a request now. Returns its last event, None if it is not known."""
+        ticket = self._tickets.get(request_id)
+        if ticket is None:
+            return None
+        self._forget(ticket)
+        self._connection.send(wire.Abort(ticket, request_id))
+        self.interrupt()  # the caller may have something to tell, too
+        return Event(request_id, finish_reason="abort")
+
+    def has_work(self) -> bool:
+        """True: even without requests there is something to hear."""
+        return True
+
+    def interrupt(self) -> None:
+        """Let a step() that waits return. May be called from any thread."""
+        self._bell.ring()
+
+    def step(self) -> list[Event]:
+        """Wait for news, an interruption or half a second; return what changed.
+
+        Raises EngineDeadError when the engine or the parent process is lost.
+        """
+        if not (self._events or self._messages):
+            self._wait()
+        self._listen()
+        events, self._events = self._events, []
+        return events
+
+    def stats(self) -> Stats:
+        """Figures of the engine, which all API processes share, with this one's requests that are on their way."""
+        stats = replace(self._stats)
+        self._coming.count_in(stats)
+        return stats
+
+    def before(self, request_id: str) -> Queue | None:
+        """What has its turn before a request that waits; None for one that does not."""
+        ticket = self._tickets.get(request_id)
+        if ticket is None:
+            return None
+        found = self._ask("before", ticket, request_id)
+        return found if isinstance(found, Queue) else None
+
+    def picture(self) -> Picture | None:
+        """How the pages lay a moment ago; pictures come for some seconds after each call."""
+        self._connection.send(wire.Look())
+        return self._picture
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached pages. False when requests still hold some."""
+        return bool(self._ask("reset_prefix_cache"))
+
+    def close(self) -> None:
+        """Leave the engine to the others. A second call changes nothing."""
+        self._connection.close()
+        self._bell.close()
+
+    # ---------------------------------------------------------------- inside
+
+    def _ask(self, name: wire.CallName, ticket: int = 0, request_id: str = "") -> bool | Queue | None:
+        self._calls += 1
+        number = self._calls
+        self._connection.send(wire.Call(number, name, ticket, request_id))
+        while number not in self._answers:
+            self._wait()
+            self._listen()
+        return self._answers.pop(number)
+
+    def _wait(self) -> None:
+        end, bell = self._connection.fileno(), self._bell.fileno()
+        if bell in wire.wait_for([bell, end], [end] if self._connection.has_unsent else [], TICK):
+            self._bell.hush()
+
+    def _listen(self) -> None:
+        self._connection.push()
+        self._messages.extend(self._connection.receive())
+        while self._messages:
+            self._take(self._messages[0])
+            self._messages.popleft()
+        if self._connection.ended:
+            raise EngineDeadError("The parent process has ended.")
+
+    def _take(self, message: wire.FromEngine) -> None:
+        if isinstance(message, wire.Stepped):
+            self._stepped(message)
+        elif isinstance(message, wire.Answer):
+            self._answers[message.number] = message.value
+        elif isinstance(message, wire.Failed):
+            raise EngineDeadError(message.message)
+
+    def _stepped(self, message: wire.Stepped) -> None:
+        """All or nothing: a message that cannot be taken in is tried again as a whole."""
+        ids = self._ids
+        found = [Event(ids[ticket], (token,)) for ticket, token in message.singles if ticket in ids]
+        found += [wire.event_of(ids[event.ticket], event) for event in message.events if event.ticket in ids]
+        picture = None if message.picture is None else wire.named(message.picture)
+        for event in message.events:
+            if event.finish_reason is not None:
+                self._forget(event.ticket)
+        self._events += found
+        self._coming.taken(message.taken)
+        self._stats = message.stats
+        self._picture = picture or self._picture
+
+    def _forget(self, ticket: int) -> None:
+        request_id = self._ids.pop(ticket, None)
+        if request_id is not None:
+            del self._tickets[request_id]

@@ -1,0 +1,312 @@
+"""run_fronts: the parent of several API processes: it has their engine, starts them, and starts again what dies.
+
+Every process listens on the one socket that it inherits. The parent answers no client: it carries messages between them
+and the engine (engine/relay.py), and between each other (neighbours.py). What dies takes its own connections along and
+nobody else's; its requests end in the engine.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from quire.config import EngineOptions, ServeOptions
+from quire.engine import wire
+from quire.engine.child import ending
+from quire.engine.relay import Relay
+from quire.engine.supervisor import Patience, Supervisor
+from quire.engine.tallies import Tallies, total
+from quire.errors import EngineDeadError
+from quire.serve.neighbours import Begin, Note, Question, Reply, Stop, Sum, SumWanted, ToParent, Up
+
+if TYPE_CHECKING:
+    from quire.serve.run import Processes
+
+logger = logging.getLogger(__name__)
+
+COMMAND = (sys.executable, "-m", "quire.serve.front")
+BACKLOG = 2048
+LATE_SECONDS = 10.0  # beyond the time for draining, until an API process that does not end is killed
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds before the second restart of a place in a row; doubled each time
+LONG_LIFE = 30.0  # seconds after which a death is no longer one in a row
+
+
+@dataclass(slots=True, eq=False)
+class Front:
+    """One API process. `life` is its number."""
+
+    life: int
+    process: subprocess.Popen[bytes]
+    connection: wire.Connection[ToParent]
+    began: float
+    lines: list[str] | None = None  # what it wants printed; None until it is up
+    note: Note = field(default_factory=lambda: Note({}, 0))
+
+
+@dataclass(slots=True)
+class Seat:
+    """One of so many API processes that there shall be; who dies is followed by another one."""
+
+    front: Front | None = None
+    deaths: int = 0  # in a row
+    start_at: float = 0.0
+
+
+@dataclass(slots=True)
+class Asked:
+    """A question that is with the others. `left`: who has not answered."""
+
+    asker: Front
+    question: Question
+    left: set[int]
+    found: list[object] = field(default_factory=list)
+
+
+def run_fronts(
+    engine_options: EngineOptions,
+    options: ServeOptions,
+    keys: tuple[str, ...],
+    listener: socket.socket,
+    began: float,
+    patience: Patience,
+    processes: Processes,
+) -> int:
+    """Serve until told to stop. Returns the exit status; raises what the engine could not be started for."""
+    listener.listen(BACKLOG)
+    fronts = Fronts(engine_options, options, keys, listener, began, Supervisor(engine_options, processes, patience))
+    before = {number: signal.signal(number, fronts.told_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    fronts.on_stop = processes.stop
+    try:
+        return fronts.run()
+    finally:
+        fronts.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Fronts:
+    """All API processes of a server, and their engine. One thread uses it."""
+
+    def __init__(
+        self,
+        engine_options: EngineOptions,
+        options: ServeOptions,
+        keys: tuple[str, ...],
+        listener: socket.socket,
+        began: float,
+        supervisor: Supervisor,
+    ) -> None:
+        self.on_stop: Callable[[], None] = lambda: None  # makes a start that is under way end
+        self._engine_options = engine_options
+        self._options = options
+        self._keys = keys
+        self._listener = listener
+        self._began = began
+        self._supervisor = supervisor
+        self._relay = Relay(supervisor)
+        self._seats = [Seat() for _ in range(options.api_server_count)]
+        self._lives = 0
+        self._signals = 0  # that told the server to stop
+        self._heeded = 0
+        self._kill_at = float("inf")
+        self._is_ready = False
+        self._has_greeted = False
+        self._past: Tallies = {}  # counts of those that are gone
+        self._asked: dict[int, Asked] = {}
+        self._numbers = 0
+
+    def told_to_stop(self, number: int, _: FrameType | None) -> None:
+        """A signal: let what runs finish; the second one: end at once. During the start, give it up."""
+        self._signals += 1
+        if self._is_ready:
+            self._supervisor.interrupt()
+        else:
+            self.on_stop()
+
+    def run(self) -> int:
+        """The life of the server."""
+        self._supervisor.launch()
+        for index in range(len(self._seats)):
+            self._start(index)
+        try:
+            self._relay.start()
+        except Exception:
+            if self._signals:
+                return 0
+            raise
+        self._is_ready = True
+        try:
+            while not self._signals or self._alive():
+                self._relay.step()
+                self._look_after()
+        except EngineDeadError as error:
+            logger.critical("%s; the server ends with status 1", error)
+            self._wait_for_all()
+            return 1
+        return 0
+
+    def close(self) -> None:
+        """End what lives."""
+        for front in self._alive():
+            front.process.kill()
+            front.process.wait()
+        self._supervisor.close()
+
+    # ---------------------------------------------------------------- processes
+
+    def _alive(self) -> list[Front]:
+        return [seat.front for seat in self._seats if seat.front is not None]
+
+    def _start(self, index: int) -> None:
+        self._lives += 1
+        life, seat = self._lives, self._seats[index]
+        ours, theirs = socket.socketpair()
+        engine_end, relay_end = socket.socketpair()
+        try:
+            ends = (self._listener.fileno(), engine_end.fileno(), theirs.fileno())
+            process = subprocess.Popen([*COMMAND, *map(str, ends)], stdin=subprocess.DEVNULL, pass_fds=ends)
+        except OSError as error:
+            logger.error("an API process cannot be started: %s", error)
+            ours.close()
+            relay_end.close()
+            self._plan(seat)
+            return
+        finally:
+            theirs.close()
+            engine_end.close()
+        seat.front = Front(life, process, wire.Connection(ours, ToParent), time.monotonic())
+        begin = Begin(life, index, len(self._seats), self._engine_options, self._options, self._keys, self._began)
+        seat.front.connection.send(begin)
+        self._supervisor.beside.append(seat.front.connection)
+        self._relay.join(life, wire.Connection(relay_end, wire.ToEngine))
+
+    def _plan(self, seat: Seat) -> None:
+        """The next start at this seat."""
+        seat.deaths += 1
+        pause = 0.0 if seat.deaths == 1 else min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (seat.deaths - 2))
+        seat.start_at = time.monotonic() + pause
+
+    def _look_after(self) -> None:
+        """Hear everybody; note deaths, start who is due, pass on the wish to stop."""
+        now = time.monotonic()
+        for index, seat in enumerate(self._seats):
+            if seat.front is not None:
+                self._hear(seat.front)
+                if seat.front.connection.ended or now > self._kill_at:
+                    self._bury(seat, seat.front)
+            elif not self._signals and now >= seat.start_at:
+                self._start(index)
+        while self._heeded < self._signals:
+            self._heeded += 1
+            self._kill_at = now + self._options.shutdown_timeout + LATE_SECONDS
+            for front in self._alive():
+                front.connection.send(Stop())
+
+    def _bury(self, seat: Seat, front: Front) -> None:
+        """An API process is gone, or cut off: nothing of it stays but its counts."""
+        status = ended(front.process)
+        seat.front = None
+        self._supervisor.beside.remove(front.connection)
+        front.connection.close()
+        self._relay.leave(front.life)
+        self._past = total((self._past, front.note.tallies))
+        for number in [number for number, asked in self._asked.items() if front.life in asked.left]:
+            self._replied(number, front.life, None)
+        if self._signals:
+            return
+        logger.error("API process %d %s; its connections are lost", front.process.pid, ending(status))
+        if time.monotonic() - front.began > LONG_LIFE:
+            seat.deaths = 0
+        self._plan(seat)
+
+    def _wait_for_all(self) -> None:
+        """The engine is lost: let those who wait be told so."""
+        end = time.monotonic() + LATE_SECONDS
+        for front in self._alive():
+            try:
+                front.process.wait(max(0.0, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                front.process.kill()
+
+    # ---------------------------------------------------------------- messages
+
+    def _hear(self, front: Front) -> None:
+        try:
+            front.connection.push()
+            for message in front.connection.receive():
+                self._take(front, message)
+        except Exception:
+            logger.exception("what API process %d says is not understood; it is ended", front.process.pid)
+            front.process.kill()
+
+    def _take(self, front: Front, message: ToParent) -> None:
+        if isinstance(message, Note):
+            front.note = message
+        elif isinstance(message, SumWanted):
+            notes = [other.note for other in self._alive()]
+            counts = total((self._past, *(note.tallies for note in notes)))
+            front.connection.send(Sum(message.number, counts, sum(note.load for note in notes)))
+        elif isinstance(message, Question):
+            self._pass_on(front, message)
+        elif isinstance(message, Reply):
+            self._replied(message.number, front.life, message)
+        elif isinstance(message, Up):
+            front.lines = message.lines
+            self._greet()
+
+    def _greet(self) -> None:
+        """Once, when all are up."""
+        fronts = self._alive()
+        lines = fronts[0].lines
+        if self._has_greeted or lines is None or not all(front.lines for front in fronts):
+            return
+        self._has_greeted = True
+        print("\n".join(lines), flush=True)
+
+    def _pass_on(self, asker: Front, question: Question) -> None:
+        """Ask all others that are up."""
+        others = [front for front in self._alive() if front is not asker and front.lines is not None]
+        self._numbers += 1
+        self._asked[self._numbers] = Asked(asker, question, {front.life for front in others})
+        for front in others:
+            front.connection.send(Question(self._numbers, question.topic, question.key, question.tenant))
+        self._settle(self._numbers)
+
+    def _replied(self, number: int, life: int, reply: Reply | None) -> None:
+        """One has answered, or is gone. The first one that knows is enough, unless all are wanted."""
+        asked = self._asked.get(number)
+        if asked is None:
+            return
+        asked.left.discard(life)
+        if reply is not None and reply.found is not None:
+            if not asked.question.every:
+                del self._asked[number]
+                reply = Reply(asked.question.number, reply.found, reply.error, reply.field)
+                asked.asker.connection.send(reply)
+                return
+            asked.found.append(reply.found)
+        self._settle(number)
+
+    def _settle(self, number: int) -> None:
+        """Answer when nobody is left to answer."""
+        asked = self._asked[number]
+        if not asked.left:
+            del self._asked[number]
+            asked.asker.connection.send(Reply(asked.question.number, asked.found or None))
+
+
+def ended(process: subprocess.Popen[bytes]) -> int:
+    """The status of a process that has ended or is about to; one that does not is killed."""
+    try:
+        return process.wait(1.0)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()

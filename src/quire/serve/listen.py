@@ -1,0 +1,102 @@
+"""Where a server listens: its address is taken, and its certificate looked at, before the model is loaded.
+
+Knows the options of the server; imports no web framework.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import ssl
+from pathlib import Path
+
+from quire.config import ServeOptions
+from quire.errors import ConfigError
+from quire.serve.auth import check_bind, read_keys
+from quire.text.speech import check_formats
+
+
+def checked_keys(options: ServeOptions) -> tuple[str, ...]:
+    """The API keys, where the options can work; what is wrong with them is said before anything is started."""
+    keys = read_keys(options)
+    check_tls(options)
+    check_formats(options.tool_call_parser, options.reasoning_parser)
+    if not re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", options.metrics_prefix):
+        raise ConfigError("--metrics-prefix must be a word of letters, digits and _, such as quire or vllm.")
+    if options.uds is None:
+        check_bind(options.host, keys, options.allow_insecure)
+    if options.api_server_count < 1:
+        raise ConfigError(f"--api-server-count must be at least 1, found {options.api_server_count}.")
+    return keys
+
+
+def check_tls(options: ServeOptions) -> None:
+    """Raise ConfigError for https options that cannot work, before the model is loaded."""
+    if options.ssl_certfile is None:
+        if options.ssl_keyfile or options.ssl_ca_certs:
+            raise ConfigError("--ssl-keyfile and --ssl-ca-certs need --ssl-certfile, the server's certificate.")
+        return
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(options.ssl_certfile, options.ssl_keyfile)
+        if options.ssl_ca_certs is not None:
+            context.load_verify_locations(options.ssl_ca_certs)
+    except OSError as error:  # ssl.SSLError is one
+        raise ConfigError(
+            f"The certificate or key for https cannot be used: {error}. Check --ssl-certfile, --ssl-keyfile and "
+            "--ssl-ca-certs: PEM files, and a key that fits the certificate."
+        ) from error
+    if options.ssl_cert_reqs not in (0, 1, 2):
+        raise ConfigError("--ssl-cert-reqs is 0 (no client certificates), 1 (checked when sent) or 2 (needed).")
+
+
+def bind(options: ServeOptions) -> socket.socket:
+    """The socket to listen on, taken but not yet listening. Raises ConfigError when it cannot be had."""
+    address: str | tuple[str, int]
+    if options.uds is not None:
+        family, address, shown = socket.AF_UNIX, options.uds, options.uds
+        _remove_stale(options.uds)
+    else:
+        is_v6 = ":" in options.host
+        family = socket.AF_INET6 if is_v6 else socket.AF_INET
+        address, shown = (options.host.strip("[]"), options.port), f"{options.host}:{options.port}"
+    # Named, for asyncio sends without delay (TCP_NODELAY) only where it reads TCP: else a first token waits 40 ms.
+    protocol = 0 if options.uds is not None else socket.IPPROTO_TCP
+    listener = socket.socket(family, socket.SOCK_STREAM, protocol)
+    try:
+        if options.uds is None:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise ConfigError(
+            f"Cannot listen on {shown}: {error}. Choose another address with --host and --port (0 takes a free one), "
+            "or stop what uses it."
+        ) from error
+    return listener
+
+
+def _remove_stale(path: str) -> None:
+    """Remove a socket file that nobody listens on any more."""
+    if not Path(path).is_socket():
+        return
+    probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        probe.connect(path)
+    except ConnectionRefusedError:
+        Path(path).unlink()
+    except OSError:
+        pass  # bind says what is wrong
+    finally:
+        probe.close()
+
+
+def address_of(options: ServeOptions, listener: socket.socket) -> str:
+    """Where clients find the server, as curl wants it."""
+    if options.uds is not None:
+        return f"--unix-socket {options.uds} http://localhost"
+    host, port = listener.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):
+        host = "127.0.0.1"
+    scheme = "https" if options.ssl_certfile else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
