@@ -351,8 +351,8 @@ def choose_chunked(wanted: bool, layout: ModelLayout) -> Choice[bool]:
 
 def choose_speculation(wanted: Speculation | None, layout: ModelLayout, chunked: bool) -> Choice[Speculation | None]:
     """Whether and how tokens are guessed."""
-    if wanted is not None and any(layer.kind == "state" for layer in layout.layers):
-        return Choice(None, "a wrong guess cannot be taken out of this model's recurrent state")
+    if wanted is not None and not layout.takes_back:
+        return Choice(None, "a wrong guess cannot be taken out of a recurrent state, nor of a cache of the library")
     if wanted is not None and not (chunked and layout.chunked_prefill):
         return Choice(None, "verifying guesses takes steps that begin in the middle of a text, as chunked prefill does")
     return Choice(wanted, "not asked for" if wanted is None else "as asked")

@@ -384,6 +384,7 @@ def test_models_that_cannot_take_back_a_guess_get_no_drafts():
     plain = ModelLayout((attention,), 60, 4, "native")
     assert choose_speculation(wanted, plain, chunked=True).value is wanted
     assert choose_speculation(wanted, replace(plain, layers=(attention, state)), chunked=True).value is None
+    assert choose_speculation(wanted, replace(plain, tier="B"), chunked=True).value is None
     assert choose_speculation(wanted, replace(plain, chunked_prefill=False), chunked=True).value is None
     assert choose_speculation(wanted, plain, chunked=False).value is None
 

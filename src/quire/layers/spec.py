@@ -59,3 +59,8 @@ class ModelLayout:
     prefix_caching: bool = True
     batched: bool = True  # false: tier C, one request at a time through the model
     notes: tuple[str, ...] = ()  # why something is slow or was left alone, for the log
+
+    @property
+    def takes_back(self) -> bool:
+        """Whether a wrong guess can be taken out again: not of a recurrent state, nor of a cache of the library."""
+        return self.tier in ("native", "A") and all(layer.kind != "state" for layer in self.layers)

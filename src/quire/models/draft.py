@@ -14,6 +14,7 @@ from quire.config import ModelOptions, Speculation
 from quire.errors import ConfigError
 from quire.layers.spec import ModelLayout
 from quire.models.build import layout_of
+from quire.models.eagle3 import LLAMA, fused_layout, fused_taps, is_fused, layer_overrides
 from quire.models.hub import ModelFiles, find_model
 from quire.models.nextlayer import EAGLE, Style, mtp_style, next_layout
 
@@ -30,6 +31,7 @@ class DraftModel:
     layout: ModelLayout
     longest: int  # positions that it can read
     style: Style | None = None  # of the layer, for eagle and mtp
+    taps: tuple[int, ...] = ()  # the model's layers that an EAGLE-3 head reads along with
 
 
 def find_guesser(
@@ -84,37 +86,61 @@ def find_heads(
     Without `model` an MTP layer is looked for in the target's own checkpoint, and the bundled model has an EAGLE head.
     Raises ConfigError and ModelError as find_draft.
     """
-    if layout.tier != "native":
+    if layout.tier not in ("native", "A"):
         raise ConfigError(
-            f"The method {method} goes on from hidden states, which quire sees in models that it runs natively; "
-            f"{target.name} runs through the Transformers library. Take ngram, suffix or draft_model."
+            f"The method {method} goes on from hidden states, which quire does not see in {target.name}: it is served in "
+            f"tier {layout.tier}, through whole modules of the Transformers library. Take ngram, suffix or draft_model."
         )
     if method == "eagle" and model is None and options.model is None:
         model = str(importlib.resources.files("quire").joinpath("bundled", "eagle"))
     if model is None and method != "mtp":
         raise ConfigError(f"The method {method} needs heads trained for {target.name}: name their folder as the model.")
-    files, wanted = target, options
-    if model is not None:
-        # Configs of Medusa heads describe no model of their own.
-        other = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]} if method == "medusa" else {}
-        wanted = replace(_options(options, model), hf_overrides=other)
-        files = find_model(wanted, download)
     if method == "medusa":
-        return DraftModel(files, wanted, replace(layout, layers=()), 1 << 31)
-    style = EAGLE if method == "eagle" else mtp_style(files)
+        # Its config describes no model of its own.
+        wanted = replace(_options(options, str(model)), hf_overrides=LLAMA)
+        return DraftModel(find_model(wanted, download), wanted, replace(layout, layers=()), 1 << 31)
+    if method == "eagle":
+        return _find_eagle(str(model), target, layout, options, download)
+    wanted = options if model is None else _options(options, model)
+    files = target if model is None else find_model(wanted, download)
+    style = mtp_style(files)
     if style is None:
         raise ConfigError(
             f"The checkpoint of {files.name} has no MTP layer (names like mtp.fc.weight or model.layers.N.eh_proj.weight). "
             "Take another method, or name the folder that has it."
         )
-    found = next_layout(files)
-    if found.hidden_size != layout.hidden_size:
+    return _fitting(DraftModel(files, wanted, next_layout(files), _longest(files), style), target, layout)
+
+
+def _find_eagle(
+    model: str, target: ModelFiles, layout: ModelLayout, options: ModelOptions, download: bool
+) -> DraftModel:
+    """An EAGLE head, or an EAGLE-3 head, whose config may have the layer's own inside."""
+    wanted = _options(options, model)
+    fused = replace(wanted, hf_overrides=LLAMA)
+    files = find_model(fused, download)
+    if not is_fused(files):
+        files = find_model(wanted, download)
+        return _fitting(DraftModel(files, wanted, next_layout(files), _longest(files), EAGLE), target, layout)
+    fused = replace(fused, hf_overrides=layer_overrides(files))
+    files = find_model(fused, download)
+    found = replace(fused_layout(files), vocab_size=layout.vocab_size)
+    taps = fused_taps(files, target.text_config.num_hidden_layers)
+    return DraftModel(files, fused, found, _longest(files), taps=taps)
+
+
+def _fitting(found: DraftModel, target: ModelFiles, layout: ModelLayout) -> DraftModel:
+    """The layer with the model's vocabulary. Raises ConfigError where it cannot read the model's states."""
+    if found.layout.hidden_size != layout.hidden_size:
         raise ConfigError(
-            f"{files.name} goes on from states of {found.hidden_size} numbers, and those of {target.name} have "
-            f"{layout.hidden_size}: it was made for another model."
+            f"{found.files.name} goes on from states of {found.layout.hidden_size} numbers, and those of {target.name} "
+            f"have {layout.hidden_size}: it was made for another model."
         )
-    longest = getattr(files.text_config, "max_position_embeddings", 2048)
-    return DraftModel(files, wanted, replace(found, vocab_size=layout.vocab_size), longest, style)
+    return replace(found, layout=replace(found.layout, vocab_size=layout.vocab_size))
+
+
+def _longest(files: ModelFiles) -> int:
+    return getattr(files.text_config, "max_position_embeddings", 2048)
 
 
 def _options(options: ModelOptions, model: str) -> ModelOptions:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -345,13 +345,16 @@ class NativeDecoder:
         return self.score(self.states(batch, batch.logit_rows))
 
     @torch.no_grad()
-    def states(self, batch: Batch, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """Compute the step. The last hidden states [R, size] of these rows of it, or [T, size] of all."""
+    def states(self, batch: Batch, rows: torch.Tensor | None = None, taps: Sequence[int] = ()) -> torch.Tensor:
+        """See OpenModel."""
+        read: dict[int, torch.Tensor] = {}
         cos, sin = self.rotary.tables(batch)
         residual = self.embed(batch.token_ids)
         hidden = self.layers[0].input_norm.forward(residual)
         last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
+            if index in taps:
+                read[index] = residual
             hidden = layer.attend(hidden, cos, sin, batch)
             if index == last and rows is not None:
                 # Only these rows are wanted, and nothing after this looks at other rows.
@@ -359,7 +362,7 @@ class NativeDecoder:
                 residual = residual.index_select(0, rows)
             hidden, residual = layer.post_norm.add(hidden, residual)
             hidden, residual = self._next_norms[index].add(layer.mlp.forward(hidden), residual)
-        return hidden
+        return torch.cat([hidden, *(read[tap] for tap in taps)], dim=-1) if taps else hidden
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids [T] -> what the first layer reads [T, size]."""

@@ -13,7 +13,6 @@ from typing import Protocol
 import torch
 
 from quire.errors import CheckpointError, UnsupportedModelError
-from quire.kernels.programs import Opaque
 from quire.kernels.table import Ops
 from quire.layers.batch import Batch
 from quire.layers.linear import Linear
@@ -27,19 +26,7 @@ from quire.models.headers import weight_headers
 from quire.models.hub import ModelFiles
 from quire.models.load import LoadRules, load_into
 from quire.models.native import FAMILIES, Layer, native_layout, shape_of
-from quire.models.served import ServedModel
-
-
-class OpenModel(ServedModel, Protocol):
-    """A model that shows what is between its embedding and its output matrix; see NativeDecoder."""
-
-    def embed(self, ids: torch.Tensor) -> torch.Tensor: ...
-
-    def states(self, batch: Batch, rows: torch.Tensor | None = None) -> torch.Tensor: ...
-
-    def score(self, states: torch.Tensor) -> torch.Tensor: ...
-
-    def opaque(self) -> list[Opaque]: ...
+from quire.models.open import OpenModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +72,34 @@ def next_layout(files: ModelFiles) -> ModelLayout:
     return replace(layout, layers=(replace(layout.layers[-1], group=0),))
 
 
+@dataclass(slots=True)
+class Guessed:
+    """What a step of a layer brings, both [T, size]."""
+
+    states: torch.Tensor  # in place of the model's, for the next position
+    scored: torch.Tensor  # what score() reads
+
+
+class Head(Protocol):
+    """A layer that guesses on; `layout` is that of its own keys and values."""
+
+    layout: ModelLayout
+
+    def take(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the model shows, [T, its size or more], as the layer reads it: [T, size]."""
+        ...
+
+    def forward(self, batch: Batch, states: torch.Tensor) -> Guessed:
+        """A step: at each position the states there, [T, size], beside the token behind it."""
+        ...
+
+    def score(self, states: torch.Tensor) -> torch.Tensor:
+        """Guessed.scored [R, size] -> logits [R, V] of the model's tokens."""
+        ...
+
+
 class NextLayer:
-    """The layer, loaded. `files` hold its weights and describe it."""
+    """A Head of one of the native families, loaded. `files` hold its weights and describe it."""
 
     def __init__(
         self, files: ModelFiles, style: Style, model: OpenModel, dtype: torch.dtype, device: torch.device, ops: Ops
@@ -122,9 +135,17 @@ class NextLayer:
         found.update({f"{name}.weight": norm.weight_target() for name, norm in self._norms.items()})
         return found
 
+    def take(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See Head: the model's last states are read as they are."""
+        return hidden
+
+    def score(self, states: torch.Tensor) -> torch.Tensor:
+        """See Head."""
+        return self.model.score(states)
+
     @torch.no_grad()
     def forward(self, batch: Batch, states: torch.Tensor) -> Guessed:
-        """A step: at each position the model's state there, `states` [T, size], beside the token behind it."""
+        """See Head."""
         style, layer = self._style, self._layer
         parts = [self._normed(style.embedding_norm, self.model.embed(batch.token_ids))]
         parts.insert(1 if style.embedding_first else 0, self._normed(style.state_norm, states))
@@ -142,14 +163,6 @@ class NextLayer:
         return x if name is None else self._norms[name].forward(x)
 
 
-@dataclass(slots=True)
-class Guessed:
-    """What a step of the layer brings, both [T, size]."""
-
-    states: torch.Tensor  # in place of the model's, for the next position
-    scored: torch.Tensor  # what the model's output matrix reads
-
-
 def _weights(checkpoint: Checkpoint, style: Style) -> Iterator[tuple[str, torch.Tensor]]:
     """The layer's own tensors; an embedding or an output matrix beside them is a copy of the model's."""
     found = 0
@@ -165,51 +178,3 @@ def _weights(checkpoint: Checkpoint, style: Style) -> Iterator[tuple[str, torch.
             checkpoint.forget(name)
     if not found:
         raise CheckpointError(f"{checkpoint.files.folder} has no weights whose names begin with {style.prefix!r}.")
-
-
-class StatesOnly:
-    """A ServedModel whose forward ends before the output matrix: it returns the last states [T, size] of all rows."""
-
-    def __init__(self, model: OpenModel) -> None:
-        self.model = model
-        self.layout = model.layout
-        self.hf_config = model.hf_config
-
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Compute the step; its last hidden states."""
-        return self.model.states(batch)
-
-    def opaque(self) -> list[Opaque]:
-        """See models/recorded.py."""
-        return self.model.opaque()
-
-    def release(self, slot: int) -> None:
-        """See ServedModel."""
-        self.model.release(slot)
-
-
-class KeepsStates:
-    """A ServedModel that keeps the last hidden states of its latest step, [T, size], in `hidden`, as long as it is `open`.
-
-    `body` computes them, `whole` is the model for all other steps; both may be replaced by programs that do the same.
-    """
-
-    def __init__(self, model: OpenModel) -> None:
-        self.model = model
-        self.body: ServedModel = StatesOnly(model)
-        self.whole: ServedModel = model
-        self.layout = model.layout
-        self.hf_config = model.hf_config
-        self.open = True
-        self.hidden: torch.Tensor | None = None
-
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """See ServedModel."""
-        if not self.open:
-            return self.whole.forward(batch)
-        self.hidden = self.body.forward(batch)
-        return self.model.score(self.hidden.index_select(0, batch.logit_rows))
-
-    def release(self, slot: int) -> None:
-        """See ServedModel."""
-        self.model.release(slot)

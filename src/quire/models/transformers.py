@@ -5,7 +5,7 @@ Built from a model object and the probe's report. It decides nothing: the report
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from quire.layers.batch import Batch
 from quire.layers.latent import LatentProjection
 from quire.layers.spec import ModelLayout
 from quire.models.fallback import PrivateCaches, SequentialModule
+from quire.models.inside import AroundBody, Tapped
 from quire.models.interface import (
     BATCH_ARGUMENT,
     PAGED,
@@ -73,6 +74,7 @@ class TransformersModel:
         self._keep_rows = not self._select_rows
         self._positions = "position_ids" in report.arguments
         self._fixed: dict[str, Any] = {}
+        self._around: AroundBody | None = None
         if report.cache_argument is not None:
             self._fixed[report.cache_argument] = PackedCache(config=model.config)
         if "use_cache" in report.arguments:
@@ -93,12 +95,38 @@ class TransformersModel:
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """The logits [R, V] of batch.logit_rows; see ServedModel."""
-        arguments = dict(self._fixed)
-        arguments["input_ids"] = batch.token_ids[None]
-        if self._positions:
-            arguments["position_ids"] = batch.positions[None]
+        arguments: dict[str, Any] = {"input_ids": batch.token_ids[None]}
         if self._keep_rows:
             arguments["logits_to_keep"] = batch.logit_rows
+        output = self._run(self.model, arguments, batch)
+        logits = output.logits[0] if hasattr(output, "logits") else output[0][0]
+        return logits.index_select(0, batch.logit_rows) if self._select_rows else logits
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """See OpenModel."""
+        return self.model.get_input_embeddings()(ids)
+
+    def states(self, batch: Batch, rows: torch.Tensor | None = None, taps: Sequence[int] = ()) -> torch.Tensor:
+        """See OpenModel."""
+        with Tapped(self.model.get_decoder().layers, taps) as read:
+            output = self._run(self.model.base_model, {"input_ids": batch.token_ids[None]}, batch)
+        hidden = output[0][0]
+        if taps:
+            return torch.cat([hidden, *(read[tap] for tap in taps)], dim=-1)
+        return hidden if rows is None else hidden.index_select(0, rows)
+
+    @torch.no_grad()
+    def score(self, states: torch.Tensor) -> torch.Tensor:
+        """See OpenModel: the library's own code around the model's body."""
+        if self._around is None:
+            self._around = AroundBody(self.model)
+        return self._around.score(states)
+
+    def _run(self, module: nn.Module, own: dict[str, Any], batch: Batch) -> Any:
+        """The library's forward of the model or of its body, in a step."""
+        arguments = {**self._fixed, **own}
+        if self._positions:
+            arguments["position_ids"] = batch.positions[None]
         for calls in self._sequences:
             calls.restart()
         if self._private is not None:
@@ -107,14 +135,11 @@ class TransformersModel:
             if self._through_context:
                 token = current_batch.set(batch)
                 try:
-                    output = self.model(**arguments)
+                    return module(**arguments)
                 finally:
                     current_batch.reset(token)
-            else:
-                arguments[BATCH_ARGUMENT] = batch
-                output = self.model(**arguments)
-        logits = output.logits[0] if hasattr(output, "logits") else output[0][0]
-        return logits.index_select(0, batch.logit_rows) if self._select_rows else logits
+            arguments[BATCH_ARGUMENT] = batch
+            return module(**arguments)
 
     def opaque(self) -> list[Opaque]:
         """Experts and mixers look at numbers while they run. Raises NotRecordableError for tier B."""

@@ -11,7 +11,7 @@ import torch
 
 from quire.kernels.table import Ops
 from quire.models.medusa import MedusaHeads
-from quire.models.nextlayer import NextLayer
+from quire.models.nextlayer import Head
 from quire.worker.batch import Rows
 from quire.worker.device import Device
 from quire.worker.draft_pages import DraftPages
@@ -74,7 +74,7 @@ class NextLayerDrafter:
     """The layer reads each position's state beside the token behind it, then its own guesses beside its own states."""
 
     def __init__(
-        self, layer: NextLayer, history: History, slots: Slots, sampler: Sampler, count: int, longest: int,
+        self, layer: Head, history: History, slots: Slots, sampler: Sampler, count: int, longest: int,
         dtype: torch.dtype, cache_dtype: torch.dtype, ops: Ops, device: Device,
     ) -> None:  # fmt: skip
         self._layer = layer
@@ -112,7 +112,7 @@ class NextLayerDrafter:
         tables = self.pages.tables(slots, int((begins + counts).max()))
         last = starts[1:] - 1
         batch = self.pages.batch(slots, tables, self._send(tokens), positions, starts, begins + counts, last)
-        guessed = self._layer.forward(batch, hidden)
+        guessed = self._layer.forward(batch, self._layer.take(hidden))
         where = self._send(slots)
         self._states.index_copy_(0, where, guessed.states.index_select(0, batch.logit_rows))
         self._scored.index_copy_(0, where, guessed.scored.index_select(0, batch.logit_rows))
@@ -148,9 +148,7 @@ class NextLayerDrafter:
         for ahead in range(self._count):
             ends = lengths + ahead
             # Drawn as the served model will draw, with the same numbers: that is how the two agree most often.
-            tokens = self._sampler.draw(
-                self._layer.model.score(scored), Rows([], None, slots, ends, rows, self._send(ends))
-            )
+            tokens = self._sampler.draw(self._layer.score(scored), Rows([], None, slots, ends, rows, self._send(ends)))
             guesses.append(tokens)
             if ahead + 1 < self._count:
                 batch = self.pages.batch(slots, tables, tokens, ends - 1, starts, ends, wanted)

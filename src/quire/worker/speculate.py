@@ -14,7 +14,7 @@ import numpy as np
 
 from quire.core.params import SamplingParams
 from quire.core.plan import Admission, Span, SpanResult, StepPlan
-from quire.models.nextlayer import KeepsStates
+from quire.models.open import KeepsStates
 from quire.worker.draft_pages import DraftPages
 from quire.worker.drafter import Drafter, History, Seen
 from quire.worker.governor import Governor

@@ -66,7 +66,7 @@ class StructuredOutputs:
         self._masks: _Masks | None = None
         self._filler = MaskFiller(threads)
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="quire-masks")
-        self._takes_drafts = all(group.kind != "state" for group in slots.groups)
+        self.takes_drafts = True  # whether the model can take a wrong guess out again
 
     def admit(self, new: Admission, params: SamplingParams) -> bool:
         """Start the row's constraint, with the tokens of an earlier run."""
@@ -135,7 +135,7 @@ class StructuredOutputs:
             known = span.start + span.count - len(span.drafts)
             if followed.end == known:
                 _take(followed, result.tokens)
-            if followed.end == known + len(result.tokens) and self._takes_drafts:
+            if followed.end == known + len(result.tokens) and self.takes_drafts:
                 followed.patience -= len(span.drafts) - (len(result.tokens) - 1)
                 drafts = _drafts(followed, result.drafts)
                 if drafts != result.drafts:

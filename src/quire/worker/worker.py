@@ -21,9 +21,11 @@ from quire.kernels.table import Ops, load_ops
 from quire.layers.spec import ModelLayout
 from quire.models.build import build_model
 from quire.models.draft import DraftModel
+from quire.models.eagle3 import FusedLayer
 from quire.models.hub import ModelFiles
 from quire.models.medusa import MedusaHeads
-from quire.models.nextlayer import KeepsStates, NextLayer, OpenModel, StatesOnly
+from quire.models.nextlayer import Head, NextLayer
+from quire.models.open import KeepsStates, OpenModel
 from quire.models.recorded import with_program
 from quire.models.served import ServedModel
 from quire.worker.device import Device, DeviceMemory
@@ -69,7 +71,7 @@ class Worker:
         self._ops: Ops = load_ops(setup.device)
         self._ops.set_threads(setup.threads)
         self._model: ServedModel | None = None
-        self._draft: ServedModel | MedusaHeads | NextLayer | None = None
+        self._draft: ServedModel | MedusaHeads | Head | None = None
         self._states: KeepsStates | None = None  # the model, where its states are wanted
         self._runner: Runner | None = None
 
@@ -105,6 +107,7 @@ class Worker:
         sampler = Sampler(
             slots, self._ops, self._device, setup.options.logprobs_mode, grammars, processors, mask_threads
         )
+        sampler.forms.takes_drafts = self._model.layout.takes_back
         with self._device.stream():
             speculator = self._speculator(slots, sampler)
         sizes = [0 if group.kind == "state" else group.page_size for group in groups]
@@ -114,7 +117,7 @@ class Worker:
             model = with_program(model, sizes, pages, store.caches, self._ops)
         else:
             states = self._states
-            states.body = with_program(StatesOnly(states.model), sizes, pages, store.caches, self._ops)
+            states.body = with_program(states.body, sizes, pages, store.caches, self._ops)
             states.whole = with_program(states.model, sizes, pages, store.caches, self._ops)
         self._runner = Runner(model, slots, store, sampler, self._device, setup.max_num_batched_tokens, speculator)
 
@@ -126,11 +129,13 @@ class Worker:
             self._draft = build_model(draft.files, draft.options, setup.dtype, where, self._ops)
             return
         open_model = cast(OpenModel, model)
-        if draft.style is None:
+        if draft.taps:
+            self._draft = FusedLayer(draft.files, open_model, len(draft.taps), setup.dtype, where, self._ops)
+        elif draft.style is None:
             self._draft = MedusaHeads(draft.files, model.layout, setup.dtype, where, self._ops)
         else:
             self._draft = NextLayer(draft.files, draft.style, open_model, setup.dtype, where, self._ops)
-        self._model = self._states = KeepsStates(open_model)
+        self._model = self._states = KeepsStates(open_model, draft.taps)
 
     def _speculator(self, slots: Slots, sampler: Sampler) -> Speculator | None:
         """What guesses tokens, as the configuration wants it."""
@@ -155,11 +160,11 @@ class Worker:
         longest = setup.draft.longest
         if isinstance(draft, MedusaHeads):
             return MedusaDrafter(draft, history, sampler, setup.draft.layout.hidden_size, count, setup.dtype, device)
-        if isinstance(draft, NextLayer):
-            dtype = setup.dtype
-            return NextLayerDrafter(draft, history, slots, sampler, count, longest, dtype, kept, self._ops, device)
-        most = setup.max_num_batched_tokens
-        return ModelDrafter(draft, history, slots, sampler, count, longest, kept, most, self._ops, device)
+        if wanted.method == "draft_model":
+            small, most = cast(ServedModel, draft), setup.max_num_batched_tokens
+            return ModelDrafter(small, history, slots, sampler, count, longest, kept, most, self._ops, device)
+        head, dtype = cast(Head, draft), setup.dtype
+        return NextLayerDrafter(head, history, slots, sampler, count, longest, dtype, kept, self._ops, device)
 
     def run(self, plan: StepPlan) -> StepResult:
         """Run one plan."""
