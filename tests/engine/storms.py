@@ -141,7 +141,9 @@ def storm(connections: int, seed: int = 0) -> Left:
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--connections", type=int, default=10_000)
-    left = storm(parser.parse_args().connections)
+    parser.add_argument("--seed", type=int, default=0)
+    found = parser.parse_args()
+    left = storm(found.connections, found.seed)
     print(left.line())
     return 1 if left.descriptors > 0 or left.tasks > 0 else 0
 

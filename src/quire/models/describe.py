@@ -20,6 +20,16 @@ from quire.quant.format import check_method
 
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 ROPE_NAMES = {"su": "longrope", "mrope": "default"}  # older names of the same thing
+# The least and the most that a field may hold; zeros are what models without attention write.
+SIZES = {
+    "hidden_size": (1, 2**24),
+    "num_hidden_layers": (1, 10_000),
+    "vocab_size": (1, 2**31),
+    "intermediate_size": (0, 2**31),
+    "num_attention_heads": (0, 2**20),
+    "num_key_value_heads": (0, 2**20),
+    "head_dim": (0, 2**20),
+}
 SAMPLING_KEYS = (
     "repetition_penalty",
     "presence_penalty",
@@ -49,6 +59,7 @@ def describe(folder: Path, name: str, options: ModelOptions) -> Description:
     if not path.is_file():
         raise ModelNotFoundError(_no_config(folder, name))
     raw = _overlaid(read_json(path), options.hf_overrides)
+    check_fields(raw, name)
     scheme = check_quantization(folder, name, raw, options)
     remote = runs_remote_code(raw, name, options)
     config: Any = read_native(_modern(raw)) or library_config(folder, name, raw, remote)
@@ -75,11 +86,35 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises ModelError that names the file."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read as JSON: {error}. Download or copy it again.") from error
     if not isinstance(found, dict):
         raise ModelError(f"{path} holds a {type(found).__name__}, not a JSON object, so it describes no model.")
     return found
+
+
+def check_fields(raw: Mapping[str, Any], name: str) -> None:
+    """Raise ModelError for numbers that no model has: those from which everything else is computed."""
+    architectures = raw.get("architectures")
+    if architectures is not None and not isinstance(architectures, list):
+        raise _impossible(name, "architectures", architectures, "a list of names")
+    text = raw.get("text_config")
+    for config in (raw, text if isinstance(text, Mapping) else {}):
+        for key, (least, most) in SIZES.items():
+            value = config.get(key)
+            if isinstance(value, int) and not least <= value <= most:
+                raise _impossible(name, key, value, f"from {least} to {most}")
+        rope = config.get("rope_parameters") or config.get("rope_scaling")
+        for key, value in rope.items() if isinstance(rope, Mapping) else ():
+            if key in ("factor", "rope_theta") and not (isinstance(value, int | float) and value > 0):
+                raise _impossible(name, f"a rope's {key}", value, "a number above 0")
+
+
+def _impossible(name: str, field: str, found: object, wanted: str) -> ModelError:
+    return ModelError(
+        f"config.json of {name!r} has {field} {str(found)[:80]!r}; it must be {wanted}. Compare it with the original "
+        "config, and check hf_overrides."
+    )
 
 
 def runs_remote_code(raw: Mapping[str, Any], name: str, options: ModelOptions) -> bool:
@@ -170,9 +205,9 @@ def _config_object(folder: Path, name: str, raw: Mapping[str, Any], remote: bool
         # The library writes an infinite limit as a tagged object.
         return own.from_dict(own._decode_special_floats(dict(raw)))
     except Exception as error:  # the library's own checks raise many kinds
-        first = str(error).strip().splitlines()
+        told = " ".join(str(error).split())[:300] or repr(error)
         raise ModelError(
-            f"config.json of {name!r} is refused by transformers' {own.__name__}: {first[0] if first else error!r}. "
+            f"config.json of {name!r} is refused by transformers' {own.__name__}: {told}. "
             "A field is missing or impossible; compare it with the original config, and check hf_overrides."
         ) from error
 
@@ -286,4 +321,10 @@ def stop_token_ids(generation_config: Mapping[str, Any], config: Any) -> tuple[i
         found = config.get_text_config().eos_token_id
     if found is None:
         return ()
-    return tuple(dict.fromkeys(int(one) for one in (found if isinstance(found, list | tuple) else (found,))))
+    ids = found if isinstance(found, list | tuple) else (found,)
+    if not all(isinstance(one, int | float) for one in ids):
+        raise ModelError(
+            f"eos_token_id is {str(found)[:80]!r} in the model's generation_config.json or config.json; it must be a "
+            "token id or a list of them. Correct it, or use --generation-config vllm to leave the former out."
+        )
+    return tuple(dict.fromkeys(int(one) for one in ids))

@@ -101,7 +101,7 @@ def read_headers(path: Path) -> dict[str, WeightHeader]:
         ) from error
     try:
         entries = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _broken(path, f"its header is not JSON ({error})") from error
     if not isinstance(entries, dict):
         raise _broken(path, "its header is not a JSON object")
@@ -111,7 +111,9 @@ def read_headers(path: Path) -> dict[str, WeightHeader]:
 
 def _header(path: Path, name: str, entry: Any, base: int, size: int) -> WeightHeader:
     try:
-        kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        kind, shape, (begin, end) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
+        if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+            raise ValueError
     except (KeyError, TypeError, ValueError) as error:
         raise _broken(path, f"the header entry of tensor {name!r} is malformed") from error
     if kind not in DTYPES:
@@ -120,7 +122,7 @@ def _header(path: Path, name: str, entry: Any, base: int, size: int) -> WeightHe
         )
     dtype = DTYPES[kind]
     nbytes = math.prod(shape) * dtype.itemsize
-    if not 0 <= begin <= end or end - begin != nbytes:
+    if end - begin != nbytes:
         raise _broken(
             path,
             f"tensor {name!r} of shape {list(shape)} and type {kind} needs {nbytes} bytes but has [{begin}, {end})",
@@ -142,7 +144,7 @@ def read_index(path: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(path.read_text())["weight_map"]
         names = {str(name): str(file) for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"The weight index {path} cannot be read ({type(error).__name__}: {error}). Download it again."
         ) from error
