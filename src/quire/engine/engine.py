@@ -23,6 +23,7 @@ from quire.core.picture import Picture
 from quire.core.plan import Event, FinishReason
 from quire.core.request import CoreRequest
 from quire.core.stats import Queue, Stats
+from quire.engine import head_start
 from quire.engine.admission import LATE, Admission, Limits
 from quire.engine.core import Core
 from quire.engine.generation import Completion, Generation
@@ -128,6 +129,7 @@ class Engine:
 
         Raises ConfigError, ModelError or CapacityError.
         """
+        head_start.begin(options)
         # Imported here: torch and the model come with it, and an Engine over another executor needs neither.
         from quire.engine.start import start_engine
 

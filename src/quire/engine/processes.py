@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from quire.core.picture import Ceiling, Picture
 from quire.core.plan import Event, StepPlan, StepResult
 from quire.core.scheduler import Scheduler
 from quire.core.stats import Queue
-from quire.engine import wire
+from quire.engine import head_start, wire
 from quire.engine.blackbox import REGIONS, BlackBox
 from quire.engine.core import EngineCore
 from quire.engine.engine import EngineSettings
@@ -111,11 +112,20 @@ def live(
         connection.send(message)
         connection.flush()
 
+    messages: list[wire.ToEngine] = []
+
+    def listen() -> None:
+        messages.extend(_wait(connection, None))
+        if messages and isinstance(messages[0], wire.Start):
+            head_start.begin(messages[0].options)
+
     since = time.perf_counter()
+    listener = threading.Thread(target=listen, name="first message", daemon=True)
+    listener.start()
     if prepare is not None:
         prepare()
     prepared = time.perf_counter() - since
-    messages = _wait(connection, None)
+    listener.join()
     if not messages:
         return 0
     first = messages[0]

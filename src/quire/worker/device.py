@@ -6,25 +6,13 @@ Knows nothing of models, plans or kernels.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from quire.errors import ConfigError
+from quire.kernels.memory import CGROUP, MEMINFO, DeviceMemory, cpu_memory
 from quire.kernels.threads import usable_cpus
-
-CGROUP = Path("/sys/fs/cgroup")
-MEMINFO = Path("/proc/meminfo")
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceMemory:
-    """Bytes: all of the device's memory, and what could be taken now."""
-
-    total: int
-    free: int
 
 
 class Device:
@@ -78,43 +66,3 @@ class Device:
         """Wait for everything that was started. A CPU has nothing to wait for."""
         if self._stream is not None:
             self._stream.synchronize()
-
-
-def cpu_memory(meminfo: Path, cgroup: Path) -> DeviceMemory:
-    """Total and available bytes from /proc/meminfo, cut by the limit of the control group (version 2 or 1)."""
-    figures = {}
-    for line in meminfo.read_text().splitlines():
-        name, _, rest = line.partition(":")
-        figures[name] = int(rest.split()[0]) * 1024
-    total, free = figures["MemTotal"], figures.get("MemAvailable", figures["MemFree"])
-    for limit_file, used_file, cache_key in (
-        (cgroup / "memory.max", cgroup / "memory.current", "inactive_file"),
-        (cgroup / "memory/memory.limit_in_bytes", cgroup / "memory/memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        limit = _number(limit_file)
-        if limit is None or limit >= total:
-            continue
-        # Pages of files that nobody uses are given up when memory is asked for.
-        reclaimable = _stat(used_file.with_name("memory.stat"), cache_key)
-        used = max(0, (_number(used_file) or 0) - reclaimable)
-        total, free = limit, min(free, max(0, limit - used))
-    return DeviceMemory(total, free)
-
-
-def _number(file: Path) -> int | None:
-    """The integer in a file; None when there is no file or it says "max"."""
-    if not file.is_file():
-        return None
-    text = file.read_text().strip()
-    return int(text) if text.isdigit() else None
-
-
-def _stat(file: Path, key: str) -> int:
-    """One figure of a memory.stat file, 0 when it is not there."""
-    if not file.is_file():
-        return 0
-    for line in file.read_text().splitlines():
-        name, _, value = line.partition(" ")
-        if name == key:
-            return int(value)
-    return 0

@@ -5,7 +5,6 @@ float32 and bfloat16 are native, any other dtype is left to the reference. It kn
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import mmap
 from collections.abc import Sequence
@@ -16,10 +15,10 @@ import torch
 
 from quire.kernels import reference
 from quire.kernels.cpu import native
+from quire.kernels.memory import AHEAD, HUGE, fresh_memory
 from quire.kernels.weights import KeptLinear, PackedLinear, Parts, QuantizedLinear, QuantizedWeights
 
 CODES = {torch.float32: 0, torch.bfloat16: 1}
-HUGE = 2 << 20
 CHUNK = 128 << 20
 
 
@@ -58,21 +57,19 @@ class Arena:
         if nbytes < HUGE // 2:
             return torch.empty(nbytes, dtype=torch.uint8)
         if self._used + nbytes > self._piece.numel():
-            self._piece, self._used = _huge_pages(max(nbytes, CHUNK)), 0
+            # What was touched while torch was imported comes first; a weight that it cannot hold gets a piece of its own.
+            ahead = AHEAD.take()
+            memory = ahead if ahead is not None and len(ahead) >= nbytes + HUGE else fresh_memory(max(nbytes, CHUNK))
+            self._piece, self._used = _aligned(memory), 0
         taken = self._piece[self._used : self._used + nbytes]
         self._used += -(-nbytes // 64) * 64
         return taken
 
 
-def _huge_pages(nbytes: int) -> torch.Tensor:
-    """Fresh memory that begins where a huge page may begin."""
-    # Private, because shared memory gets no huge pages by default.
-    memory = mmap.mmap(-1, -(-nbytes // HUGE) * HUGE + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(AttributeError, OSError):  # another system, or one without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
+def _aligned(memory: mmap.mmap) -> torch.Tensor:
+    """The memory from where a huge page may begin."""
     whole = torch.frombuffer(memory, dtype=torch.uint8)
-    start = -whole.data_ptr() % HUGE
-    return whole[start : start + nbytes]
+    return whole[-whole.data_ptr() % HUGE :]
 
 
 class NativePacking:

@@ -1,0 +1,53 @@
+"""What of a load can begin before torch is imported: the memory that the weights will be packed into is touched.
+
+Reads the headers of weight files for their sizes; whatever is unusual is left to the load itself. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import struct
+from pathlib import Path
+from typing import Any
+
+from quire.config import EngineOptions
+from quire.kernels.memory import AHEAD, cpu_memory
+
+logger = logging.getLogger(__name__)
+
+LEAST = 64 << 20  # bytes below which nobody would notice
+GPU = Path("/dev/nvidiactl")
+EMBEDDING = "embed_tokens.weight"
+
+
+def begin(options: EngineOptions) -> None:
+    """Begin, if this looks like a load that packs many weights on a CPU. Never raises."""
+    try:
+        nbytes = _packed_bytes(options)
+        if nbytes >= LEAST:
+            AHEAD.begin(min(nbytes, cpu_memory().free // 2))
+    except Exception as error:  # the load says what is wrong with the files
+        logger.debug("no head start: %r", error)
+
+
+def _packed_bytes(options: EngineOptions) -> int:
+    """Bytes of plain weights once packed; 0 where they are quantized, kept on disk, not here, or for a GPU."""
+    model = options.model
+    on_cpu = options.parallel.device == "cpu" or not GPU.exists()
+    if model.model is None or model.quantization or model.packed_cache == "on" or not on_cpu:
+        return 0
+    folder = Path(model.model).expanduser()
+    files = sorted(folder.glob("model*.safetensors"))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if not files or model.load_format == "dummy" or "quantization_config" in config:
+        return 0
+    shapes: dict[str, Any] = {}
+    for path in files:
+        with path.open("rb") as file:
+            entries = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+        shapes.update({name: entry["shape"] for name, entry in entries.items() if name != "__metadata__"})
+    tied = config.get("tie_word_embeddings", False)  # then the table is packed as output matrix, too
+    packed = [shape for name, shape in shapes.items() if len(shape) > 1 and (tied or not name.endswith(EMBEDDING))]
+    return sum(map(math.prod, packed)) * (4 if model.dtype in ("float", "float32") else 2)
