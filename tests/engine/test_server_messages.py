@@ -181,6 +181,17 @@ def test_thoughts_text_and_calls_are_blocks(speaker: anthropic.Anthropic) -> Non
     assert kinds.count("content_block_start") == kinds.count("content_block_stop") == 4
 
 
+def test_blocks_stand_in_the_order_of_the_answer(speaker: anthropic.Anthropic) -> None:
+    messages = says(f"First.{CALL}Between.{CALL}Last.")
+    message = create(speaker, messages=messages, tools=[TOOL], max_tokens=300)
+    assert [block.type for block in message.content] == ["text", "tool_use", "text", "tool_use", "text"]
+    assert [block.text for block in message.content if block.type == "text"] == ["First.", "Between.", "Last."]
+    with speaker.messages.stream(model="parrot", messages=messages, tools=[TOOL], max_tokens=300) as stream:
+        final = stream.get_final_message()
+    without = {"exclude": {"id"}}
+    assert [b.model_dump(**without) for b in final.content] == [b.model_dump(**without) for b in message.content]
+
+
 def test_a_tool_that_must_be_called(speaker: anthropic.Anthropic) -> None:
     for choice in ({"type": "any"}, {"type": "tool", "name": "get_weather"}):
         message = create(speaker, messages=says(CALL), tools=[TOOL], tool_choice=choice, max_tokens=300)

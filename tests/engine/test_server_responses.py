@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -279,6 +280,44 @@ def test_events_of_thoughts_text_and_calls(speaker: Running) -> None:
     with speaker.client.responses.stream(model="parrot", input=SAID, tools=[TOOL]) as stream:
         found = stream.get_final_response()
     assert [item.type for item in found.output] == ["reasoning", "message", "function_call"]
+
+
+EVENTS = re.compile(
+    r"created in_progress "
+    r"(output_item\.added "
+    r"((content_part\.added (output_text\.delta )*output_text\.done content_part\.done )"
+    r"|(content_part\.added (reasoning_text\.delta )*reasoning_text\.done content_part\.done )"
+    r"|((function_call_arguments\.delta )*function_call_arguments\.done ))"
+    r"output_item\.done )+"
+    r"(completed|incomplete) "
+)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "plain",
+        SAID[4:-1],
+        f"First.{CALL}Between.{CALL}Last.",
+        f"<think>a</think>{CALL}",
+        "<think>cut",
+        f"{CALL[:60]}",
+        "",
+    ],
+)
+def test_items_and_events_stand_in_the_order_of_the_answer(speaker: Running, said: str) -> None:
+    whole = create(speaker, input=f"say:{said};", tools=[TOOL])
+    events = list(create(speaker, input=f"say:{said};", tools=[TOOL], stream=True))
+    kinds = "".join(event.type.removeprefix("response.") + " " for event in events)
+    assert EVENTS.fullmatch(kinds), kinds
+
+    def shown(item: Any) -> dict[str, Any]:
+        return item.model_dump(exclude={"id", "call_id"})
+
+    assert [shown(item) for item in events[-1].response.output] == [shown(item) for item in whole.output]
+    if said.startswith("First"):
+        texts = [item.content[0].text for item in whole.output if item.type == "message"]
+        assert texts == ["First.", "Between.", "Last."]
 
 
 def test_results_of_tools_go_back(speaker: Running) -> None:

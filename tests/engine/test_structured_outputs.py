@@ -17,7 +17,7 @@ from quire import LLM, SamplingParams
 from quire.errors import ValidationError
 from quire.grammar import Constraint
 from quire.text.format_parser import CallArguments, CallEnd, CallStart, FormatParser
-from quire.text.formats import tool_format
+from quire.text.tool_formats import tool_format
 from quire.worker.batch import Rows
 from quire.worker.device import Device
 from quire.worker.slots import Slots

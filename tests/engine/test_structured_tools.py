@@ -13,8 +13,9 @@ from served import Running, Setup, refused, served
 from quire.config import ServeOptions
 from quire.core.params import SamplingParams
 from quire.errors import ConfigError
-from quire.text.formats import reasoning_format, tool_format
+from quire.text.reasoning_formats import reasoning_format
 from quire.text.speech import Speech, ToolWish, check_formats, speech_of, tool_wish
+from quire.text.tool_formats import tool_format
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 WEATHER = {"type": "function", "function": {"name": "get_weather", "parameters": CITY}}

@@ -9,23 +9,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from format_texts import ADD, BARE, BOTH, IDS, PARIS, SCHEMAS, SUM
 
 from quire.errors import ConfigError
 from quire.text.format_parser import CallArguments, CallEnd, CallStart, Content, FormatParser, Reasoning
-from quire.text.formats import (
-    REASONING_FORMATS,
-    TOOL_FORMATS,
-    hidden_markers,
-    reasoning_format,
-    reasoning_format_of,
-    tool_format,
-    tool_format_of,
-)
+from quire.text.formats import hidden_markers
+from quire.text.reasoning_formats import REASONING_FORMATS, reasoning_format, reasoning_format_of
+from quire.text.spelled import SPELLED
 from quire.text.streamed import HEADS
-
-SCHEMAS = {"get_weather": {"properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}}
-PARIS = ("get_weather", {"city": "Paris", "days": 3})
-ADD = ("add", {"a": 1, "b": [2, {"c": None}]})
+from quire.text.tool_formats import TOOL_FORMATS, tool_format, tool_format_of
 
 
 @dataclass
@@ -69,100 +61,6 @@ def read(pieces: list[str], tools: str | None, reasoning: str | None = None, thi
             found.calls[index] = (found.calls[index][0], text)
     return found
 
-
-def as_json(name: str, arguments: Any, key: str = "arguments") -> str:
-    return json.dumps({"name": name, key: arguments})
-
-
-WEATHER, SUM = as_json(*PARIS), as_json(*ADD)
-# format -> a text with both calls, as its models write it
-BOTH = {
-    "hermes": f"<tool_call>\n{WEATHER}\n</tool_call>\n<tool_call>\n{SUM}\n</tool_call>",
-    "longcat": f"<longcat_tool_call>{WEATHER}</longcat_tool_call><longcat_tool_call>{SUM}</longcat_tool_call>",
-    "hunyuan_a13b": f"<tool_calls>[{WEATHER}, {SUM}]</tool_calls>",
-    "llama3_json": f"{as_json(*PARIS, 'parameters')}; {as_json(*ADD, 'parameters')}",
-    "llama4_pythonic": "[get_weather(city='Paris', days=3), add(a=1, b=[2, {'c': None}])]",
-    "lfm2": "<|tool_call_start|>[get_weather(city='Paris', days=3), add(a=1, b=[2, {'c': null}])]<|tool_call_end|>",
-    "mistral": f"[TOOL_CALLS] [{WEATHER}, {SUM}]",
-    "granite": f"<|tool_call|>[{WEATHER}, {SUM}]",
-    "phi4_mini_json": f"functools[{WEATHER}, {SUM}]",
-    "deepseek_v3": (
-        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n```json\n"
-        + json.dumps(PARIS[1])
-        + "\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>add<｜tool▁sep｜>"
-        + json.dumps(ADD[1])
-        + "<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
-    ),
-    "kimi_k2": (
-        "<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>"
-        + json.dumps(PARIS[1])
-        + "<|tool_call_end|><|tool_call_begin|>functions.add:1<|tool_call_argument_begin|>"
-        + json.dumps(ADD[1])
-        + "<|tool_call_end|><|tool_calls_section_end|>"
-    ),
-    "glm45": (
-        "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n<arg_key>days</arg_key>\n"
-        "<arg_value>3</arg_value>\n</tool_call>\n<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n"
-        '<arg_key>b</arg_key>\n<arg_value>[2, {"c": null}]</arg_value>\n</tool_call>'
-    ),
-    "qwen3_coder": (
-        "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n<parameter=days>\n3\n</parameter>\n"
-        "</function>\n</tool_call>\n<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n<parameter=b>\n"
-        '[2, {"c": null}]\n</parameter>\n</function>\n</tool_call>'
-    ),
-    "minimax_m2": (
-        '<minimax:tool_call>\n<invoke name="get_weather">\n<parameter name="city">Paris</parameter>\n'
-        '<parameter name="days">3</parameter>\n</invoke>\n<invoke name="add">\n<parameter name="a">1</parameter>\n'
-        '<parameter name="b">[2, {"c": null}]</parameter>\n</invoke>\n</minimax:tool_call>'
-    ),
-    "openai": (
-        "<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>"
-        + json.dumps(PARIS[1])
-        + "<|call|><|start|>assistant to=functions.add<|channel|>commentary json<|message|>"
-        + json.dumps(ADD[1])
-        + "<|call|>"
-    ),
-    "functiongemma": (
-        "<start_function_call>call:get_weather{city:<escape>Paris<escape>,days:3}<end_function_call>"
-        "<start_function_call>call:add{a:1,b:[2,{c:null}]}<end_function_call>"
-    ),
-}
-BOTH["deepseek_v31"] = (
-    "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>"
-    + json.dumps(PARIS[1])
-    + "<｜tool▁call▁end｜><｜tool▁call▁begin｜>add<｜tool▁sep｜>"
-    + json.dumps(ADD[1])
-    + "<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
-)
-BOTH["mistral_args"] = f"[TOOL_CALLS]get_weather[ARGS]{json.dumps(PARIS[1])}[TOOL_CALLS]add[ARGS]{json.dumps(ADD[1])}"
-BOTH["cohere_command3"] = (
-    "<|START_ACTION|>["
-    + json.dumps({"tool_call_id": "0", "tool_name": PARIS[0], "parameters": PARIS[1]})
-    + ", "
-    + json.dumps({"tool_call_id": "1", "tool_name": ADD[0], "parameters": ADD[1]})
-    + "]<|END_ACTION|>"
-)
-BOTH["deepseek_v32"] = (
-    '<｜DSML｜function_calls>\n<｜DSML｜invoke name="get_weather">\n<｜DSML｜parameter name="city" string="true">Paris'
-    '</｜DSML｜parameter>\n<｜DSML｜parameter name="days" string="false">3</｜DSML｜parameter>\n</｜DSML｜invoke>\n'
-    '<｜DSML｜invoke name="add">\n<｜DSML｜parameter name="a" string="false">1</｜DSML｜parameter>\n'
-    '<｜DSML｜parameter name="b" string="false">[2, {"c": null}]</｜DSML｜parameter>\n</｜DSML｜invoke>\n'
-    "</｜DSML｜function_calls>"
-)
-BOTH["apertus"] = f"<|tools_prefix|>[{json.dumps(dict([PARIS]))}, {json.dumps(dict([ADD]))}]<|tools_suffix|>"
-BOTH["gemma4"] = (
-    '<|tool_call>call:get_weather{city:<|"|>Paris<|"|>,days:3}<tool_call|>'
-    "<|tool_call>call:add{a:1,b:[2,{c:null}]}<tool_call|>"
-)
-BOTH["internlm"] = "".join(
-    f"<|action_start|><|plugin|>\n{as_json(*call, 'parameters')}<|action_end|>" for call in (PARIS, ADD)
-)
-BOTH["granite-20b-fc"] = f"<function_call> {WEATHER}\n<function_call> {SUM}"
-BOTH["olmo3"] = '<function_calls>get_weather(city="Paris", days=3)\nadd(a=1, b=[2, {"c": None}])</function_calls>'
-BOTH["xlam"] = f"[{WEATHER}, {SUM}]"
-BOTH["seed_oss"] = BOTH["qwen3_coder"].replace("tool_call>", "seed:tool_call>")
-BARE = {"llama3_json", "llama4_pythonic", "xlam"}
-IDS = {"kimi_k2": ["functions.get_weather:0", "functions.add:1"], "cohere_command3": ["0", "1"]}
 
 # (format, reasoning format, text): whole answers, cut-off ones and broken ones
 TEXTS: list[tuple[str, str | None, str]] = []
@@ -311,6 +209,97 @@ def test_arguments_come_as_they_are_written(name: str) -> None:
     assert json.loads(said) == PARIS[1]
 
 
+SPELLED_FORMATS = [name for name in BOTH if tool_format(name).regions[0].reader in SPELLED]
+
+
+@pytest.mark.parametrize("name", SPELLED_FORMATS)
+def test_other_arguments_come_one_by_one(name: str) -> None:
+    """Each argument is told with the character that ends it, and what is told is JSON that only lacks its end."""
+    parser = FormatParser(tool_format(name), schemas=SCHEMAS)
+    said, told = "", []
+    for character in BOTH[name]:
+        for delta in parser.push(character):
+            if isinstance(delta, CallArguments) and delta.index == 0:
+                said += delta.text
+                told.append(json.loads(said if said.endswith("}") else said + "}"))
+    assert told[0] == {"city": "Paris"} and told[-1] == PARIS[1] and len(told) <= 3
+    assert said == json.dumps(PARIS[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "calls", "content"),
+    [
+        # A call that breaks behind its first argument stays as it was told; the rest is content.
+        ("llama4_pythonic", "[f(a=1, b=2 + 2)] so", [("f", '{"a": 1')], " b=2 + 2)] so"),
+        (
+            "qwen3_coder",
+            "<tool_call><function=f><parameter=a>1</parameter>oh</parameter></function></tool_call>",
+            [("f", '{"a": 1')],
+            "oh</parameter></function>",
+        ),
+        # One that was cut off keeps the arguments that were complete.
+        ("qwen3_coder", "<tool_call><function=f><parameter=a>1</parameter><parameter=b>2", [("f", '{"a": 1')], ""),
+        ("functiongemma", "<start_function_call>call:f{a:<escape>x<escape>,b:<esc", [("f", '{"a": "x"')], ""),
+        # A second call that is none, behind a first that is one.
+        ("llama4_pythonic", "[f(a=1), g(b)] so", [("f", {"a": 1})], ", g(b)] so"),
+        # Marks within arguments are text.
+        (
+            "qwen3_coder",
+            "<tool_call><function=f><parameter=a></function> <b>x</b></parameter></function></tool_call>",
+            [("f", {"a": "</function> <b>x</b>"})],
+            "",
+        ),
+        ("llama4_pythonic", "[f(a='),]', b={'x': (1, 2)})]", [("f", {"a": "),]", "b": {"x": [1, 2]}})], ""),
+        (
+            "functiongemma",
+            "<start_function_call>call:f{a:<escape>},<escape>}<end_function_call>",
+            [("f", {"a": "},"})],
+            "",
+        ),
+        ("glm45", "<tool_call>f</tool_call>", [("f", {})], ""),
+        ("hy_v3", "<tool_calls><tool_call>f<tool_sep></tool_call></tool_calls>", [("f", {})], ""),
+        (
+            "hy_v4",
+            "<tool_calls><tool_call>f<arg_key>a</arg_key><arg_value>1</arg_value></tool_call>",
+            [("f", {"a": 1})],
+            "",
+        ),
+        (
+            "hy_v3",
+            "<tool_call:opensource>f<tool_sep:opensource>\n<arg_key:opensource>a</arg_key:opensource>"
+            "<arg_value:opensource>1</arg_value:opensource></tool_call:opensource>",
+            [("f", {"a": 1})],
+            "",
+        ),
+        (
+            "kimi_k3",
+            '<|open|>response<|sep|>Yes.<|close|>response<|sep|><|open|>tools<|sep|><|open|>call tool="f" index="1"<|sep|>'
+            '<|open|>json type="object"<|sep|>{"a": [1]}<|close|>json<|sep|><|close|>call<|sep|><|close|>tools<|sep|>',
+            [("f", {"a": [1]})],
+            "Yes.",
+        ),
+        ("minicpm5", '<function name="f"></function>', [("f", {})], ""),
+        (
+            "minicpm5",
+            '<function name="f"><param name="a"><![CDATA[1 < 2]]></param></function>',
+            [("f", {"a": "1 < 2"})],
+            "",
+        ),
+        (
+            "deepseek_v4",
+            '<｜DSML｜tool_calls>\n<｜DSML｜invoke name="f">\n</｜DSML｜invoke>\n</｜DSML｜tool_calls>',
+            [("f", {})],
+            "",
+        ),
+        ("glm45", "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>1e999</arg_value>", [("f", '{"a": "inf"')], ""),
+    ],
+)
+def test_calls_that_are_spelled(name: str, text: str, calls: list, content: str) -> None:
+    for pieces in ([text], list(text)):
+        found = read(pieces, name)
+        assert (found.calls, found.content) == (calls, content)
+
+
 def test_arguments_are_passed_on_as_the_model_writes_them() -> None:
     call = '<tool_call>{"name": "f", "arguments": %s}</tool_call>'
     assert read([call % '{"x": NaN}'], "hermes").arguments == ['{"x": NaN}']
@@ -328,6 +317,13 @@ def test_arguments_are_passed_on_as_the_model_writes_them() -> None:
 def test_many_broken_calls_take_no_time() -> None:
     found = read(["<tool_call>{" * 20_000], "hermes")
     assert found.content == "<tool_call>{" * 20_000
+    for name, text in (
+        ("qwen3_coder", "<tool_call><function=f>x" + "</function>x" * 20_000),
+        ("qwen3_coder", "<tool_call>" + ">" * 200_000),
+        ("glm45", "<tool_call>f<arg_key>" + "<arg_key>" * 20_000),
+        ("functiongemma", "<start_function_call>call:f{a:" + "<escape>" * 20_000),
+    ):
+        assert read([text], name).content == text
 
 
 def test_strings_stay_strings_where_the_schema_says_so() -> None:

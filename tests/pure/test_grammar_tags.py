@@ -16,7 +16,8 @@ from quire.grammar import Constraint, Grammars, MaskFiller, MaskWish, Vocabulary
 from quire.grammar.constraint import mask_width
 from quire.text.calls import calls_or_form, calls_within_text, only_calls
 from quire.text.format_parser import CallArguments, CallStart, Content, FormatParser
-from quire.text.formats import PLAIN_LIST, TOOL_FORMATS, ToolFormat
+from quire.text.formats import ToolFormat
+from quire.text.tool_formats import PLAIN_LIST, TOOL_FORMATS
 
 SPECIAL = ("<|call|>", "<|message|>", "<|channel|>", "<|constrain|>", "[TOOL_CALLS]", "</think>", "<｜tool▁sep｜>")
 END = 256

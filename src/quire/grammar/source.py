@@ -6,6 +6,7 @@ Pure functions of the wish. A form that cannot be had raises ValidationError tha
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -117,7 +118,17 @@ def _schema_source(schema: Any, wish: StructuredOutputsParams, spacing: Mapping[
     try:
         return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)  # type: ignore[arg-type]
     except ValueError as error:
-        raise ValidationError(f"{FIELD}.json cannot be used: {str(error)[:300]}", FIELD) from error
+        raise ValidationError(f"{FIELD}.json cannot be used: {_reason(str(error))}", FIELD) from error
+
+
+def _reason(error: str) -> str:
+    """What the grammar engine does not take, in words for the one who wrote the schema."""
+    unknown = re.search(r"Unimplemented keys: \[(.*?)\]", error)
+    if unknown is not None:
+        return f"no grammar can keep to the keywords {unknown[1]} of JSON schema. Leave them out, and check the answer."
+    if error.startswith("oneOf constraints"):
+        return "the branches of a oneOf may overlap, so that no grammar can keep to it. Use anyOf, or tell them apart."
+    return error[:300]
 
 
 def _read_schema(text: str) -> Any:

@@ -118,7 +118,8 @@ class _Answer:
         if self.reader is None:
             self.reader = self.talk.speech.reader()
         finished = completion.finish_reason is not None
-        grown = self.blocks.take(self.reader.read(completion.text, finished))
+        parts = self.reader.read_in_order(completion.text, finished)
+        grown = [growth for said in parts for growth in self.blocks.take(said)]
         return grown + self.blocks.finish() if finished else grown
 
     def _message(self, usage: dict[str, Any]) -> dict[str, Any]:

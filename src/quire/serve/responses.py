@@ -213,7 +213,8 @@ class _Answer:
         if self.reader is None:
             self.reader = self.talk.speech.reader()
         finished = completion.finish_reason is not None
-        grown = self.items.blocks.take(self.reader.read(completion.text, finished))
+        parts = self.reader.read_in_order(completion.text, finished)
+        grown = [growth for said in parts for growth in self.items.blocks.take(said)]
         return grown + self.items.blocks.finish() if finished else grown
 
     # ---------------------------------------------------------------- objects

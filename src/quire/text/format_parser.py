@@ -2,8 +2,8 @@
 
 Works character by character on what was seen so far and never on where a piece of text ends, so every way to cut the
 text gives the same result. A call is told as soon as its arguments begin, where they are written as JSON, and otherwise
-when it is complete; what turns out to be none is content, with nothing lost but markers that only separate. Made anew
-for each output. Knows no tokens and no protocol.
+with its first argument; what turns out to be none is content, with nothing lost but markers that only separate. Made
+anew for each output. Knows no tokens and no protocol.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any, Literal
 
 from quire.text.format_readers import READERS, Call
 from quire.text.formats import ReasoningFormat, Region, ToolFormat
+from quire.text.spelled import SPELLED, SpelledCalls, Told
 from quire.text.streamed import Arguments, head_of
 
 MOST_REREAD = 32 * 1024  # characters of regions that turn out to be no calls; they are read twice, so there is an end
 _BRACKETS = {"{": 1, "[": 1, "(": 1, "}": -1, "]": -1, ")": -1}
 _SPACES = " \t\r\n"
 _FORM = _SPACES + "}],`"  # what may stand behind the last call of a region
-_SELF_ENDING = ("function_xml", "invoke_xml")  # readers that see by themselves whether the inside is complete
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +82,7 @@ class _Open:
     head: int = 0  # where in the text the head of the next call begins
     before: str = ""  # the last character that is no space
     arguments: Arguments | None = None  # of the call that is being told
+    spelled: SpelledCalls | None = None  # what reads calls that are not written as JSON
     told: int = 0  # calls
 
 
@@ -198,7 +199,7 @@ class FormatParser:
         elif kind == "call":
             assert self._tools is not None, "call markers come from a tool format"
             region = next(item for item in self._tools.regions if item.opener == found)
-            self._open = _Open(region, found, [])
+            self._enter(region, found)
 
     def _plain(self, character: str) -> None:
         """One character that belongs to no marker."""
@@ -210,8 +211,7 @@ class FormatParser:
                 self._spaces += character
                 return
             if character in self._bare and self._reread <= MOST_REREAD:
-                self._open = _Open(self._bare[character], "", [])
-                self._inside(self._open, character)
+                self._inside(self._enter(self._bare[character], ""), character)
                 return
         self._tell(self._spaces + character)
 
@@ -238,6 +238,13 @@ class FormatParser:
 
     # ---------------------------------------------------------------- inside of a call
 
+    def _enter(self, region: Region, marker: str) -> _Open:
+        """A region begins."""
+        opened = self._open = _Open(region, marker, [])
+        if region.reader in SPELLED:
+            opened.spelled = SpelledCalls(SPELLED[region.reader], self._schemas)
+        return opened
+
     def _inside(self, opened: _Open, character: str) -> None:
         """One more character of a region; closes it where it ends."""
         region = opened.region
@@ -247,6 +254,12 @@ class FormatParser:
                 self._fail(opened)
                 return
             self._follow(opened, character)
+        if opened.spelled is not None:
+            self._tell_spelled(opened, opened.spelled.step(character))
+            if opened.spelled.broken and not opened.told:
+                self._fail(opened)
+                return
+        elif region.ending != "marker":
             self._stream(opened, character)
         if region.ending == "value":
             if opened.begun and opened.depth <= 0:
@@ -312,16 +325,21 @@ class FormatParser:
     def _close(self, opened: _Open, at_end: bool = False) -> None:
         """The region is over: calls, or content."""
         region = opened.region
+        if opened.spelled is not None and not at_end:
+            self._tell_spelled(opened, opened.spelled.close(region.closer))
         if opened.told:
             self._close_streamed(opened, at_end)
+            return
+        if opened.spelled is not None:
+            self._fail(opened)
             return
         inside = "".join(opened.text)
         if at_end:
             inside = _without_part(inside, region.closer)
         elif region.closer:
             inside = inside[: len(inside) - len(region.closer)]
-        whole = not at_end or region.reader in _SELF_ENDING or (opened.begun and opened.depth == 0)
-        calls = READERS[region.reader](inside, self._schemas) if whole else None
+        whole = not at_end or (opened.begun and opened.depth == 0)
+        calls = READERS[region.reader](inside) if whole else None
         if calls is None:
             self._fail(opened)
             return
@@ -339,12 +357,28 @@ class FormatParser:
         self._fresh = True
         if opened.arguments is not None and not opened.arguments.stopped:
             return
-        rest = "".join(opened.text[opened.head :])
+        if opened.spelled is not None and opened.spelled.cut_off:
+            return
+        rest = "".join(opened.text[opened.head :]) if opened.spelled is None else opened.spelled.untold
         closer = opened.region.closer
         if closer:
             rest = _without_part(rest, closer) if at_end else rest.removesuffix(closer)
         if rest.strip(_FORM):
             self._tell(rest)
+
+    def _tell_spelled(self, opened: _Open, found: Sequence[Told]) -> None:
+        """Tell what became certain of calls that are not written as JSON."""
+        for told in found:
+            if told.kind == "arguments":
+                self._append(CallArguments, told.text)
+                continue
+            self._join()
+            if told.kind == "name":
+                self._calls += 1
+                opened.told += 1
+                self._out.append(CallStart(self._calls - 1, told.text))
+            else:
+                self._out.append(CallEnd(self._calls - 1))
 
     def _tell_call(self, call: Call) -> None:
         self._join()

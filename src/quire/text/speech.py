@@ -17,18 +17,11 @@ from quire.core.structured import StructuredOutputsParams, Thoughts
 from quire.errors import ConfigError, ValidationError
 from quire.text.calls import calls_or_form, calls_within_text, only_calls
 from quire.text.format_parser import CallArguments, CallStart, Content, Delta, FormatParser, Reasoning
-from quire.text.formats import (
-    PLAIN_LIST,
-    ReasoningFormat,
-    ToolFormat,
-    hidden_markers,
-    reasoning_format,
-    reasoning_format_of,
-    tool_format,
-    tool_format_of,
-)
+from quire.text.formats import ReasoningFormat, ToolFormat, hidden_markers
+from quire.text.reasoning_formats import reasoning_format, reasoning_format_of
 from quire.text.template_parser import TemplateParser
 from quire.text.tokenizer import Tokenizer
+from quire.text.tool_formats import PLAIN_LIST, tool_format, tool_format_of
 
 LIBRARY = "hf"  # the name, for options, of reading answers by the tokenizer's own response template
 _NAME = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
@@ -279,9 +272,18 @@ class AnswerReader:
         self._strips = speech.form is not None and speech.reasoning is not None  # spaces between thoughts and form
 
     def read(self, text: str, finished: bool) -> Said:
-        """The next text of the answer."""
+        """The next text of the answer, all of a kind together."""
+        parts = self.read_in_order(text, finished)
+        return Said(
+            "".join(part.content for part in parts),
+            "".join(part.reasoning for part in parts),
+            tuple(call for part in parts for call in part.calls),
+        )
+
+    def read_in_order(self, text: str, finished: bool) -> list[Said]:
+        """The same as pieces, each of one kind, in the order in which the model wrote them."""
         if self._parser is None:
-            return Said(text)
+            return [Said(text)]
         deltas = self._parser.push(text)
         return self._said(deltas + self._parser.finish() if finished else deltas)
 
@@ -290,24 +292,24 @@ class AnswerReader:
         called = self.calls > 0 and self._speech.wish.only is None
         return "tool_calls" if called and reason == "stop" else reason
 
-    def _said(self, deltas: Sequence[Delta]) -> Said:
-        content, reasoning = "", ""
-        calls: list[dict[str, Any]] = []
+    def _said(self, deltas: Sequence[Delta]) -> list[Said]:
+        parts: list[Said] = []
         for delta in deltas:
             if isinstance(delta, Content):
-                content += delta.text
+                text = delta.text.lstrip() if self._strips else delta.text
+                self._strips = self._strips and not text
+                if text:
+                    parts.append(Said(text))
             elif isinstance(delta, Reasoning):
-                reasoning += delta.text
+                parts.append(Said(reasoning=delta.text))
             elif isinstance(delta, CallStart) and (self._speech.wish.parallel or delta.index == 0):
                 self.calls += 1
                 function = {"name": delta.name, "arguments": ""}
                 call_id = delta.id or f"chatcmpl-tool-{uuid.uuid4().hex}"
-                calls.append({"index": delta.index, "id": call_id, "type": "function", "function": function})
+                call = {"index": delta.index, "id": call_id, "type": "function", "function": function}
+                parts.append(Said(calls=(call,)))
             elif isinstance(delta, CallArguments) and delta.index < self.calls:
-                if not calls or calls[-1]["index"] != delta.index:
-                    calls.append({"index": delta.index, "function": {"arguments": ""}})
-                calls[-1]["function"]["arguments"] += delta.text
-        if self._strips:
-            content = content.lstrip()
-            self._strips = not content
-        return Said(content, reasoning, tuple(calls))
+                if not parts or not parts[-1].calls or parts[-1].calls[0]["index"] != delta.index:
+                    parts.append(Said(calls=({"index": delta.index, "function": {"arguments": ""}},)))
+                parts[-1].calls[0]["function"]["arguments"] += delta.text
+        return parts

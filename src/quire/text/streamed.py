@@ -21,12 +21,17 @@ _NAMED = (
 HEADS = {
     "json": re.compile(_NAMED),
     "bare_json": re.compile(_NAMED),
+    "keyed": re.compile(r'(?:\s*\[\s*|[\s}]*,\s*)\{\s*"(?P<name>[\w.\-:/]{1,256})"\s*:\s*'),
     "mistral": re.compile(_NAMED + r"|\s*(?P<other>[\w.\-]+)(?:\[CALL_ID\](?P<id>[\w\-]+))?(?:\[ARGS\])?\s*"),
     "deepseek": re.compile(
         r"[^<]*<｜tool▁sep｜>\s*(?P<name>[\w.\-:/]{1,256})[ ]*\n```(?:json)?\n\s*"
         r"|\s*(?P<other>[\w.\-:/]{1,256})<｜tool▁sep｜>\s*"
     ),
     "kimi": re.compile(r"\s*(?P<id>(?:functions\.)?(?P<name>[\w.\-]+?)(?::\d+)?)\s*<\|tool_call_argument_begin\|>\s*"),
+    "plamo": re.compile(
+        r"\s*<\|plamo:begin_tool_name:plamo\|>\s*(?P<name>[\w.\-]+)\s*<\|plamo:end_tool_name:plamo\|>\s*"
+        r"<\|plamo:begin_tool_arguments:plamo\|>(?:<\|plamo:constrain\|>json)?(?:<\|plamo:msg\|>)?\s*"
+    ),
     "channel": re.compile(r"(?P<name>[\w.\-]+)(?:(?!<\|message\|>).)*<\|message\|>\s*", re.DOTALL),
 }
 
