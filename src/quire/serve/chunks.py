@@ -2,29 +2,63 @@
 
 Each layer around the routes wraps `send`, and the HTTP library goes through its states for every message. A token of a
 stream needs none of that: its chunk is framed here. Works over uvicorn's h11 protocol; elsewhere there is no short way.
+
+Chunks of many streams are sent one behind the other, without other work between them: who reads is woken once for many,
+and waking takes the system longer than sending.
 """
 
 from __future__ import annotations
+
+import asyncio
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import RequestResponseCycle
 
 CHUNKS = "quire.chunks"  # where the scope of a request has its Chunks
+TOGETHER = 32  # connections whose chunks are sent together; the first of them waits for the last
+
+
+class Outbox:
+    """Chunks of an event loop that are about to be sent, in order for each connection."""
+
+    def __init__(self) -> None:
+        self._frames: dict[RequestResponseCycle, bytes] = {}
+
+    def put(self, cycle: RequestResponseCycle, frame: bytes) -> None:
+        """Send it soon: with others, at the latest when what is ready to run now has run."""
+        frames = self._frames
+        if not frames:
+            asyncio.get_running_loop().call_soon(self.flush)
+        frames[cycle] = frames.get(cycle, b"") + frame
+        if len(frames) >= TOGETHER:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send everything now. Who has left gets nothing."""
+        frames, self._frames = self._frames, {}
+        for cycle, frame in frames.items():
+            if not cycle.disconnected:
+                cycle.transport.write(frame)
 
 
 class Chunks:
     """One connection's writer, for between the start of a chunked answer and its end."""
 
-    def __init__(self, cycle: RequestResponseCycle) -> None:
+    def __init__(self, cycle: RequestResponseCycle, outbox: Outbox) -> None:
         self._cycle = cycle
+        self._outbox = outbox
 
     def write(self, data: bytes) -> bool:
         """Send a chunk. True if drain() should be awaited before the next one. Nothing when the client has left."""
         cycle = self._cycle
         if cycle.disconnected:
             return False
-        cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        self._outbox.put(cycle, b"%x\r\n%b\r\n" % (len(data), data))
         return cycle.flow.write_paused
+
+    def flush(self) -> None:
+        """Send what was written, before something else is sent another way."""
+        self._outbox.flush()
 
     async def drain(self) -> None:
         """Wait until the client has read enough."""
@@ -37,10 +71,11 @@ class ShortWay:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
+        self._outbox = Outbox()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on."""
         cycle = getattr(send, "__self__", None)
         if isinstance(cycle, RequestResponseCycle) and scope["http_version"] == "1.1" and scope["method"] != "HEAD":
-            scope = {**scope, CHUNKS: Chunks(cycle)}
+            scope = {**scope, CHUNKS: Chunks(cycle, self._outbox)}
         await self._app(scope, receive, send)
