@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -27,9 +29,19 @@ def build_transformers(
     files: ModelFiles, report: ProbeReport, seed: int, dtype: torch.dtype, device: torch.device, ops: Ops
 ) -> ServedModel:
     """The Transformers path, from a report: build without memory, replace, load, attach."""
+    return fill(files, report, seed, dtype, device, ops, None)
+
+
+def fill(
+    files: ModelFiles, report: ProbeReport, seed: int, dtype: torch.dtype, device: torch.device, ops: Ops,
+    prepare: Callable[[Any], None] | None,
+) -> ServedModel:  # fmt: skip
+    """The same with a model that `prepare` changes first."""
     model_class = find_class(files)
     config = copy.deepcopy(model_config(model_class, files.library_config))
     model = build(model_class, config, dtype, "meta")
+    if prepare is not None:
+        prepare(model)
     targets = model_targets(model, dtype, device)
     targets.update(rewrite(model, report.rewrite, ops, targets, device))
     loaded = load_transformers(model, targets, files, device, seed)

@@ -24,6 +24,7 @@ from quire.layers.target import Target
 from quire.models.checkpoint import Checkpoint
 from quire.models.hub import ModelFiles
 from quire.models.load import LEFTOVERS, Filler, LoadReport, LoadRules, dummy_weights
+from quire.models.native import spare_layers
 from quire.quant.checkpoints import StoredWeight
 
 SMALL_BYTES = 1 << 20  # below this a copy is cheaper than keeping a piece of the file mapped
@@ -75,7 +76,11 @@ def load_transformers(
     """
     checkpoint = Checkpoint(files)
     rules = LoadRules(
-        ignored=LEFTOVERS + tuple(model._keys_to_ignore_on_load_unexpected or ()),
+        ignored=(
+            *LEFTOVERS,
+            *(model._keys_to_ignore_on_load_unexpected or ()),
+            *spare_layers(checkpoint.headers, getattr(files.text_config, "num_hidden_layers", 0)),
+        ),
         tied=dict(model.all_tied_weights_keys),
         optional=_may_be_missing(model, targets),
         origin=checkpoint.where,

@@ -16,6 +16,7 @@ from quire.layers.spec import ModelLayout
 from quire.models.build import layout_of
 from quire.models.eagle3 import LLAMA, fused_layout, fused_taps, is_fused, layer_overrides
 from quire.models.hub import ModelFiles, find_model
+from quire.models.native import FAMILIES
 from quire.models.nextlayer import EAGLE, Style, mtp_style, next_layout
 
 
@@ -43,7 +44,7 @@ def find_guesser(
         return None
     if speculation.method == "draft_model":
         return find_draft(speculation.model, target, layout, options, dtype, download)
-    return find_heads(speculation.method, speculation.model, target, layout, options, download)
+    return find_heads(speculation.method, speculation.model, target, layout, options, dtype, download)
 
 
 def find_draft(
@@ -79,7 +80,8 @@ def find_draft(
 
 
 def find_heads(
-    method: str, model: str | None, target: ModelFiles, layout: ModelLayout, options: ModelOptions, download: bool,
+    method: str, model: str | None, target: ModelFiles, layout: ModelLayout, options: ModelOptions, dtype: torch.dtype,
+    download: bool,
 ) -> DraftModel:  # fmt: skip
     """Find Medusa heads, an EAGLE head or an MTP layer for `target`, which has `layout` and was found by `options`.
 
@@ -109,7 +111,19 @@ def find_heads(
             f"The checkpoint of {files.name} has no MTP layer (names like mtp.fc.weight or model.layers.N.eh_proj.weight). "
             "Take another method, or name the folder that has it."
         )
-    return _fitting(DraftModel(files, wanted, next_layout(files), _longest(files), style), target, layout)
+    if files.architecture not in FAMILIES and style.prefix.startswith("model.layers."):
+        # Imported here, with the Transformers library: it takes seconds, and native models do without.
+        from quire.models.nextlibrary import library_layout
+
+        found = library_layout(files, style, dtype)
+        if found.tier != "A":
+            raise ConfigError(
+                f"The MTP layer of {files.name} can be served in tier {found.tier} only, which cannot take back a wrong "
+                "guess. Take ngram, suffix or draft_model."
+            )
+    else:
+        found = next_layout(files)
+    return _fitting(DraftModel(files, wanted, found, _longest(files), style), target, layout)
 
 
 def _find_eagle(

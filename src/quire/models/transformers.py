@@ -115,6 +115,10 @@ class TransformersModel:
             return torch.cat([hidden, *(read[tap] for tap in taps)], dim=-1)
         return hidden if rows is None else hidden.index_select(0, rows)
 
+    def states_of(self, embedded: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The last states [T, size] of a step whose positions begin with `embedded` [T, size], not with their tokens."""
+        return self._run(self.model.base_model, {"inputs_embeds": embedded[None]}, batch)[0][0]
+
     @torch.no_grad()
     def score(self, states: torch.Tensor) -> torch.Tensor:
         """See OpenModel: the library's own code around the model's body."""

@@ -133,8 +133,13 @@ class Worker:
             self._draft = FusedLayer(draft.files, open_model, len(draft.taps), setup.dtype, where, self._ops)
         elif draft.style is None:
             self._draft = MedusaHeads(draft.files, model.layout, setup.dtype, where, self._ops)
-        else:
+        elif draft.layout.tier == "native":
             self._draft = NextLayer(draft.files, draft.style, open_model, setup.dtype, where, self._ops)
+        else:
+            # Imported here, with the Transformers library: it takes seconds, and native models do without.
+            from quire.models.nextlibrary import LibraryLayer
+
+            self._draft = LibraryLayer(draft.files, draft.style, open_model, setup.dtype, where, self._ops)
         self._model = self._states = KeepsStates(open_model, draft.taps)
 
     def _speculator(self, slots: Slots, sampler: Sampler) -> Speculator | None:
