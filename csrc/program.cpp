@@ -49,6 +49,7 @@ int32_t caller(const int64_t* cells) {
     X(quire_heads_linear)           \
     X(quire_rms_norm)               \
     X(quire_layer_norm)             \
+    X(quire_experts)                \
     X(quire_gated)                  \
     X(quire_strided)                \
     X(quire_move)                   \

@@ -108,6 +108,23 @@ QUIRE_API void quire_layer_norm(int32_t dtype, const void* x, int64_t stride, co
 QUIRE_API void quire_gated(int32_t dtype, const void* gate, const void* up, int64_t stride, void* out, int64_t rows,
                            int64_t dim, int32_t activation);
 
+// ---- experts.cpp. Gated blocks of one shape: up gives 2 * inner outputs, the gate first. All packed in one dtype, or
+// quantized in one way, which up and down then say.
+typedef struct {
+    const void *up, *up_bias, *down, *down_bias;
+} QuireExpert;
+typedef struct {
+    const QuireExpert* experts;
+    const QuireQuantized *up, *down;  // null: not quantized
+    const void* x;
+    const int64_t* chosen;  // [rows][choices]; a number outside the experts adds nothing
+    const float* weights;   // [rows][choices]
+    void* out;              // [rows][size]
+    int64_t x_stride, rows, choices, count, size, inner;
+    int32_t dtype, activation;
+} QuireExperts;
+QUIRE_API void quire_experts(const QuireExperts* call);
+
 // ---- sampling.cpp. A row with NaN in it, or whose largest logit is not finite, gets -1.
 QUIRE_API void quire_argmax(int32_t dtype, const void* logits, int64_t stride, int64_t* out, int64_t rows,
                             int64_t vocab);

@@ -31,7 +31,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "native llama, biases": ("native", "llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 10}, 0),
     "native mistral, windows": ("native", "mistral", {"sliding_window": 9}, 0),
     "native qwen3": ("native", "qwen3", {}, 0),
-    "native qwen3_moe": ("native", "qwen3_moe", {}, 8),
+    "native qwen3_moe": ("native", "qwen3_moe", {}, 6),
     "llama": ("transformers", "llama", {}, 0),
     "llama, biases": ("transformers", "llama", {"attention_bias": True, "mlp_bias": True}, 0),
     "qwen3, norms of queries and keys": ("transformers", "qwen3", {}, 0),

@@ -16,8 +16,7 @@ from pathlib import Path
 CGROUP = Path("/sys/fs/cgroup")
 MEMINFO = Path("/proc/meminfo")
 HUGE = 2 << 20
-SLICE = 16 << 20  # bytes that are touched in one call
-POPULATE_WRITE = 23  # an advice of Linux 5.14 and later, for which mmap has no name
+SLICE = 4 << 20  # bytes that are touched in one call
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +101,14 @@ class Ahead:
         return memory
 
     def _touch(self, memory: mmap.mmap, nbytes: int) -> None:
-        madvise = ctypes.CDLL(None).madvise  # through ctypes, which lets other threads of Python run meanwhile
-        madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
         start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         start += -start % HUGE
         for offset in range(0, nbytes, SLICE):
-            if self._wanted.is_set() or madvise(start + offset, min(SLICE, nbytes - offset), POPULATE_WRITE):
+            if self._wanted.is_set():
                 return
+            # Plain writes, which lock nothing: an madvise that populates would hold up every mmap of torch's import.
+            # Called through ctypes, so that other threads of Python run meanwhile.
+            ctypes.memset(start + offset, 0, min(SLICE, nbytes - offset))
 
 
 AHEAD = Ahead()

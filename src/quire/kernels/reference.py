@@ -7,8 +7,9 @@ sums are taken in float32, and the bits of a row never depend on the other rows 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -348,6 +349,39 @@ def gated(gate_up: torch.Tensor, activation: str, gate_first: bool = True) -> to
     first, second = gate_up.chunk(2, dim=-1)
     gate, up = (first, second) if gate_first else (second, first)
     return ACTIVATIONS[activation](gate.float()).to(gate.dtype) * up
+
+
+@dataclass(slots=True)
+class StackedExperts:
+    """Gated blocks as they were given to stack_experts."""
+
+    up: Sequence[PackedLinear | QuantizedLinear]
+    down: Sequence[PackedLinear | QuantizedLinear]
+    activation: str
+
+
+def stack_experts(
+    up: Sequence[PackedLinear | QuantizedLinear], down: Sequence[PackedLinear | QuantizedLinear], activation: str
+) -> Any:
+    """Blocks down(gated(up(x))) of one shape, as `experts` wants them; whoever asks keeps what it gets. None where this
+    backend cannot compute them in one call."""
+    return StackedExperts(up, down, activation)
+
+
+def experts(x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, stack: StackedExperts) -> torch.Tensor:
+    """x [T, size], chosen int64 [T, C] a block for each choice, weights [T, C] -> [T, size] in x's dtype: the sum of
+    weight times block, in float32 and in the order of the choices. A number that belongs to no block adds nothing."""
+    total = torch.zeros(x.shape[0], stack.down[0].out_features, device=x.device)
+    for row, numbers in enumerate(chosen.tolist()):
+        for choice, number in enumerate(numbers):
+            if 0 <= number < len(stack.up):
+                hidden = gated(_product(x[row : row + 1], stack.up[number]), stack.activation)
+                total[row] += _product(hidden, stack.down[number])[0].float() * weights[row, choice].float()
+    return total.to(x.dtype)
+
+
+def _product(x: torch.Tensor, packed: PackedLinear | QuantizedLinear) -> torch.Tensor:
+    return linear(x, packed) if isinstance(packed, PackedLinear) else quantized_linear(x, packed)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, style: RotaryStyle) -> torch.Tensor:

@@ -47,6 +47,8 @@ class Ops:
     add_rms_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     layer_norm: Callable[..., torch.Tensor]
     gated: Callable[..., torch.Tensor]
+    stack_experts: Callable[..., Any]
+    experts: Callable[..., torch.Tensor]
     rotary: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     rotary_write: Callable[..., torch.Tensor]
     argmax: Callable[..., torch.Tensor]

@@ -1,10 +1,14 @@
 """Experts: many gated feed-forward blocks, of which each row uses a few. Knows nothing of models or routers.
 
 Rows are sorted by expert, each expert computes its rows in one product, and each row adds its experts' outputs in the
-order of its own choice: what a row gets does not depend on the others.
+order of its own choice: what a row gets does not depend on the others. Where the device has one call for all of it, that
+is used.
 """
 
 from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,10 +32,20 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         self.size = size
+        self._ops = ops
         self.blocks = nn.ModuleList(GatedMLP(ops, size, inner, activation, False, dtype, device) for _ in range(count))
+
+    @cached_property
+    def stack(self) -> Any:
+        """All blocks for one call, or None where there is no such call. To be asked for once the weights are there."""
+        found = self.blocks
+        up, down = [block.gate_up.packed for block in found], [block.down.packed for block in found]
+        return self._ops.stack_experts(up, down, found[0].activation)
 
     def forward(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """x [T, size], chosen int64 [T, K] expert of each choice, weights [T, K] -> [T, size] in x's dtype."""
+        if self.stack is not None:
+            return self._ops.experts(x, chosen, weights, self.stack)
         rows, choices = chosen.shape
         flat = chosen.reshape(-1)
         order = flat.argsort(stable=True)

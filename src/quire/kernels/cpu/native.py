@@ -21,6 +21,8 @@ from quire.kernels.threads import usable_cpus
 
 LEVELS = ("plain", "avx2", "avx512", "avx512bf16")  # ascending; the index is what quire_best_level returns
 FOLDER = Path(__file__).parent
+ACTIVATIONS = {name: code for code, name in enumerate(("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid"))}
+ACTIVATIONS["quick_gelu"] = 6  # as in csrc/rows.h
 logger = logging.getLogger(__name__)
 
 _P, _I, _L, _F = c_void_p, c_int32, c_int64, c_float
@@ -38,6 +40,7 @@ LONG_FUNCTIONS = {
     "quire_norm_quantized_linear": (_I, _P, _L, _P, _P, _P, _P, _L, _L, _F, _I, _P, _P, _P, _P),
     "quire_gated_quantized_linear": (_I, _P, _P, _L, _L, _L, _I, _P, _P, _P, _P),
     "quire_attention": (_P,),
+    "quire_experts": (_P,),
     "quire_heads_linear": (_P,),
     "quire_sample": (_I, _P, _L, _P, _P, _P, _P, _P, _P, _L, _L),
     "quire_rank": (_P,),
@@ -133,6 +136,22 @@ class HeadsStruct(ctypes.Structure):
     ]
 
 
+class ExpertStruct(ctypes.Structure):
+    """QuireExpert of csrc/quire.h."""
+
+    _fields_ = [(name, _P) for name in ("up", "up_bias", "down", "down_bias")]
+
+
+class ExpertsStruct(ctypes.Structure):
+    """QuireExperts of csrc/quire.h."""
+
+    _fields_ = [
+        *((name, _P) for name in ("experts", "up", "down", "x", "chosen", "weights", "out")),
+        *((name, _L) for name in ("x_stride", "rows", "choices", "count", "size", "inner")),
+        *((name, _I) for name in ("dtype", "activation")),
+    ]
+
+
 class RankStruct(ctypes.Structure):
     """QuireRank of csrc/quire.h."""
 
@@ -167,6 +186,7 @@ class Library:
     quire_norm_quantized_linear: Callable[..., None]
     quire_gated_quantized_linear: Callable[..., None]
     quire_attention: Callable[..., None]
+    quire_experts: Callable[..., None]
     quire_heads_linear: Callable[..., None]
     quire_sample: Callable[..., None]
     quire_read_memory: Callable[..., float]

@@ -14,6 +14,7 @@ import torch
 from quire.kernels import reference
 from quire.kernels.cpu import native
 from quire.kernels.cpu.choosing import NativeChoosing
+from quire.kernels.cpu.experts import NativeMixtures
 from quire.kernels.cpu.packing import CODES, NativeLinear, NativePacking, NativeQuantized
 from quire.kernels.cpu.program import CpuRecorder
 from quire.kernels.reference import (
@@ -30,8 +31,6 @@ CACHE_CODES = {**CODES, torch.int8: 2}
 NORM_STYLES = {"down_then_scale": 0, "scale_then_down": 1, "plus_one": 2}
 NO_WEIGHT = 3
 ROTARY_STYLES = {"half": 0, "interleaved": 1}
-ACTIVATIONS = {name: code for code, name in enumerate(("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid"))}
-ACTIVATIONS["quick_gelu"] = 6
 
 
 @dataclass(slots=True, kw_only=True)
@@ -102,6 +101,8 @@ class CpuOps:
         choosing = NativeChoosing(self._lib)
         self.argmax, self.uniform, self.sample = choosing.argmax, choosing.uniform, choosing.sample
         self.rank, self.penalize = choosing.rank, choosing.penalize
+        mixtures = NativeMixtures(self._lib)
+        self.stack_experts, self.experts = mixtures.stack_experts, mixtures.experts
         self.packed_layout, self.checksum = packing.packed_layout, packing.checksum
         self.take_apart, self.put_together = packing.take_apart, packing.put_together
 
@@ -366,7 +367,7 @@ class CpuOps:
             out.data_ptr(),
             rows.shape[0],
             size,
-            ACTIVATIONS[activation],
+            native.ACTIVATIONS[activation],
         )
         return out
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from quire.kernels.cuda.attention import attention, copy_pages, write_cache
 from quire.kernels.cuda.elementwise import add_rms_norm, gated, rms_norm, rotary_write
-from quire.kernels.cuda.linear import heads_linear, linear
+from quire.kernels.cuda.linear import heads_linear, linear, stack_experts
 
 __all__ = [
     "add_rms_norm",
@@ -18,5 +18,6 @@ __all__ = [
     "linear",
     "rms_norm",
     "rotary_write",
+    "stack_experts",
     "write_cache",
 ]

@@ -5,6 +5,8 @@ cuBLAS chooses its kernel by the number of rows, so a row's last bits may depend
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -23,3 +25,7 @@ def heads_linear(
     weight = packed.data.view(heads, -1, packed.in_features)[:, :width]
     found = torch.bmm(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
     return found if out is None else out.copy_(found)
+
+
+def stack_experts(up: Sequence[PackedLinear], down: Sequence[PackedLinear], activation: str) -> None:
+    """There is no one call for experts: one product for each of them, see layers/moe.py."""
