@@ -14,7 +14,7 @@ from quire.config import ServeOptions
 from quire.errors import ConfigError
 from quire.serve import admin, chats, completions, errors, messages, page, requests, responses
 from quire.serve.auth import KeyCheck
-from quire.serve.document import ERRORS, with_keys
+from quire.serve.document import ERRORS, Limits, described
 from quire.serve.layers import BodyLimit, ErrorShield, HeaderLimit, RequestIds, SameRoute
 from quire.serve.service import Service
 from quire.serve.sse import ClientLeft
@@ -28,8 +28,10 @@ def create_app(service: Service, keys: Sequence[str] = ()) -> FastAPI:
     app.state.service = service
     for module in (completions, chats, responses, messages, requests, admin, page):
         app.include_router(module.router, responses=ERRORS)
-    if keys:
-        app.openapi = with_keys(app)  # type: ignore[method-assign]  # as FastAPI's documentation has it
+    settings = service.engine.engine.settings
+    logprobs = settings.vocab_size if settings.max_logprobs < 0 else settings.max_logprobs
+    limits = Limits(service.card.names, settings.vocab_size, logprobs)
+    app.openapi = described(app, limits, bool(keys))  # type: ignore[method-assign]  # as FastAPI's documentation has it
     errors.install(app)
     app.add_exception_handler(ClientLeft, _left)
     app.add_middleware(ErrorShield)

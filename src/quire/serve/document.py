@@ -1,4 +1,4 @@
-"""The OpenAPI document: what FastAPI makes of the routes, with the errors and the keys that the layers add.
+"""The OpenAPI document: what FastAPI makes of the routes, with what bodies may hold, errors, and the layers' keys.
 
 Knows paths, no route's body.
 """
@@ -6,12 +6,23 @@ Knows paths, no route's body.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI
 from pydantic import BaseModel
 
 from quire.serve.auth import PUBLIC
+from quire.serve.document_fields import EXAMPLES, FIELDS, OWN, REQUIRED
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the document tells of this model and server: names, tokens, log-probabilities at each position."""
+
+    names: tuple[str, ...]
+    vocabulary: int
+    logprobs: int
 
 
 class ErrorBody(BaseModel):
@@ -40,18 +51,51 @@ _SCHEMES = {
 }
 
 
-def with_keys(app: FastAPI) -> Callable[[], dict[str, Any]]:
-    """The application's document, which says where a key is needed. For FastAPI.openapi."""
+def described(app: FastAPI, limits: Limits, with_keys: bool) -> Callable[[], dict[str, Any]]:
+    """The application's document, with what bodies may hold and where a key is needed. For FastAPI.openapi."""
     plain = app.openapi
 
     def document() -> dict[str, Any]:
         found = plain()
-        found.setdefault("components", {})["securitySchemes"] = _SCHEMES
-        found["security"] = [{name: []} for name in _SCHEMES]
-        for path, operations in found["paths"].items():
-            if path in PUBLIC:
-                for operation in operations.values():
-                    operation["security"] = []
+        for name, schema in found["components"]["schemas"].items():
+            if name in EXAMPLES:
+                _describe(name, schema, limits)
+        if with_keys:
+            _name_keys(found)
         return found
 
     return document
+
+
+def _describe(name: str, body: dict[str, Any], limits: Limits) -> None:
+    """Fill in what the fields of one body may hold."""
+    body["required"] = sorted({*body.get("required", ()), *REQUIRED.get(name, ())})
+    known = {**FIELDS, **OWN.get(name, {}), "model": {"type": "string", "enum": list(limits.names)}}
+    for field, schema in body["properties"].items():
+        if field in known:
+            wanted = _bounded(known[field], limits)
+            body["properties"][field] = wanted if field in body["required"] else {"anyOf": [wanted, {"type": "null"}]}
+        else:
+            body["properties"][field] = _bounded(schema, limits)
+    body["examples"] = [EXAMPLES[name]]
+
+
+def _bounded(schema: Any, limits: Limits) -> Any:
+    """A schema with the limits of this model and server in it."""
+    if isinstance(schema, list):
+        return [_bounded(part, limits) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {key: _bounded(value, limits) for key, value in schema.items()}
+    if found.get("format") in ("token-id", "logprobs"):
+        found["maximum"] = limits.vocabulary - 1 if found["format"] == "token-id" else limits.logprobs
+    return found
+
+
+def _name_keys(document: dict[str, Any]) -> None:
+    document["components"]["securitySchemes"] = _SCHEMES
+    document["security"] = [{name: []} for name in _SCHEMES]
+    for path, operations in document["paths"].items():
+        if path in PUBLIC:
+            for operation in operations.values():
+                operation["security"] = []
