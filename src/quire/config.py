@@ -249,6 +249,30 @@ class ServeOptions:
     engine_spare: bool = option(True, help="keep a second process ready, with its imports done, to take over at once")
     shutdown_timeout: float = option(30.0, help="seconds that running requests get to finish after SIGTERM")
 
+    def __post_init__(self) -> None:
+        """Refuse numbers that mean nothing. Raises ConfigError."""
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if not value >= least:  # which is so for NaN, too
+                raise ConfigError(f"{name} is {value}; it must be at least {least}.")
+        if not self.template_timeout > 0:
+            raise ConfigError(f"template_timeout is {self.template_timeout}; it must be above 0.")
+
+
+_LEAST = {
+    "api_server_count": 1,
+    "max_request_bytes": 1,
+    "h11_max_incomplete_event_size": 1024,
+    "h11_max_header_count": 1,
+    "stream_interval": 1,
+    "sse_keep_alive_interval": 0,
+    "max_log_len": 0,
+    "max_stored_responses": 0,
+    "stall_timeout": 0,
+    "engine_timeout": 0,
+    "shutdown_timeout": 0,
+}
+
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:

@@ -49,6 +49,7 @@ LENGTH_KEYS = (
 )
 NOT_IN_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "glm4")
 GIB = 1 << 30
+MOST_THREADS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +212,10 @@ def check_sections(options: EngineOptions) -> None:
     ):
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}; it must be at least 1, or left out to let quire choose.")
+    if options.parallel.threads is not None and options.parallel.threads > MOST_THREADS:
+        raise ConfigError(f"threads is {options.parallel.threads}; it must be at most {MOST_THREADS}.")
+    if options.model.max_logprobs < -1:
+        raise ConfigError(f"max_logprobs is {options.model.max_logprobs}; it must be at least 0, or -1 for all.")
     length = options.model.max_model_len
     if length is not None and length != -1 and length < 1:
         raise ConfigError(f"max_model_len is {length}; it must be at least 1, or -1 or auto to fit it to the memory.")

@@ -240,8 +240,8 @@ def _file_flags(path: Path, others: list[str]) -> list[str]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"The config file {path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"The config file {path} must hold one flag per line, such as 'port: 8123'.")
