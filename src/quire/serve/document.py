@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 
 from quire.serve.auth import PUBLIC
-from quire.serve.document_fields import EXAMPLES, FIELDS, OWN, REQUIRED
+from quire.serve.document_fields import EXAMPLES, FIELDS, ONE_OF, OWN, REQUIRED
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +77,8 @@ def _describe(name: str, body: dict[str, Any], limits: Limits) -> None:
             body["properties"][field] = wanted if field in body["required"] else {"anyOf": [wanted, {"type": "null"}]}
         else:
             body["properties"][field] = _bounded(schema, limits)
+    if name in ONE_OF:
+        body["oneOf"] = [{"required": [field]} for field in ONE_OF[name]]
     body["examples"] = [EXAMPLES[name]]
 
 
