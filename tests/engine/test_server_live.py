@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import logging
 import threading
@@ -20,6 +22,8 @@ from quire.engine.engine import Place
 from quire.engine.observe import StepFigures
 from quire.serve.live import Live, LiveRequest
 from quire.serve.progress import Progress
+from quire.serve.protocol import MOST_TOKENS
+from quire.text import Tokenizer
 
 ENDLESS = {"prompt": "x|", "max_tokens": 400, "stream": True}
 
@@ -193,3 +197,41 @@ def test_prompts_are_logged_only_where_that_is_wanted(caplog: pytest.LogCaptureF
             time.sleep(0.01)
         assert ("'secret'" in caplog.text) is shown and "zebras" not in caplog.text
         assert "arrived" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {"prompt": "x" * 50_000}),
+        ("/v1/completions", {"prompt": ["x" * 400] * 100, "max_tokens": 1}),
+        ("/v1/messages/count_tokens", {"messages": [{"role": "user", "content": "x" * 50_000}]}),
+        ("/detokenize", {"tokens": [40] * 50_000}),
+    ],
+)
+def test_long_texts_are_read_beside_the_event_loop(
+    monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+) -> None:
+    """So that health is told meanwhile, and streams go on."""
+    threads: list[str] = []
+
+    def noted(name: str) -> None:
+        plain = getattr(Tokenizer, name)
+
+        def note(self: Tokenizer, *given: Any, **named: Any) -> Any:
+            with contextlib.suppress(RuntimeError):
+                asyncio.get_running_loop()
+                threads.append(f"{name} in the event loop")
+            return plain(self, *given, **named)
+
+        monkeypatch.setattr(Tokenizer, name, note)
+
+    with served() as server:
+        noted("encode")
+        noted("decode")
+        assert server.http.post(path, json=body).status_code == 200
+    assert not threads
+
+
+def test_a_detokenize_has_a_limit() -> None:
+    with served() as server:
+        assert server.http.post("/detokenize", json={"tokens": [5] * (MOST_TOKENS + 1)}).status_code == 400

@@ -158,10 +158,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
             template_kwargs={**service.chat_template_kwargs, **(body.chat_template_kwargs or {})},
         )
         text, special = await service.render(body.messages or [], options), bool(body.add_special_tokens)
-    if len(text) > LONG_TEXT:
-        ids = await asyncio.to_thread(tokenizer.encode, text, special)
-    else:
-        ids = tokenizer.encode(text, special)
+    ids = await service.ids_of(text, special)
     return {
         "count": len(ids),
         "max_model_len": service.card.max_model_len,
@@ -176,9 +173,11 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> JSONResponse:
     service: Service = request.app.state.service
     service.check_model(body.model)
     body.check_extra()
-    outside = next((token for token in body.tokens if token >= service.tokenizer.vocab_size), None)
-    if outside is not None:
+    largest, tokenizer = max(body.tokens, default=0), service.tokenizer
+    if largest >= tokenizer.vocab_size:
         raise ValidationError(
-            f"Token id {outside} is out of vocabulary; ids go from 0 to {service.tokenizer.vocab_size - 1}.", "tokens"
+            f"Token id {largest} is out of vocabulary; ids go from 0 to {tokenizer.vocab_size - 1}.", "tokens"
         )
-    return JSONResponse({"prompt": service.tokenizer.decode(body.tokens, skip_special_tokens=False)})
+    if len(body.tokens) > LONG_TEXT:  # in a thread, so that streams and health go on meanwhile
+        return JSONResponse({"prompt": await asyncio.to_thread(tokenizer.decode, body.tokens, False)})
+    return JSONResponse({"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)})

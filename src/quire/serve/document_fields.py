@@ -16,6 +16,7 @@ from quire.serve.protocol import (
     MOST_ITEMS,
     MOST_PROMPTS,
     MOST_STOPS,
+    MOST_TOKENS,
     MOST_TOOLS,
 )
 
@@ -144,7 +145,7 @@ FIELDS: dict[str, Schema] = {
     "prompt": PROMPT,
     "messages": items(TURN, LARGEST, 1),
     "tools": items(record({"type": choice("function"), "function": FUNCTION}), MOST_TOOLS, 1),
-    "tokens": items(TOKEN, LARGEST),
+    "tokens": items(TOKEN, MOST_TOKENS),
 }
 
 _BLOCKS = one_of(text(shortest=1), items(record({"type": choice("text"), "text": text(shortest=1)}), LARGEST, 1))
@@ -177,6 +178,8 @@ OWN: dict[str, dict[str, Schema]] = {
 }
 # Fields without which a body is refused, although their absence is a matter of the route.
 REQUIRED = {"CompletionRequest": ["prompt"]}
+# Fields of which a body has one.
+ONE_OF = {"TokenizeRequest": ["prompt", "messages"]}
 EXAMPLES: dict[str, Schema] = {
     "CompletionRequest": {"prompt": "Once upon a time", "max_tokens": 32},
     "ChatRequest": {"messages": [{"role": "user", "content": "Tell me a tale."}], "max_tokens": 64},

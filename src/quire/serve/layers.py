@@ -184,6 +184,8 @@ def check_json_shape(body: bytes) -> None:
 
 def check_json_text(body: bytes) -> None:
     """Raise ValidationError where a string is not Unicode. JSON can say half of a surrogate pair, and no answer can."""
+    if not any(mark in body for mark in (b"\\u", b"\xed", b"\0")):  # twenty times as fast as the next question
+        return
     if not _MAYBE_HALF.search(body):
         return
     try:

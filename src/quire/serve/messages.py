@@ -67,7 +67,7 @@ async def count_tokens(body: TokensRequest, request: Request) -> dict[str, int]:
         template_kwargs={**service.chat_template_kwargs, **body.template_kwargs()},
     )
     text = await service.render(messages, options)
-    return {"input_tokens": len(service.tokenizer.encode(text, add_special_tokens=False))}
+    return {"input_tokens": len(await service.ids_of(text, special=False))}
 
 
 @dataclass(slots=True)

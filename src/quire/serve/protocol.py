@@ -20,6 +20,7 @@ from quire.serve.forms import wished_form
 
 MOST_PROMPTS = 1024
 MOST_COMPLETIONS = 16384  # prompts times n, in one request
+MOST_TOKENS = 2**20  # in one /detokenize
 MOST_STOPS = 64
 LONGEST_STOP = 4096  # characters
 LONGEST_SALT = 128
@@ -347,7 +348,7 @@ class TokenizeRequest(ApiRequest):
 class DetokenizeRequest(ApiRequest):
     """POST /detokenize."""
 
-    tokens: list[Annotated[int, Field(ge=0, le=2**31 - 1)]]
+    tokens: Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(max_length=MOST_TOKENS)]
 
 
 def check_template_fields(generation: bool | None, continuation: bool | None) -> None:

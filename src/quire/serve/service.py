@@ -209,12 +209,14 @@ class Service:
                 "maximum length.",
                 "prompt",
             )
-        if in_thread or len(text) > LONG_TEXT:
-            ids = await asyncio.to_thread(tokenizer.encode, text, special)
-        else:
-            ids = tokenizer.encode(text, special)
-        ids = self.cut(ids, body, room)
+        ids = self.cut(await self.ids_of(text, special, in_thread), body, room)
         return Job({"prompt": text, "prompt_token_ids": ids}, len(ids))
+
+    async def ids_of(self, text: str, special: bool, in_thread: bool = False) -> list[int]:
+        """A text as token ids. A long one is read in a thread, so that streams and health go on meanwhile."""
+        if in_thread or len(text) > LONG_TEXT:
+            return await asyncio.to_thread(self.tokenizer.encode, text, special)
+        return self.tokenizer.encode(text, special)
 
     def job_of_ids(self, ids: list[int], body: GenerationRequest, room: int) -> Job:
         """A prompt of token ids."""
