@@ -142,7 +142,11 @@ class EventStream(StreamingResponse):
                     elif chunks.write(chunk):
                         await chunks.drain()
         except Exception as error:
+            if chunks is not None:
+                chunks.flush()
             await _body(send, self._style.failed(failure_of(error)))
+        if chunks is not None:
+            chunks.flush()
         if self._style.last:
             await _body(send, self._style.last)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
