@@ -178,3 +178,22 @@ def test_flags(tmp_path: Path) -> None:
         main(["-i", str(tmp_path / "none"), "-o", str(tmp_path / "out")])
     with pytest.raises(ConfigError, match="concurrency"):
         main(["-i", "a", "-o", "b", "--concurrency", "0"])
+
+
+def test_bytes_that_are_no_text_spoil_their_own_rows(tmp_path: Path) -> None:
+    run = batch(tmp_path, [row("good", CHAT)])
+    good = run.source.read_bytes()
+    odd = good.replace(b"good", b"odd").replace(b"say:hello;", b"say:h\xe9llo;")
+    run.source.write_bytes(b"\xff\xfe\x00garbage\n" + odd + good)
+    asyncio.run(run_batch(run))
+    found = answers(run)
+    assert found["good"]["response"]["status_code"] == 200
+    assert found["odd"]["response"]["status_code"] == 400
+    assert found["batch_line_1"]["error"]["code"] == "invalid_row" and len(found) == 3
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text("{}\n")
+    with pytest.raises(ConfigError, match="no folder"):
+        main(["-i", str(source), "-o", str(tmp_path / "nowhere" / "out.jsonl")])

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Callable, Sequence
+from errno import ENOSPC
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from quire.cli import main as cli
 from quire.cli.main import run_command
 from quire.config import EngineOptions, ServeOptions
 from quire.errors import ConfigError
@@ -48,3 +55,32 @@ def test_config_files(tmp_path: Path, capsys: pytest.CaptureFixture[str], conten
         status = int(str(end.code))
     told = capsys.readouterr().err
     assert status == 2 and told.startswith("quire serve: ") and "Traceback" not in told
+
+
+def command(monkeypatch: pytest.MonkeyPatch, action: Callable[[], None]) -> int:
+    """The status of a command that does this."""
+    module = ModuleType("rubbish_command")
+
+    def main(_: Sequence[str]) -> int:
+        action()
+        return 0
+
+    module.main = main  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(cli.COMMANDS, "rubbish", (module.__name__, ""))
+    return cli.main(["rubbish"])
+
+
+def test_letters_that_the_locale_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = BytesIO()
+    monkeypatch.setattr(sys, "stdout", TextIOWrapper(written, encoding="ascii", write_through=True))
+    assert command(monkeypatch, lambda: print("a snowman: ☃")) == 0
+    assert written.getvalue() == b"a snowman: ?\n"
+
+
+def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise OSError(ENOSPC, os.strerror(ENOSPC))
+
+    assert command(monkeypatch, fail) == 1
+    assert capsys.readouterr().err == f"quire rubbish: [Errno {ENOSPC}] No space left on device\n"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 
 from quire.config import nearest
 from quire.errors import ConfigError, QuireError
@@ -28,6 +29,9 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0, 1 for an error, 2 for a mistake in flags, 130 for Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # where the locale has no word for what a model says
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
@@ -56,6 +60,9 @@ def run_command(name: str, words: Sequence[str]) -> int:
         return 130
     except BrokenPipeError:
         return 0  # the reader, such as head, has seen enough
+    except OSError as error:  # a full disk, a limit of the system
+        print(f"quire {name}: {error}", file=sys.stderr)
+        return 1
 
 
 def usage() -> str:

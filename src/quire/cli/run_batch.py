@@ -43,6 +43,8 @@ def main(argv: Sequence[str]) -> int:
     target = local_path(options.output_file, "--output-file")
     if not source.is_file():
         raise ConfigError(f"There is no file {source}.")
+    if not target.parent.is_dir():
+        raise ConfigError(f"There is no folder {target.parent} for the answers. Make it, or name another output file.")
     if options.overwrite:
         target.unlink(missing_ok=True)
 

@@ -58,7 +58,11 @@ class BatchRun:
         self._done = done_rows(self.target)
         reporter = asyncio.create_task(self._report())
         try:
-            with self.source.open(encoding="utf-8") as source, self.target.open("a", encoding="utf-8") as sink:
+            # A byte that is no UTF-8 makes its own row wrong and no other.
+            with (
+                self.source.open(encoding="utf-8", errors="surrogateescape") as source,
+                self.target.open("a", encoding="utf-8") as sink,
+            ):
                 lines = enumerate(source, 1)
                 tasks = [asyncio.create_task(self._work(lines, sink)) for _ in range(self.concurrency)]
                 try:
