@@ -2,6 +2,7 @@
 
 python bench/speculate.py --batch-sizes 1 32                     # the bundled model: retelling, summarising, prose
 python bench/speculate.py --shape llama-3.2-1b --output-len 64   # random weights, a summary and an edit dictated to them
+python bench/speculate.py --methods medusa:FOLDER                # heads made by tools/train_heads.py
 
 Without --forced the engine leaves off where guesses do not pay, as it does by itself. All engines are alive at once and
 take turns, so that whatever else runs on the machine slows all of them.
@@ -128,6 +129,12 @@ def measure(
     return figures
 
 
+def method_config(name: str) -> dict[str, object]:
+    """The configuration of a method, as the command line names it."""
+    method, _, folder = name.partition(":")
+    return {"method": method, "model": folder} if folder else {"method": method}
+
+
 def main() -> None:
     """Run all combinations, print a table, keep the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -139,12 +146,14 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--methods", nargs="+", default=["ngram", "suffix", "draft_model", "eagle"])
+    parser.add_argument(
+        "--methods", nargs="+", default=["ngram", "suffix", "draft_model", "eagle"], help="method, or method:folder"
+    )
     parser.add_argument("--workloads", nargs="+", help="some of retell, summary, prose; with --shape summary, edit")
     parser.add_argument("--forced", action="store_true", help="guess even where it does not pay")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     found = parser.parse_args()
-    methods = {name: {"method": name} if name != "plain" else {} for name in ("plain", *found.methods)}
+    methods = {"plain": {}, **{name.partition(":")[0]: method_config(name) for name in found.methods}}
     options = {"device": "cpu", "threads": found.threads, "max_model_len": 1024, "kv_cache_memory_bytes": 1 << 28}
     workloads = found.workloads or (["retell", "summary", "prose"] if found.shape is None else list(DICTATIONS))
     figures: list[Figure] = []

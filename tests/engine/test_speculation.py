@@ -97,7 +97,6 @@ def test_suffix_lookup_finds_the_longest_end_and_keeps_to_it():
     assert list(map(len, guessed)) == [3, 7, 8, 8], "the longer the match, the longer the guess"
     history.extend(0, 41 + said, (99,))
     assert drafter.propose(np.arange(1)) == [()], "what is copied has ended"
-    drafter.admit(0)
 
 
 def test_history_goes_on_where_the_span_began():
@@ -141,7 +140,10 @@ class Parrot:
     def __init__(self, guess: tuple[int, ...] | None) -> None:
         self.guess = guess
 
-    def admit(self, slot: int) -> None:
+    def admit(self, new: Admission) -> None:
+        pass
+
+    def release(self, slot: int) -> None:
         pass
 
     def follow(self, seen: Seen) -> None:
@@ -318,7 +320,8 @@ def test_guesses_keep_to_the_grammar():
 
 def test_fewer_steps_where_the_output_repeats_its_input():
     steps = []
-    for options in ({}, {"spec_method": "ngram", "spec_tokens": 6}):
+    guessing = {"method": "ngram", "num_speculative_tokens": 6, "adaptive": False}
+    for options in ({}, {"speculative_config": guessing}):
         with LLM(**SETTINGS, **options) as llm:
             params = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
             llm.generate("red blue green " * 12, params, use_tqdm=False)

@@ -51,6 +51,7 @@ class Admission:
     params: SamplingParams | PoolingParams
     seed: int  # resolved: never None, so that a restart draws the same numbers
     adapter: int = 0  # device slot of the adapter; 0 is the bare model
+    salt: bytes = b""  # requests with the same may know of each other's tokens
 
 
 @dataclass(frozen=True, slots=True)

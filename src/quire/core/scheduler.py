@@ -412,6 +412,7 @@ class Scheduler:
                 given.params,
                 given.seed,
                 given.adapter,
+                given.salt,
             )
         )
         self._plan_span(request, self._span_end(request, draft.left), draft)

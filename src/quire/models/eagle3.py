@@ -91,7 +91,7 @@ class FusedLayer:
         layer.qkv = Linear(ops, 2 * shape.size, layer.qkv.sizes, shape.qkv_bias, dtype, device)
         self._state_norm = RMSNorm(ops, shape.size, shape.eps, "down_then_scale", dtype, device)
         self._last_norm = RMSNorm(ops, shape.size, shape.eps, "down_then_scale", dtype, device)
-        self._rotary = Rotary(frequencies_of(files.config, shape.head_dim), "half", dtype, device)
+        self._rotary = Rotary(frequencies_of(files.config, shape.head_dim), "half", dtype, device, kept=True)
         targets = self._targets()
         self._embedding = None
         if "embed_tokens.weight" in names:

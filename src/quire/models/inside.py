@@ -11,6 +11,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from quire.errors import UnsupportedModelError
+
+
+def layers_of(model: Any) -> Sequence[nn.Module]:
+    """The decoder layers of a model. Raises UnsupportedModelError where they do not lie in one list."""
+    decoder = model.get_decoder()
+    lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList)]
+    found = [one for one in lists if len(one) == model.config.get_text_config().num_hidden_layers]
+    if len(found) != 1:
+        raise UnsupportedModelError(
+            f"{type(decoder).__name__} does not have its layers in one list, so an EAGLE-3 head cannot read along with "
+            "them. Take ngram, suffix or draft_model."
+        )
+    return found[0]
+
 
 class Tapped:
     """`with Tapped(layers, numbers) as read`: what the layers of these numbers read, [T, size] each."""

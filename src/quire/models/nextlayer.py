@@ -111,7 +111,7 @@ class NextLayer:
         last = len(shape.windows) - 1
         shape = replace(shape, experts=shape.experts[last:], windows=shape.windows[last:])
         self._layer = Layer(ops, shape, self.layout.layers[0], 0, dtype, device)
-        self._rotary = Rotary(frequencies_of(files.config, shape.head_dim), "half", dtype, device)
+        self._rotary = Rotary(frequencies_of(files.config, shape.head_dim), "half", dtype, device, kept=True)
         checkpoint = Checkpoint(files)
         names = {name.removeprefix(style.prefix) for name in checkpoint.headers if name.startswith(style.prefix)}
         self._join = Linear(ops, 2 * shape.size, (shape.size,), f"{style.join}.bias" in names, dtype, device)

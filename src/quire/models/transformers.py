@@ -18,7 +18,7 @@ from quire.layers.batch import Batch
 from quire.layers.latent import LatentProjection
 from quire.layers.spec import ModelLayout
 from quire.models.fallback import PrivateCaches, SequentialModule
-from quire.models.inside import AroundBody, Tapped
+from quire.models.inside import AroundBody, Tapped, layers_of
 from quire.models.interface import (
     BATCH_ARGUMENT,
     PAGED,
@@ -108,9 +108,8 @@ class TransformersModel:
 
     def states(self, batch: Batch, rows: torch.Tensor | None = None, taps: Sequence[int] = ()) -> torch.Tensor:
         """See OpenModel."""
-        with Tapped(self.model.get_decoder().layers, taps) as read:
-            output = self._run(self.model.base_model, {"input_ids": batch.token_ids[None]}, batch)
-        hidden = output[0][0]
+        with Tapped(layers_of(self.model) if taps else [], taps) as read:
+            hidden = self._run(self.model.base_model, {"input_ids": batch.token_ids[None]}, batch)[0][0]
         if taps:
             return torch.cat([hidden, *(read[tap] for tap in taps)], dim=-1)
         return hidden if rows is None else hidden.index_select(0, rows)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from quire.core.plan import Admission
 from quire.kernels.table import Ops
 from quire.models.recorded import with_program
 from quire.models.served import ServedModel
@@ -43,10 +44,13 @@ class ModelDrafter:
         self._guesses = np.zeros((slots.num_slots, count), dtype=np.int64)
         self._kept = np.zeros(slots.num_slots, dtype=np.int64)
 
-    def admit(self, slot: int) -> None:
+    def admit(self, new: Admission) -> None:
         """Nothing is computed for the new request."""
-        self._asked[slot] = self._kept[slot] = 0
-        self._model.release(slot)
+        self._asked[new.slot] = self._kept[new.slot] = 0
+        self._model.release(new.slot)
+
+    def release(self, slot: int) -> None:
+        """Nothing is kept of a request that has left."""
 
     def follow(self, seen: Seen) -> None:
         """Hidden states mean nothing here."""

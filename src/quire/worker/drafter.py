@@ -73,8 +73,12 @@ class Seen:
 class Drafter(Protocol):
     """One way of guessing."""
 
-    def admit(self, slot: int) -> None:
+    def admit(self, new: Admission) -> None:
         """Another request is in this row now."""
+        ...
+
+    def release(self, slot: int) -> None:
+        """The row's request has left; the history still has what it said."""
         ...
 
     def follow(self, seen: Seen) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from quire.core.plan import Admission
 from quire.kernels.table import Ops
 from quire.models.medusa import MedusaHeads
 from quire.models.nextlayer import Head
@@ -38,9 +39,12 @@ class MedusaDrafter:
         self._states = torch.zeros(rows, size, dtype=dtype, device=device.torch_device)
         self._ends = np.zeros(rows, dtype=np.int64)  # positions computed when the state was taken
 
-    def admit(self, slot: int) -> None:
+    def admit(self, new: Admission) -> None:
         """No state is known of the new request."""
-        self._ends[slot] = 0
+        self._ends[new.slot] = 0
+
+    def release(self, slot: int) -> None:
+        """Nothing is kept of a request that has left."""
 
     def follow(self, seen: Seen) -> None:
         """Keep the last state of each row."""
@@ -90,9 +94,12 @@ class NextLayerDrafter:
         self._states = torch.zeros(rows, layer.layout.hidden_size, dtype=dtype, device=device.torch_device)
         self._scored = torch.zeros_like(self._states)
 
-    def admit(self, slot: int) -> None:
+    def admit(self, new: Admission) -> None:
         """The new request goes on from its shared pages, if they hold the layer's keys."""
-        self._ends[slot] = NEW
+        self._ends[new.slot] = NEW
+
+    def release(self, slot: int) -> None:
+        """Nothing is kept of a request that has left."""
 
     def follow(self, seen: Seen) -> None:
         """Compute the layer at the positions of the step, for rows that were never left alone."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from quire.core.plan import Admission
 from quire.worker.drafter import History, Seen
 
 
@@ -19,8 +20,11 @@ class NgramDrafter:
         self._shortest = shortest
         self._longest = longest
 
-    def admit(self, slot: int) -> None:
+    def admit(self, new: Admission) -> None:
         """Nothing is kept beside the history."""
+
+    def release(self, slot: int) -> None:
+        """Nothing is kept of a request that has left."""
 
     def follow(self, seen: Seen) -> None:
         """Hidden states mean nothing here."""

@@ -71,6 +71,8 @@ class Runner:
             self._model.release(slot)
             self._sampler.release(slot)
             self._slots.release(slot)
+            if self._speculator is not None:
+                self._speculator.release(slot)
 
     def _admit(self, admitted: Sequence[Admission]) -> None:
         for new in admitted:

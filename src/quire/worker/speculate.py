@@ -47,7 +47,11 @@ class Speculator:
         params = new.params
         self._able[new.slot] = isinstance(params, SamplingParams) and params.max_tokens != 1
         self._history.admit(new)
-        self._drafter.admit(new.slot)
+        self._drafter.admit(new)
+
+    def release(self, slot: int) -> None:
+        """A request has left."""
+        self._drafter.release(slot)
 
     def begin(self, plan: StepPlan) -> None:
         """Follow what a plan does with pages, before its step is computed."""

@@ -2,13 +2,16 @@
 
 Beside n-gram lookup it looks for the longest end that came before, however long, and guesses the more the longer that
 is: a match of two tokens promises two more, one of twenty a whole sentence. A row that keeps copying is not searched.
+Where an earlier output under the same salt (see memory.py) matches longer than the row's own text, it is copied from.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from quire.core.plan import Admission
 from quire.worker.drafter import History, Seen
+from quire.worker.memory import GRAM, Memory
 
 SURE = 8  # tokens of a match that needs no better one
 
@@ -26,10 +29,20 @@ class SuffixDrafter:
         self._places = np.zeros(rows, dtype=np.int64)  # what comes next is guessed to be the token there; 0 for none
         self._matched = np.zeros(rows, dtype=np.int64)  # tokens before it that are those at the row's end
         self._known = np.zeros(rows, dtype=np.int64)  # the row's length then
+        self._memory = Memory()
+        self._salts = [b""] * rows
+        self._begins = np.zeros(rows, dtype=np.int64)  # where the row's output does
 
-    def admit(self, slot: int) -> None:
+    def admit(self, new: Admission) -> None:
         """Another request is in this row: it copies nothing yet."""
-        self._places[slot] = self._matched[slot] = 0
+        self._places[new.slot] = self._matched[new.slot] = 0
+        self._salts[new.slot], self._begins[new.slot] = new.salt, new.prompt_len
+
+    def release(self, slot: int) -> None:
+        """What the row's request has said may be said again."""
+        output = self._history.tokens[slot, self._begins[slot] : self._history.lengths[slot]].tolist()
+        if len(output) > GRAM:
+            self._memory.of(self._salts[slot]).add(output)
 
     def follow(self, seen: Seen) -> None:
         """Hidden states mean nothing here."""
@@ -51,10 +64,18 @@ class SuffixDrafter:
         if matched < SURE:
             place, matched = self._search(tokens, place, matched)
         self._places[slot], self._matched[slot], self._known[slot] = place, matched, length
+        if matched < SURE:
+            said = self._memory.of(self._salts[slot])
+            there, same = said.find(tokens[-self._longest :].tolist(), self._longest)
+            if same > matched:
+                return said.after(there, self._promised(same))
         if matched < self._shortest:
             return ()
-        count = min(self._count, max(1, int(self._factor * matched)))
-        return tuple(tokens[place : place + count].tolist())
+        return tuple(tokens[place : place + self._promised(matched)].tolist())
+
+    def _promised(self, matched: int) -> int:
+        """Tokens to propose behind so many that match."""
+        return min(self._count, max(1, int(self._factor * matched)))
 
     def _search(self, tokens: np.ndarray, place: int, matched: int) -> tuple[int, int]:
         """The place behind the longest match, and its length; as given where nothing is longer.
