@@ -87,11 +87,12 @@ def jobs_of(workload: str, count: int, dictating: bool) -> list[Job]:
     return found
 
 
-def once(llm: LLM, jobs: list[Job], wish: dict[str, object]) -> tuple[float, int]:
-    """Seconds and tokens of one run."""
+def once(llm: LLM, jobs: list[Job], wish: dict[str, object], turn: int) -> tuple[float, int]:
+    """Seconds and tokens of one run. No turn knows what was said in another one."""
     params = [SamplingParams(**wish, extra_args={"says": job.says} if job.says else None) for job in jobs]
     began = time.perf_counter()
-    outputs = llm.generate([{"prompt_token_ids": job.prompt} for job in jobs], params, use_tqdm=False)
+    prompts = [{"prompt_token_ids": job.prompt, "cache_salt": f"turn {turn}"} for job in jobs]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
     return time.perf_counter() - began, sum(len(item.outputs[0].token_ids) for item in outputs)
 
 
@@ -107,7 +108,7 @@ def measure(
     jobs = jobs_of(workload, batch, dictating)
     for turn in range(repeats + 1):
         for name, llm in llms.items():
-            seconds, tokens = once(llm, jobs, wish)
+            seconds, tokens = once(llm, jobs, wish, turn)
             if turn:
                 best[name] = min(best.get(name, seconds), seconds)
     for name, llm in llms.items():
