@@ -16,12 +16,18 @@ from pathlib import Path
 
 import httpx
 import pytest
-from served import until
+from served import MAX_MODEL_LEN, Setup, engine_of, parrot, until
 
 from quire.config import EngineOptions, ServeOptions
+from quire.engine.async_engine import AsyncEngine
+from quire.engine.executor import FakeExecutor
 from quire.errors import ConfigError
 from quire.serve.listen import bind
+from quire.serve.progress import Progress
 from quire.serve.run import run_server
+from quire.serve.service import ModelCard, Service
+from quire.serve.serving import serve
+from quire.serve.startup import StartReport
 
 HERE = Path(__file__).parent
 
@@ -195,3 +201,19 @@ def test_connections_send_without_delay() -> None:
         return found
 
     assert asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("origins", "credentials", "words"), [(("[",), False, "allowed_origins"), (("*",), True, "--allow-credentials")]
+)
+def test_options_that_only_the_routes_understand_end_the_server(
+    origins: tuple[str, ...], credentials: bool, words: str
+) -> None:
+    """It must not go on saying that it is starting."""
+    options = ServeOptions(port=0, allowed_origins=origins, allow_credentials=credentials)
+    progress = Progress()
+    running = AsyncEngine(engine_of(Setup(), FakeExecutor(parrot), progress))
+    running.start()
+    service = Service(running, ModelCard(("parrot",), MAX_MODEL_LEN), options, progress=progress)
+    with pytest.raises(ConfigError, match=words):
+        asyncio.run(asyncio.wait_for(serve(lambda: service, options, (), bind(options), StartReport()), 20))

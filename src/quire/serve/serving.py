@@ -103,7 +103,7 @@ async def serve(
     """Listen, start the service in a thread, and serve until told to stop; returns the exit status.
 
     `stop_start` makes a start that is under way end soon. `place`: of this process among several. Raises what the start
-    raised.
+    raised, and what is wrong with options that only the routes understand.
     """
     waiting = NotYet(report)
     door = Doorway(KeyCheck(waiting, keys) if keys else waiting)
@@ -114,6 +114,7 @@ async def serve(
         place.neighbours.listen(on_stop=lambda: server.handle_exit(signal.SIGTERM, None))
     starting = asyncio.create_task(asyncio.to_thread(start))
     living = asyncio.create_task(_live(server, starting, door, keys, listener, report, place))
+    living.add_done_callback(lambda _: setattr(server, "should_exit", True))  # whatever ended it, nobody watches now
     try:
         await server.serve(sockets=[listener])
     finally:
@@ -129,6 +130,8 @@ async def serve(
             await service.close()
     if service is None and not server.told_to_stop:
         starting.result()
+    if not living.cancelled():
+        living.result()
     return 1 if died else 0
 
 
@@ -166,7 +169,6 @@ async def _live(
     """
     await asyncio.wait((starting,))
     if starting.exception() is not None:
-        server.should_exit = True
         return
     service = server.service = starting.result()
     service.draining = server.told_to_stop
@@ -188,7 +190,6 @@ async def _live(
         while service.engine.is_running:
             await asyncio.sleep(WATCH_SECONDS)
         logger.critical("the engine has stopped; the server ends with status 1")
-        server.should_exit = True
     finally:
         for task in tasks:
             task.cancel()
