@@ -33,7 +33,9 @@ def served_model(options: ServeOptions | None = None, **engine: Any) -> Iterator
     running = AsyncEngine.from_options(EngineOptions.from_flat(ENGINE | engine))
     card = ModelCard(("bundled",), ENGINE["max_model_len"], defaults=running.engine.settings.default_params)
     service = Service(running, card, options or ServeOptions())
-    server = uvicorn.Server(uvicorn.Config(ShortWay(create_app(service, ())), port=0, log_level="error", lifespan="off"))
+    server = uvicorn.Server(
+        uvicorn.Config(ShortWay(create_app(service, ())), port=0, log_level="error", lifespan="off")
+    )
 
     async def serve() -> None:
         try:

@@ -24,6 +24,7 @@ PROMPTS = [
     "a b c a b c a b",
     "It was a dark night, and the captain said",
 ]
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 OPEN, CLOSE = 40, 41
 FORMS: list[dict[str, Any]] = [
     {"choice": ["a long walk", "a house by the sea", "no"]},
@@ -233,6 +234,23 @@ def llm() -> Iterator[LLM]:
 @pytest.mark.parametrize("number", range(4))
 def test_what_holds_of_every_combination(llm: LLM, number: int) -> None:
     tried(llm, number, 16)
+
+
+def test_the_same_with_guesses_and_little_room(llm: LLM) -> None:
+    """Guesses, prompts in pieces and few pages, so that requests give theirs back, change no answer."""
+    chance = random.Random(99)
+    prompts = [chance.choice(PROMPTS) for _ in range(16)]
+    wishes = [drawn(chance) for _ in range(16)]
+    wanted = llm.generate(prompts, wishes, use_tqdm=False)
+    narrow = {"num_gpu_blocks_override": 7, "max_model_len": 64, "max_num_batched_tokens": 16}
+    with LLM(**SETTINGS | narrow | {"speculative_config": NGRAM}) as other:
+        found = other.generate(prompts, wishes, use_tqdm=False)
+        stats = other._engine.stats()
+    for one, another in zip(wanted, found, strict=True):
+        assert [told(item) for item in one.outputs] == [told(item) for item in another.outputs]
+        assert list(one.prompt_logprobs or ()) == list(another.prompt_logprobs or ())
+        assert one.prompt_token_id_logprobs == another.prompt_token_id_logprobs
+    assert stats.preemptions > 0 and stats.draft_tokens > 0
 
 
 if __name__ == "__main__":

@@ -178,6 +178,14 @@ def test_thoughts_text_and_calls_are_blocks(speaker: anthropic.Anthropic) -> Non
         block.model_dump(exclude={"id"}) for block in message.content
     ]
     assert final.stop_reason == "tool_use"
+    raw = create(speaker, messages=messages, tools=[TOOL], max_tokens=300, stream=True)
+    told = [getattr(event, "delta", event).type for event in raw if getattr(event, "index", None) == 0]
+    assert told == [
+        "content_block_start",
+        *["thinking_delta"] * (len(told) - 3),
+        "signature_delta",
+        "content_block_stop",
+    ]
     assert kinds.count("content_block_start") == kinds.count("content_block_stop") == 4
 
 

@@ -47,6 +47,17 @@ def test_too_little_room_is_an_incomplete_answer(server: Running) -> None:
     assert response.output_text == "abcd" and response.output[0].status == "incomplete"
 
 
+def test_fields_of_the_other_routes(server: Running) -> None:
+    body = {"stop": "l", "repetition_penalty": 1.1, "logit_bias": {"5": 1}, "structured_outputs": {"regex": "[a-z]+"}}
+    response = create(server, input="say:hello;", extra_body=body)
+    assert response.output_text == "he" and response.status == "completed"
+    params = [new for plan in server.executor.plans for new in plan.admitted][-1].params
+    assert (params.repetition_penalty, params.logit_bias) == (
+        1.1,
+        ((5, 1.0),),
+    ) and params.structured_outputs is not None
+
+
 def test_items_as_input(server: Running) -> None:
     talk = [
         {"role": "developer", "content": "system text"},
@@ -185,6 +196,10 @@ def test_what_fails_in_a_stream_says_so(server: Running) -> None:
         ({"background": True, "stream": True}, "background"),
         ({"previous_response_id": "resp_none"}, "response_id"),
         ({"temperature": 5}, "temperature"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"stop": [""]}, "stop"),
+        ({"vllm_xargs": {"a": {}}}, None),
         ({"max_output_tokens": 0}, "max_tokens"),
         ({"chat_template": "{{ messages }}"}, "chat_template"),  # CVE-2026-115918: this very route forgot to ask
         ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),

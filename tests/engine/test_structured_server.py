@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,10 @@ from quire.core.structured import StructuredOutputsParams
 BODY = {"prompt": "say:hello;|", "messages": [{"role": "user", "content": "say:hello;"}]}
 PATHS = ("/v1/completions", "/v1/chat/completions")
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+TAG = {
+    "type": "structural_tag",
+    "format": {"type": "tag", "begin": "<a>", "content": {"type": "json_schema", "json_schema": SCHEMA}, "end": "</a>"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +44,15 @@ def server() -> Iterator[Running]:
         ({"structured_outputs": {"regex": "[a-z]+", "json": None}}, {"regex": "[a-z]+"}),
         ({"structured_outputs": {"choice": ["a", "b"]}}, {"choice": ["a", "b"]}),
         ({"structured_outputs": {"json": "{}", "disable_any_whitespace": True}}, {"json": "{}"}),
+        ({"structured_outputs": {"grammar": 'start: "a"'}}, {"grammar": 'start: "a"'}),
+        ({"response_format": TAG}, {"structural_tag": TAG}),
+        ({"structured_outputs": {"structural_tag": TAG}}, {"structural_tag": TAG}),
+        ({"guided_json": SCHEMA, "guided_decoding_backend": "outlines"}, {"json": SCHEMA}),
+        ({"guided_json": json.dumps(SCHEMA), "guided_regex": None}, {"json": SCHEMA}),
+        ({"guided_regex": "[a-z]+"}, {"regex": "[a-z]+"}),
+        ({"guided_choice": ["a", "b"]}, {"choice": ["a", "b"]}),
+        ({"guided_grammar": 'start: "a"'}, {"grammar": 'start: "a"'}),
+        ({"guided_json_object": True}, {"json_object": True}),
     ],
 )
 def test_the_form_reaches_the_engine(
@@ -73,6 +87,10 @@ def test_the_form_reaches_the_engine(
             "structured_outputs",
             "exclude",
         ),
+        ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "guided_regex", "exclude"),
+        ({"guided_regex": "a", "structured_outputs": {"regex": "a"}}, "structured_outputs", "guided_regex"),
+        ({"guided_regex": "a", "guided_json": {}}, "structured_outputs", "exactly one"),
+        ({"guided_regex": "(?=a)b"}, "structured_outputs", "look-around"),
     ],
 )
 def test_what_is_refused(server: Running, path: str, fields: dict[str, Any], param: str, said: str) -> None:

@@ -15,7 +15,7 @@ from quire.errors import ConfigError
 from quire.text.format_parser import CallArguments, CallEnd, CallStart, Content, FormatParser, Reasoning
 from quire.text.formats import hidden_markers
 from quire.text.reasoning_formats import REASONING_FORMATS, reasoning_format, reasoning_format_of
-from quire.text.spelled import SPELLED
+from quire.text.spelled import SPELLED, Elements
 from quire.text.streamed import HEADS
 from quire.text.tool_formats import TOOL_FORMATS, tool_format, tool_format_of
 
@@ -214,16 +214,18 @@ SPELLED_FORMATS = [name for name in BOTH if tool_format(name).regions[0].reader 
 
 @pytest.mark.parametrize("name", SPELLED_FORMATS)
 def test_other_arguments_come_one_by_one(name: str) -> None:
-    """Each argument is told with the character that ends it, and what is told is JSON that only lacks its end."""
+    """What is told is a growing beginning of JSON, and texts within elements grow while they are written."""
     parser = FormatParser(tool_format(name), schemas=SCHEMAS)
-    said, told = "", []
+    whole, said, told = json.dumps(PARIS[1]), "", []
     for character in BOTH[name]:
         for delta in parser.push(character):
             if isinstance(delta, CallArguments) and delta.index == 0:
                 said += delta.text
-                told.append(json.loads(said if said.endswith("}") else said + "}"))
-    assert told[0] == {"city": "Paris"} and told[-1] == PARIS[1] and len(told) <= 3
-    assert said == json.dumps(PARIS[1])
+                told.append(said)
+                assert whole.startswith(said)
+    assert said == whole and told[-2].startswith('{"city": "Paris"')
+    writing = SPELLED[tool_format(name).regions[0].reader]
+    assert ('{"city": "Par' in told) == (isinstance(writing, Elements) and writing.opens is not None)
 
 
 @pytest.mark.parametrize(
@@ -240,6 +242,31 @@ def test_other_arguments_come_one_by_one(name: str) -> None:
         # One that was cut off keeps the arguments that were complete.
         ("qwen3_coder", "<tool_call><function=f><parameter=a>1</parameter><parameter=b>2", [("f", '{"a": 1')], ""),
         ("functiongemma", "<start_function_call>call:f{a:<escape>x<escape>,b:<esc", [("f", '{"a": "x"')], ""),
+        # A text that was cut off has its beginning; what looks like an end within it is text.
+        (
+            "qwen3_coder",
+            "<tool_call><function=get_weather><parameter=city>\n\nA </par <b>\n</function>\n\n</parameter>",
+            [("get_weather", '{"city": "\\nA </par <b>\\n</function>\\n"')],
+            "",
+        ),
+        (
+            "qwen3_coder",
+            '<tool_call><function=get_weather><parameter=city>a"b</para',
+            [("get_weather", '{"city": "a\\"b')],
+            "",
+        ),
+        (
+            "glm45",
+            "<tool_call>get_weather<arg_key>city</arg_key><arg_value>x</tool_call> y",
+            [("get_weather", '{"city": "x')],
+            " y",
+        ),
+        (
+            "kimi_k3",
+            '<|open|>call tool="f" index="1"<|sep|><|open|>argument key="a" type="string"<|sep|>\nx',
+            [("f", '{"a": "\\nx')],
+            "",
+        ),
         # A second call that is none, behind a first that is one.
         ("llama4_pythonic", "[f(a=1), g(b)] so", [("f", {"a": 1})], ", g(b)] so"),
         # Marks within arguments are text.
@@ -279,6 +306,10 @@ def test_other_arguments_come_one_by_one(name: str) -> None:
             "Yes.",
         ),
         ("minicpm5", '<function name="f"></function>', [("f", {})], ""),
+        ("xlam", f"Yes.\n```json\n[{SUM}]\n```", [ADD], "Yes.\n"),
+        ("xlam", f"[TOOL_CALLS] [{SUM}]", [ADD], ""),
+        ("xlam", f"<tool_call>[{SUM}]</tool_call>", [ADD], ""),
+        ("xlam", '```json\n{"a": 1}\n``` it is', [], '```json\n{"a": 1}\n``` it is'),
         (
             "minicpm5",
             '<function name="f"><param name="a"><![CDATA[1 < 2]]></param></function>',

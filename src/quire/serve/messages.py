@@ -33,6 +33,12 @@ def _failed(failure: Failure) -> bytes:
     return b"event: error\n" + event(failure.anthropic_body())
 
 
+# By the kind of a block: the type of the deltas that make it grow, and the field that they bring.
+_DELTAS = {
+    "thinking": ("thinking_delta", "thinking"),
+    "text": ("text_delta", "text"),
+    "call": ("input_json_delta", "partial_json"),
+}
 STYLE = EventStyle(last=b"", failed=_failed)
 
 
@@ -104,11 +110,11 @@ class _Answer:
                 tokens += len(completion.token_ids)
                 _raise_ended(completion)
                 for growth in self._grow(completion):
-                    for content in _growth_events(growth):
+                    for content in self._growth_events(growth):
                         yield content
                 if completion.finish_reason is not None:
-                    if self.blocks.found:
-                        yield named_event({"type": "content_block_stop", "index": len(self.blocks.found) - 1})
+                    for content in self._closed(len(self.blocks.found) - 1):
+                        yield content
                     usage = self._usage(output) | {"output_tokens": tokens} | self.talk.told()
                     yield named_event({"type": "message_delta", "delta": self._stopped(completion), "usage": usage})
         yield named_event({"type": "message_stop"})
@@ -121,6 +127,23 @@ class _Answer:
         parts = self.reader.read_in_order(completion.text, finished)
         grown = [growth for said in parts for growth in self.blocks.take(said)]
         return grown + self.blocks.finish() if finished else grown
+
+    def _growth_events(self, growth: Growth) -> list[bytes]:
+        """A block begins, where it does, and gets its new text."""
+        events = []
+        if growth.begins:
+            events += self._closed(growth.index - 1)
+            start = {"index": growth.index, "content_block": _block(growth.block, "")}
+            events.append(named_event({"type": "content_block_start", **start}))
+        return [*events, _delta(growth.index, *_DELTAS[growth.block.kind], growth.text)]
+
+    def _closed(self, index: int) -> list[bytes]:
+        """The end of a block, if there is one of that index. Thoughts end with their signature, which is empty here."""
+        if index < 0:
+            return []
+        signed = self.blocks.found[index].kind == "thinking"
+        end = named_event({"type": "content_block_stop", "index": index})
+        return [_delta(index, "signature_delta", "signature", ""), end] if signed else [end]
 
     def _message(self, usage: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -179,19 +202,5 @@ def _input(arguments: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {"arguments": arguments}
 
 
-def _growth_events(growth: Growth) -> list[bytes]:
-    """A block begins, where it does, and gets its new text."""
-    events = []
-    if growth.begins:
-        if growth.index:
-            events.append(named_event({"type": "content_block_stop", "index": growth.index - 1}))
-        start = {"index": growth.index, "content_block": _block(growth.block, "")}
-        events.append(named_event({"type": "content_block_start", **start}))
-    kind, name = {
-        "thinking": ("thinking_delta", "thinking"),
-        "text": ("text_delta", "text"),
-        "call": ("input_json_delta", "partial_json"),
-    }[growth.block.kind]
-    delta = {"type": kind, name: growth.text}
-    events.append(named_event({"type": "content_block_delta", "index": growth.index, "delta": delta}))
-    return events
+def _delta(index: int, kind: str, name: str, text: str) -> bytes:
+    return named_event({"type": "content_block_delta", "index": index, "delta": {"type": kind, name: text}})

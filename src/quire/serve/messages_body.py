@@ -9,8 +9,9 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from quire.errors import ValidationError
+from quire.serve.fields import ApiRequest
 from quire.serve.parts import refuse, text_of
-from quire.serve.protocol import ApiRequest, ChatRequest, Timeout
+from quire.serve.protocol import ChatRequest, Timeout
 
 # Known, and impossible here, with the values that ask for nothing.
 _REFUSED: dict[str, tuple[Any, ...]] = {

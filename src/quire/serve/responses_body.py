@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from quire.errors import ValidationError
+from quire.serve.fields import ApiRequest
 from quire.serve.parts import refuse, text_of
-from quire.serve.protocol import ApiRequest, ChatRequest, Int32, Timeout
+from quire.serve.protocol import ChatRequest, Int32, Penalty, Timeout, XArg
 from quire.serve.response_items import chat_call
 
 _KINDS = ("input_text", "output_text", "text", "refusal")
@@ -19,10 +20,18 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "conversation": (None,),
     "truncation": (None, "disabled"),
     "context_management": (None, []),
-    "structured_outputs": (None,),
     "max_tool_calls": (None,),
     "moderation": (None,),
 }
+
+
+# Fields that chat completions have under the same names; those of the second row are no part of OpenAI's protocol.
+_PASSED_ON = (
+    *("temperature", "top_p", "stream"),
+    *("top_k", "min_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty", "stop", "ignore_eos"),
+    *("logit_bias", "structured_outputs", "vllm_xargs", "chat_template", "chat_template_kwargs", "cache_salt"),
+    *("priority", "timeout", "include_account"),
+)
 
 
 class ResponsesRequest(ApiRequest):
@@ -36,6 +45,15 @@ class ResponsesRequest(ApiRequest):
     top_p: float | None = None
     top_k: Int32 | None = None
     seed: Int32 | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: Penalty | None = None
+    stop: str | list[str] | None = None
+    ignore_eos: bool | None = None
+    logit_bias: dict[str, float] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    vllm_xargs: dict[str, XArg | list[XArg]] | None = None
     top_logprobs: Int32 | None = None
     include: list[str] | None = None
     text: dict[str, Any] | None = None
@@ -80,11 +98,7 @@ class ResponsesRequest(ApiRequest):
         messages = [*earlier, *self._input_messages()]
         if self.instructions:  # those of earlier responses do not carry over
             messages = [{"role": "system", "content": self.instructions}, *messages]
-        given = {
-            name: getattr(self, name)
-            for name in ("temperature", "top_p", "top_k", "seed", "chat_template", "chat_template_kwargs")
-            + ("cache_salt", "priority", "timeout", "stream", "include_account")
-        }
+        given = {name: getattr(self, name) for name in _PASSED_ON}
         given |= {"tools": [_tool(tool, f"tools[{index}]") for index, tool in enumerate(self.tools or ())] or None}
         given |= {"tool_choice": _choice(self.tool_choice), "parallel_tool_calls": self.parallel_tool_calls}
         given["response_format"] = self._form()

@@ -242,7 +242,7 @@ class FormatParser:
         """A region begins."""
         opened = self._open = _Open(region, marker, [])
         if region.reader in SPELLED:
-            opened.spelled = SpelledCalls(SPELLED[region.reader], self._schemas)
+            opened.spelled = SpelledCalls(SPELLED[region.reader], self._schemas, region.closer)
         return opened
 
     def _inside(self, opened: _Open, character: str) -> None:
@@ -326,7 +326,7 @@ class FormatParser:
         """The region is over: calls, or content."""
         region = opened.region
         if opened.spelled is not None and not at_end:
-            self._tell_spelled(opened, opened.spelled.close(region.closer))
+            self._tell_spelled(opened, opened.spelled.close())
         if opened.told:
             self._close_streamed(opened, at_end)
             return

@@ -1,4 +1,5 @@
-"""Calls whose arguments are not written as JSON, read while they come: each argument is told when it is complete.
+"""Calls whose arguments are not written as JSON, read while they come: each argument is told when it is complete, and
+texts within elements as they are written.
 
 What comes out is the text of a JSON object, piece by piece. Two kinds of writing, as plain data: elements, and calls in
 the notation of a programming language. Works character by character, so pieces of text make no difference; nothing is
@@ -7,17 +8,19 @@ ever evaluated. Knows no regions and no markers.
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from quire.text.literals import gemma4_pair, gemma_pair, json_or_text, python_pair
+
 Schemas = Mapping[str, Mapping[str, Any]]  # tool name -> JSON schema of its arguments
-MOST_PYTHON = 64 * 1024  # characters of one argument in Python's notation
 _NAME = re.compile(r"[\w.\-:/]{1,256}")
+_XTML_ARGUMENT = r'\s*<\|open\|>argument key="(?P<key>[^"]*)" type="(?P<text>\w+)"<\|sep\|>'
 _GEMMA_CALL = re.compile(r"\s*call:([\w.\-]+)")
+_TEXT_FLAGS = ("true", "string")  # by which an element says that its value is text
 LONGEST_HEAD = 2048  # characters before the arguments
 
 
@@ -35,13 +38,14 @@ class Elements:
 
     `call` matches what begins a call, its name as a group; a call without it begins with its bare name. An argument ends
     with one of `ends` and is matched by `argument`: its key, its value and, where the writing says so, whether that is
-    text; or all arguments as one object.
+    text; or all arguments as one object. `opens` matches what stands before a value that can be told while it comes.
     `closes` ends a call; without it a call ends with its region.
     """
 
     argument: re.Pattern[str]
     ends: tuple[str, ...]
     call: re.Pattern[str] | None = None
+    opens: re.Pattern[str] | None = None
     closes: str = ""
     bare_end: str = ""  # what stands behind a bare name
     separator: str = ""  # what may stand behind it before that
@@ -72,6 +76,7 @@ class SpelledCalls:
 
     writing: Elements | Notation
     schemas: Schemas
+    closer: str = ""  # of the region
     broken: bool = False
     inside: bool = False
     _waiting: list[str] = field(default_factory=list)
@@ -85,9 +90,15 @@ class SpelledCalls:
     _quote: str = ""
     _escaped: bool = False
     _open: str = ""  # brackets that are to be closed within an argument
+    _ends: tuple[str, ...] = ()  # what may end the text that is being told
+    _held: str = ""  # of it, the beginning of an end, perhaps
+    _skips: bool = False  # a new line as its first character
 
     def step(self, character: str) -> list[Told]:
         """One more character; what became certain with it."""
+        if self._ends:
+            self._text(character)
+            return self._taken()
         self._waiting.append(character)
         if not self.broken:
             self._tail = (self._tail + character)[-32:]
@@ -107,10 +118,10 @@ class SpelledCalls:
         """Whether a call has been told that is not complete, and nothing that is none has come behind it."""
         return self.inside and self._told and not self.broken
 
-    def close(self, closer: str) -> list[Told]:
-        """The region ended with `closer`: so does a call that is ended by nothing else, and one whose end is missing."""
-        if not self.broken and isinstance(self.writing, Elements):
-            rest = "".join(self._waiting).removesuffix(closer).strip()
+    def close(self) -> list[Told]:
+        """The region has ended: so has a call that is ended by nothing else, and one whose end is missing."""
+        if not self.broken and not self._ends and isinstance(self.writing, Elements):
+            rest = "".join(self._waiting).removesuffix(self.closer).strip()
             if not self.inside:
                 rest = rest.removesuffix(self.writing.separator).strip()
             if not self.inside and self.writing.call is None and _NAME.fullmatch(rest):
@@ -146,6 +157,36 @@ class SpelledCalls:
             self._arguments(found.groupdict())
         elif writing.closes and self._tail.endswith(writing.closes) and len(self._waiting) < LONGEST_HEAD:
             self._end_element(writing.closes)
+        elif writing.opens is not None and self._tail.endswith(">") and len(self._waiting) < LONGEST_HEAD:
+            self._begin_text(writing, writing.opens)
+
+    def _begin_text(self, writing: Elements, opens: re.Pattern[str]) -> None:
+        """Begin to tell an argument that is text, if one begins here."""
+        found = opens.fullmatch("".join(self._waiting))
+        if found is None:
+            return
+        groups = found.groupdict()
+        key, flag = groups["key"].strip(), groups.get("text")
+        if (self._kind(key) == "string") if flag is None else flag in _TEXT_FLAGS:
+            self._tell_name()
+            self._out.append(Told("arguments", f"{', ' if self._count else '{'}{_json(key)}: " + '"'))
+            self._count += 1
+            self._before, self._waiting = "", []
+            ends = (*writing.ends, self.closer)
+            # A line's end behind the opening element and before the closing one belongs to them.
+            self._ends = ends if flag is not None else (*ends, *("\n" + end for end in ends))
+            self._skips = flag is None
+
+    def _text(self, character: str) -> None:
+        """One more character of a text; where it ends, and what of it cannot be its end."""
+        skipped, self._skips = self._skips and character == "\n", False
+        self._held += "" if skipped else character
+        while self._held and not any(end.startswith(self._held) for end in self._ends):
+            self._out.append(Told("arguments", _json(self._held[0])[1:-1]))
+            self._held = self._held[1:]
+        if self._held in self._ends and not self._held.endswith(self.closer):
+            self._out.append(Told("arguments", '"'))
+            self._ends, self._held, self._tail = (), "", ""
 
     def _arguments(self, groups: Mapping[str, str | None]) -> None:
         """An argument, or all of them."""
@@ -167,14 +208,17 @@ class SpelledCalls:
     def _value(self, key: str, written: str, is_text: str | None = None) -> Any:
         """A value that came as text: texts stay as they are, all else is read as JSON where it can be."""
         if is_text is not None:
-            return written if is_text in ("true", "string") else json_or_text(written)
+            return written if is_text in _TEXT_FLAGS else json_or_text(written)
         if written.startswith("<![CDATA[") and written.endswith("]]>"):
             return written[9:-3]
         value = written.removeprefix("\n").removesuffix("\n")
+        return value if self._kind(key) == "string" else json_or_text(value)
+
+    def _kind(self, key: str) -> Any:
+        """The type of an argument, by the tool's schema."""
         properties = self.schemas.get(self._name, {}).get("properties")
         described = properties.get(key) if isinstance(properties, Mapping) else None
-        kind = described.get("type") if isinstance(described, Mapping) else None
-        return value if kind == "string" else json_or_text(value)
+        return described.get("type") if isinstance(described, Mapping) else None
 
     # ---------------------------------------------------------------- notations
 
@@ -253,18 +297,6 @@ class SpelledCalls:
         self._before, self._waiting = "", []
 
 
-def json_or_text(text: str) -> Any:
-    """The value that a text has as JSON, or as a constant of Python's; else the text."""
-    try:
-        return json.loads(text.strip(), parse_constant=_no_constant)
-    except (ValueError, RecursionError):
-        return {"True": True, "False": False, "None": None}.get(text.strip(), text)
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
-
-
 def _json(value: Any) -> str:
     """The value as JSON. What JSON cannot say, such as a number beyond float64, is said as a text."""
     try:
@@ -275,141 +307,40 @@ def _json(value: Any) -> str:
     return written
 
 
-def _python_pair(text: str) -> dict[str, Any] | None:
-    """key=literal, read from the syntax tree."""
-    found = re.fullmatch(r"\s*([^\W\d]\w*)\s*=(?!=)(.*)", text, re.DOTALL)
-    if found is None or len(text) > MOST_PYTHON:
-        return None
-    try:
-        return {found[1]: _literal(ast.parse(found[2].strip(), mode="eval").body)}
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
+def _elements(opens: str, end: str, call: str, closes: str) -> Elements:
+    """Elements whose arguments are `opens`, the value, `end`."""
+    argument = re.compile(rf"{opens}(?P<value>.*?){re.escape(end)}", re.DOTALL)
+    return Elements(argument, (end,), re.compile(call), re.compile(opens, re.DOTALL), closes)
 
 
-def _literal(node: ast.expr) -> Any:
-    """The value of a literal; anything else raises ValueError."""
-    if isinstance(node, ast.Constant) and (node.value is None or isinstance(node.value, (str, int, float, bool))):
-        return node.value
-    if isinstance(node, ast.Name) and node.id in ("true", "false", "null"):
-        return {"true": True, "false": False, "null": None}[node.id]
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        value = _literal(node.operand)
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return -value
-    if isinstance(node, (ast.List, ast.Tuple)):
-        return [_literal(item) for item in node.elts]
-    if isinstance(node, ast.Dict):
-        keys = [_literal(key) if key is not None else None for key in node.keys]
-        if all(isinstance(key, str) for key in keys):
-            return dict(zip(keys, map(_literal, node.values), strict=True))
-    raise ValueError("not a literal")
-
-
-def _gemma_pair(text: str) -> dict[str, Any] | None:
-    """key:value, texts between <escape> and <escape>."""
-    scanner = _GemmaValues(text.strip())
-    found = scanner.pairs("")
-    return None if scanner.rest else found
-
-
-def _gemma4_pair(text: str) -> dict[str, Any] | None:
-    """The same with other marks around texts."""
-    return None if "<escape>" in text else _gemma_pair(text.replace('<|"|>', "<escape>"))
-
-
-class _GemmaValues:
-    """Values in functiongemma's notation, read from the left."""
-
-    def __init__(self, text: str) -> None:
-        self.rest = text
-        self._depth = 0
-
-    def pairs(self, end: str) -> dict[str, Any] | None:
-        """key:value,key:value up to `end`; None when it is something else."""
-        found: dict[str, Any] = {}
-        while self.rest and not (end and self.rest.startswith(end)):
-            key = re.match(r"\s*(?:<escape>)?([\w.\- ]+?)(?:<escape>)?\s*:", self.rest)
-            if key is None:
-                return None
-            self.rest = self.rest[key.end() :]
-            value = self.value()
-            if value is None:
-                return None
-            found[key[1]] = value[0]
-            if self.rest.startswith(","):
-                self.rest = self.rest[1:]
-            elif self.rest and not (end and self.rest.startswith(end)):
-                return None
-        return found
-
-    def value(self) -> list[Any] | None:
-        """The next value, in a list of one; None when there is none."""
-        self._depth += 1
-        if self._depth > 64:
-            return None
-        try:
-            return self._value()
-        finally:
-            self._depth -= 1
-
-    def _value(self) -> list[Any] | None:
-        if self.rest.startswith("<escape>"):
-            text, end, self.rest = self.rest[8:].partition("<escape>")
-            return [text] if end else None
-        if self.rest.startswith("{"):
-            self.rest = self.rest[1:]
-            inside = self.pairs("}")
-            return [inside] if inside is not None and self._skip("}") else None
-        if self.rest.startswith("["):
-            self.rest = self.rest[1:]
-            items: list[Any] = []
-            while not self.rest.startswith("]"):
-                item = self.value()
-                if item is None or not (self._skip(",") or self.rest.startswith("]")):
-                    return None
-                items += item
-            return [items] if self._skip("]") else None
-        bare = re.match(r"[^,{}\[\]<]+", self.rest)
-        if bare is None:
-            return None
-        self.rest = self.rest[bare.end() :]
-        return [json_or_text(bare[0].strip())]
-
-    def _skip(self, mark: str) -> bool:
-        found = self.rest.startswith(mark)
-        if found:
-            self.rest = self.rest[len(mark) :]
-        return found
+def _pairs(suffix: str) -> Elements:
+    """A bare name, then elements for keys and values, all of whose names end with `suffix`."""
+    opens = rf"\s*<arg_key{suffix}>(?P<key>.*?)</arg_key{suffix}>\s*<arg_value{suffix}>"
+    found = _elements(opens, f"</arg_value{suffix}>", "", "")
+    return replace(found, call=None, bare_end=f"<arg_key{suffix}>", separator=f"<tool_sep{suffix}>")
 
 
 SPELLED: dict[str, Elements | Notation] = {
-    "function_xml": Elements(
-        re.compile(r"\s*<parameter=(?P<key>[^>]+)>(?P<value>.*?)</parameter>", re.DOTALL),
-        ("</parameter>",),
-        re.compile(r"\s*<function=([^>\s]+)>"),
-        "</function>",
+    "function_xml": _elements(
+        r"\s*<parameter=(?P<key>[^>]+)>", "</parameter>", r"\s*<function=([^>\s]+)>", "</function>"
     ),
-    "invoke_xml": Elements(
-        re.compile(r'\s*<parameter name="?(?P<key>[^>"]+)"?>(?P<value>.*?)</parameter>', re.DOTALL),
-        ("</parameter>",),
-        re.compile(r'\s*<invoke name="?([^>"]+)"?>'),
-        "</invoke>",
+    "invoke_xml": _elements(
+        r'\s*<parameter name="?(?P<key>[^>"]+)"?>', "</parameter>", r'\s*<invoke name="?([^>"]+)"?>', "</invoke>"
     ),
-    "dsml": Elements(
-        re.compile(
-            r'\s*<｜DSML｜parameter name="(?P<key>[^"]+)" string="(?P<text>true|false)">(?P<value>.*?)</｜DSML｜parameter>',
-            re.DOTALL,
-        ),
-        ("</｜DSML｜parameter>",),
-        re.compile(r'\s*<｜DSML｜invoke name="([^"]+)">'),
+    "dsml": _elements(
+        r'\s*<｜DSML｜parameter name="(?P<key>[^"]+)" string="(?P<text>true|false)">',
+        "</｜DSML｜parameter>",
+        r'\s*<｜DSML｜invoke name="([^"]+)">',
         "</｜DSML｜invoke>",
     ),
-    "steptml": Elements(
-        re.compile(r'\s*<steptml:parameter name="(?P<key>[^">]+)">(?P<value>.*?)</steptml:parameter>', re.DOTALL),
-        ("</steptml:parameter>",),
-        re.compile(r'[^<]*(?:<｜tool_sep｜>)?\s*<steptml:invoke name="([^">]+)">'),
+    "steptml": _elements(
+        r'\s*<steptml:parameter name="(?P<key>[^">]+)">',
+        "</steptml:parameter>",
+        r'[^<]*(?:<｜tool_sep｜>)?\s*<steptml:invoke name="([^">]+)">',
         "</steptml:invoke>",
     ),
+    "key_value_xml": _pairs(""),
+    "key_value_opensource": _pairs(":opensource"),
     "param_xml": Elements(
         re.compile(r'\s*<param name="(?P<key>[^">]+)">(?P<value><!\[CDATA\[.*?\]\]>|.*?)</param>', re.DOTALL),
         ("</param>",),
@@ -417,35 +348,20 @@ SPELLED: dict[str, Elements | Notation] = {
     ),
     "xtml": Elements(
         re.compile(
-            r'\s*(?:<\|open\|>argument key="(?P<key>[^"]*)" type="(?P<text>\w+)"<\|sep\|>(?P<value>.*?)'
-            r"<\|close\|>argument<\|sep\|>|<\|open\|>json[^<>]*<\|sep\|>(?P<whole>.*?)<\|close\|>json<\|sep\|>)",
+            rf"{_XTML_ARGUMENT}(?P<value>.*?)<\|close\|>argument<\|sep\|>"
+            r"|\s*<\|open\|>json[^<>]*<\|sep\|>(?P<whole>.*?)<\|close\|>json<\|sep\|>",
             re.DOTALL,
         ),
         ("<|close|>argument<|sep|>", "<|close|>json<|sep|>"),
         re.compile(r'\s*"([^"]+)"[^<>]*<\|sep\|>'),
-    ),
-    "key_value_xml": Elements(
-        re.compile(r"\s*<arg_key>(?P<key>.*?)</arg_key>\s*<arg_value>(?P<value>.*?)</arg_value>", re.DOTALL),
-        ("</arg_value>",),
-        bare_end="<arg_key>",
-        separator="<tool_sep>",
-    ),
-    "key_value_opensource": Elements(
-        re.compile(
-            r"\s*<arg_key:opensource>(?P<key>.*?)</arg_key:opensource>"
-            r"\s*<arg_value:opensource>(?P<value>.*?)</arg_value:opensource>",
-            re.DOTALL,
-        ),
-        ("</arg_value:opensource>",),
-        bare_end="<arg_key:opensource>",
-        separator="<tool_sep:opensource>",
+        re.compile(_XTML_ARGUMENT),
     ),
     "pythonic": Notation(
-        re.compile(r"\s*\[\s*([\w.\-]+)\s*"), re.compile(r"\s*,\s*([\w.\-]+)\s*"), "()", ("'", '"'), True, _python_pair
+        re.compile(r"\s*\[\s*([\w.\-]+)\s*"), re.compile(r"\s*,\s*([\w.\-]+)\s*"), "()", ("'", '"'), True, python_pair
     ),
     "python_lines": Notation(
-        re.compile(r"\s*([\w.\-]+)\s*"), re.compile(r"[\s,]*([\w.\-]+)\s*"), "()", ("'", '"'), True, _python_pair
+        re.compile(r"\s*([\w.\-]+)\s*"), re.compile(r"[\s,]*([\w.\-]+)\s*"), "()", ("'", '"'), True, python_pair
     ),
-    "gemma": Notation(_GEMMA_CALL, _GEMMA_CALL, "{}", ("<escape>",), False, _gemma_pair),
-    "gemma4": Notation(_GEMMA_CALL, _GEMMA_CALL, "{}", ('<|"|>',), False, _gemma4_pair),
+    "gemma": Notation(_GEMMA_CALL, _GEMMA_CALL, "{}", ("<escape>",), False, gemma_pair),
+    "gemma4": Notation(_GEMMA_CALL, _GEMMA_CALL, "{}", ('<|"|>',), False, gemma4_pair),
 }

@@ -287,7 +287,16 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         (Region("<function_calls>", "</function_calls>", "python_lines", "marker"),),
         signs=(("<function_calls>",),),
     ),
-    ToolFormat("xlam", (Region("[", "", "bare_json", "value", bare=True),), writing=LIST_WRITING),
+    ToolFormat(
+        "xlam",
+        (
+            Region("[", "", "bare_json", "value", bare=True),
+            Region("```json", "```", "bare_json"),
+            Region("[TOOL_CALLS]", "", "bare_json", "value"),
+            Region("<tool_call>", "</tool_call>", "bare_json"),
+        ),
+        writing=LIST_WRITING,
+    ),
     ToolFormat(
         "longcat",
         (Region("<longcat_tool_call>", "</longcat_tool_call>", "json"),),
