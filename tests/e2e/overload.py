@@ -168,7 +168,8 @@ def line(most: Load, load: Load) -> str:
     shown = ", ".join(f"{count} x {status}" for status, count in sorted(load.statuses.items()))
     return (
         f"2x overload for {load.seconds:.0f} s: goodput {load.goodput:.0f} of {most.goodput:.0f} tokens/s "
-        f"({load.goodput / most.goodput:.0%}), {shown}; health p99 {load.health_p99():.1f} ms of {len(load.health)}; "
+        f"({load.goodput / most.goodput:.0%}), {shown}; "
+        f"health p99 {load.health_p99():.1f} ms, longest {max(load.health):.0f} ms of {len(load.health)}; "
         f"memory {load.memory[0]:.0f} -> {load.memory[-1]:.0f} MiB, "
         f"descriptors {load.descriptors[0]} -> {load.descriptors[-1]}"
     )
