@@ -38,7 +38,24 @@ greedy. *Equal* means the same tokens as the library's own `generate`.
 
 {equal} of {tried} are equal. The tier of a model is found on your machine, on a tiny twin of its own config; this table
 is what the default configs gave with torch {torch}. *Replaced* counts the kinds of modules whose replacement was proved
-equal: merged linears (m), linears (l), norms (n), gated blocks (g), rotary functions (r), expert blocks (e), attention that keeps latents (k).
+equal: merged linears (m), linears (l), norms (n), gated blocks (g), rotary functions (r), expert blocks (e), attention that
+keeps latents (k).
+
+## Latent attention
+
+Nine model types (axk1, bailing_hybrid, deepseek_v2, deepseek_v3, glm4_moe_lite, kimi_linear, longcat_flash, minicpm3,
+youtu) make the keys and values of all heads of a position from one latent. Their pages keep the latent and the rotated part
+of the key, once for all heads: LayerSpec.shared. The linear that expands them is split by head when it is loaded
+(`layers/latent.py`), its first half multiplied to the queries, its second to the results. It keeps the model's dtype where
+other linears are quantized, and is widened where the checkpoint stores it with few bits.
+
+`models/latent.py` recognises such a module by what its method `expand_kv` computes on the twin. Where that is anything else
+than one linear and a copy, or the twin's answers change, keys and values are written out as before. Prompts and decoded
+tokens are computed in the same way, because expanding only where many rows come together would make bits depend on how a
+prompt was cut. That costs prompts something: a score is a product of 576 numbers instead of 192 for DeepSeek's sizes.
+Prefix cache, drafts, copies of pages and a cache of int8 (one scale for latent and rotated part of a position) work as with
+other models. Models with a sparse indexer (deepseek_v32, glm_moe_dsa, hy_v4, axk2, dots3_note) run per sequence on the
+library's own cache.
 
 | model type | class | tier | equal | largest difference | replaced | remarks |
 |---|---|---|---|---|---|---|
