@@ -77,6 +77,19 @@ def test_a_stream_says_the_same(server: Running) -> None:
     assert 25 < count < 60  # text comes piece by piece, and so do the arguments of calls
 
 
+def test_texts_within_elements_come_as_they_are_written() -> None:
+    call = (
+        '<tool_call>\n<function=get_weather>\n<parameter=city>\nA "long" text of many words\n</parameter>\n</function>'
+    )
+    with served(Setup(ServeOptions(tool_call_parser="qwen3_coder"))) as running:
+        request = body(f"{call}\n</tool_call>", tools=[WEATHER, ADD], max_tokens=200)
+        content, _, calls, reason, count = streamed(running, request)
+        whole = running.client.chat.completions.create(**request).choices[0]
+    assert (content, reason, count > 25) == ("", "tool_calls", True)
+    assert [json.loads(found["arguments"]) for found in calls] == [{"city": 'A "long" text of many words'}]
+    assert [found.function.arguments for found in whole.message.tool_calls] == [found["arguments"] for found in calls]
+
+
 def test_only_a_call_has_no_content(server: Running) -> None:
     message = server.http.post("/v1/chat/completions", json=body(CALL, tools=[WEATHER], max_tokens=200)).json()
     message = message["choices"][0]["message"]
