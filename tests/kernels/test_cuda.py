@@ -23,11 +23,11 @@ def tolerance(dtype: torch.dtype) -> float:
     return 2e-5 if dtype is torch.float32 else 2e-2
 
 
-def paged(lengths, page_size, kv_heads, key_dim, value_dim, dtype, seed=0):
+def paged(lengths, page_size, kv_heads, key_dim, value_dim, dtype, seed=0, shared=False):
     """A cache with shuffled pages holding random keys and values, NaN wherever nothing was written."""
     generator = torch.Generator().manual_seed(seed)
     pages = [-(-length // page_size) for length in lengths]
-    cache = reference.new_cache(sum(pages) + 1, page_size, kv_heads, key_dim, value_dim, dtype, DEVICE)
+    cache = reference.new_cache(sum(pages) + 1, page_size, kv_heads, key_dim, value_dim, dtype, DEVICE, shared)
     cache.data.fill_(float("nan"))
     order = (torch.randperm(sum(pages), generator=generator) + 1).int()
     tables = torch.zeros(len(lengths), max(pages), dtype=torch.int32)
@@ -56,6 +56,24 @@ RULES = [
     {"sinks": True},
     {"window": 20, "sinks": True, "softcap": 3.0},
 ]
+
+
+@pytest.mark.parametrize("heads", [4, 24])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_that_are_a_part_of_the_keys(dtype, heads):
+    """Latents: written once, read by programs that share them when there are many heads."""
+    lengths, counts = [1, 33, 70], [1, 1, 20]
+    cache, tables = paged(lengths, 16, 1, 40, 24, dtype, shared=True)
+    starts = torch.tensor([0, 1, 2, 22], dtype=torch.int32, device=DEVICE)
+    query = torch.randn(sum(counts), heads, 40, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+    arguments = (query, cache, tables, starts, torch.tensor(lengths, dtype=torch.int32, device=DEVICE), 0.2)
+    expected, found = reference.attention(*arguments), cuda.attention(*arguments)
+    torch.testing.assert_close(found, expected, rtol=tolerance(dtype), atol=tolerance(dtype))
+    written = reference.new_cache(4, 16, 1, 40, 24, dtype, DEVICE, True)
+    key = torch.randn(5, 1, 40, generator=torch.Generator().manual_seed(2)).to(DEVICE, dtype)
+    cuda.write_cache(written, key, key[..., :24], torch.arange(14, 19, device=DEVICE))
+    assert torch.equal(written.data.view(-1, 40)[14:19], key[:, 0])
+    assert written.data.count_nonzero() == key.count_nonzero()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

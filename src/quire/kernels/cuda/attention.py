@@ -18,6 +18,7 @@ from quire.kernels.reference import KVCache
 
 SPLIT = 1024  # positions of context per piece
 KEY_BLOCK = 64  # positions of context per tile
+LATENT_KEY_BLOCK, LATENT_ROWS = 16, 16  # the same where values are a part of the keys, and query heads per program
 
 
 def copy_pages(cache: KVCache, pairs: list[tuple[int, int]]) -> None:
@@ -28,8 +29,8 @@ def copy_pages(cache: KVCache, pairs: list[tuple[int, int]]) -> None:
 
 
 def values_of(cache: KVCache) -> torch.Tensor:
-    """The cache from the first value of page 0 on; the keys begin where the cache does."""
-    return cache.data[:, cache.page_size * cache.kv_heads * cache.key_dim :]
+    """The cache from the first value of page 0 on, where the keys of a shared one begin, too."""
+    return cache.data if cache.shared else cache.data[:, cache.page_size * cache.kv_heads * cache.key_dim :]
 
 
 def dense_rows(tensor: torch.Tensor) -> torch.Tensor:
@@ -41,6 +42,7 @@ def dense_rows(tensor: torch.Tensor) -> torch.Tensor:
 def _write_kernel(
     key, value, keys, values, slots, page_stride, key_token, key_head, value_token, value_head,
     PAGE_SIZE: tl.constexpr, KV_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK: tl.constexpr,
+    SHARED: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -50,9 +52,10 @@ def _write_kernel(
     line = slot % PAGE_SIZE * KV_HEADS + head
     mask = lane < KEY_DIM
     tl.store(keys + page + line * KEY_DIM + lane, tl.load(key + token * key_token + head * key_head + lane, mask), mask)
-    mask = lane < VALUE_DIM
-    found = tl.load(value + token * value_token + head * value_head + lane, mask)
-    tl.store(values + page + line * VALUE_DIM + lane, found, mask)
+    if not SHARED:
+        mask = lane < VALUE_DIM
+        found = tl.load(value + token * value_token + head * value_head + lane, mask)
+        tl.store(values + page + line * VALUE_DIM + lane, found, mask)
 
 
 def write_cache(cache: KVCache, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
@@ -63,7 +66,7 @@ def write_cache(cache: KVCache, key: torch.Tensor, value: torch.Tensor, slots: t
     _write_kernel[(tokens, heads)](
         key, value, cache.data, values_of(cache), slots, cache.data.stride(0),
         key.stride(0), key.stride(1), value.stride(0), value.stride(1),
-        cache.page_size, heads, key_dim, value.shape[2], block,
+        cache.page_size, heads, key_dim, value.shape[2], block, cache.shared,
     )  # fmt: skip
 
 
@@ -101,7 +104,7 @@ def _attend_piece(
     query, keys, values, table, page_stride, positions, low, high, scale, softcap, head,
     PAGE_SIZE: tl.constexpr, KV_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    WINDOW: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr,
+    WINDOW: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, VALUE_LINE: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over positions [low, high): running maximum, sum and weighted values of each row."""
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -119,7 +122,7 @@ def _attend_piece(
         decay = tl.exp2(best - base)
         total = total * decay + tl.sum(weight, 1)
         tile = tl.load(
-            values + (page + line * VALUE_DIM)[:, None] + lane[None, :],
+            values + (page + line * VALUE_LINE)[:, None] + lane[None, :],
             present[:, None] & (lane[None, :] < VALUE_DIM), other=0.0,
         )  # fmt: skip
         mixed = mixed * decay[:, None] + tl.dot(weight.to(tile.dtype), tile, input_precision="ieee")
@@ -154,9 +157,9 @@ def _attention_kernel(
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
-    SPLIT_SIZE: tl.constexpr, APART: tl.constexpr,
+    SPLIT_SIZE: tl.constexpr, APART: tl.constexpr, CUTS: tl.constexpr, VALUE_LINE: tl.constexpr,
 ):  # fmt: skip
-    block, head, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    block, head, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)  # CUTS programs share a kv head
     PER_BLOCK: tl.constexpr = BLOCK_M // GROUP
     # Which sequence owns this block of query positions: sequence s starts at block starts[s] // PER_BLOCK + s.
     left, right = 0, sequences
@@ -200,13 +203,14 @@ def _attention_kernel(
     for part in range(first_piece, last_piece):
         part_best, part_total, part_mixed = _attend_piece(
             rows, keys, values, table, page_stride, positions, tl.maximum(part * SPLIT_SIZE, low),
-            tl.minimum((part + 1) * SPLIT_SIZE, high), scale, softcap, head,
+            tl.minimum((part + 1) * SPLIT_SIZE, high), scale, softcap, head // CUTS,
             PAGE_SIZE, KV_HEADS, KEY_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_V, WINDOW, CHUNK, SOFTCAP,
+            VALUE_LINE,
         )  # fmt: skip
         best, total, mixed = _merge(best, total, mixed, part_best, part_total, part_mixed)
     lane = tl.arange(0, BLOCK_V)
     if APART:
-        line = (token * (KV_HEADS * GROUP) + heads) * tl.num_programs(2) + piece
+        line = (token * (KV_HEADS * CUTS * GROUP) + heads) * tl.num_programs(2) + piece
         tl.store(piece_best + line, best, row_ok)
         tl.store(piece_total + line, total, row_ok)
         tl.store(
@@ -215,7 +219,7 @@ def _attention_kernel(
         )  # fmt: skip
     else:
         answer = _finish(best, total, mixed, sinks, heads, row_ok, SINKS)
-        line = token * (KV_HEADS * GROUP) + heads
+        line = token * (KV_HEADS * CUTS * GROUP) + heads
         tl.store(
             out + line[:, None] * VALUE_DIM + lane[None, :], answer.to(out.dtype.element_ty),
             row_ok[:, None] & (lane[None, :] < VALUE_DIM),
@@ -262,27 +266,37 @@ def attention(
     kv_heads, value_dim = cache.kv_heads, cache.value_dim
     group, sequences = heads // kv_heads, tables.shape[0]
     decode = tokens == sequences  # every sequence brings one position: known without asking the device
-    rows = max(16, triton.next_power_of_2(group)) if decode else max(64, triton.next_power_of_2(group))
+    cuts, key_block, least = 1, KEY_BLOCK, 16 if decode else 64
+    if cache.shared:  # latents are wide: fewer rows and keys at a time stay within a multiprocessor's memory
+        cuts, key_block, least = _cuts(group), LATENT_KEY_BLOCK, 16
+        group //= cuts
+    rows = max(least, triton.next_power_of_2(group))
     blocks = sequences if decode else tokens // (rows // group) + sequences
     pieces = triton.cdiv(tables.shape[1] * cache.page_size, SPLIT)
-    apart = pieces > 1 and blocks * kv_heads < _enough_programs(query.device)
+    apart = pieces > 1 and blocks * kv_heads * cuts < _enough_programs(query.device)
     out = query.new_empty((tokens, heads, value_dim))
     scratch = tokens * heads * pieces if apart else 0
     best, total = out.new_empty((2, scratch), dtype=torch.float32)
     mixed = out.new_empty((scratch, value_dim), dtype=torch.float32)
     block_v = triton.next_power_of_2(value_dim)
     block_k = max(16, triton.next_power_of_2(key_dim))
-    _attention_kernel[(blocks, kv_heads, pieces if apart else 1)](
+    _attention_kernel[(blocks, kv_heads * cuts, pieces if apart else 1)](
         query, cache.data, values_of(cache), tables, starts, lengths, sinks, out, best, total, mixed,
         scale, softcap or 0.0, sequences, cache.data.stride(0), tables.stride(0), query.stride(0), query.stride(1),
-        group, kv_heads, cache.page_size, key_dim, value_dim, rows, KEY_BLOCK, block_k, max(16, block_v),
+        group, kv_heads, cache.page_size, key_dim, value_dim, rows, key_block, block_k, max(16, block_v),
         window or 0, chunk or 0, softcap is not None, sinks is not None, SPLIT, apart,
+        cuts, key_dim if cache.shared else value_dim,
     )  # fmt: skip
     if apart:
         _merge_kernel[(tokens, heads)](
             best, total, mixed, sinks, out, pieces, heads, value_dim, max(16, block_v), sinks is not None
         )
     return out
+
+
+def _cuts(group: int) -> int:
+    """Into how many equal parts of at most LATENT_ROWS the query heads of a latent are cut."""
+    return next(cuts for cuts in range(1, group + 1) if group % cuts == 0 and group // cuts <= LATENT_ROWS)
 
 
 def _enough_programs(device: torch.device) -> int:
