@@ -7,7 +7,7 @@ the price of a wider step are all in it. It decides about speed alone, since dra
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from statistics import mean
+from statistics import fmean
 
 TRIAL = 8  # steps of a way, after the first, that decide about it
 EARLY = 3  # steps that are enough where the other way is much better
@@ -67,7 +67,7 @@ class Governor:
         """Tokens per second. Other programs make single steps slow; the middle half of them does not mind."""
         ends = len(ways.seconds) // 4
         middle = sorted(ways.seconds)[ends : len(ways.seconds) - ends]
-        return mean(ways.tokens) / max(mean(middle), 1e-9) / (GAIN if ways.drafting else 1.0)
+        return fmean(ways.tokens) / max(fmean(middle), 1e-9) / (GAIN if ways.drafting else 1.0)
 
     @staticmethod
     def _other(ways: _Ways) -> float:
