@@ -61,8 +61,8 @@ def test_the_same_answers_with_heads(plain: list[object], heads: dict[str, dict[
         assert told(ask(llm)) == plain
         stats = llm._engine.stats()
     assert stats.draft_tokens > 100
-    # Of the untrained mtp layer no guess need be right; the others guess far above chance, which is one in thousands.
-    assert stats.accepted_tokens >= {"eagle": 0.1, "medusa": 0.02, "mtp": 0}[kind] * stats.draft_tokens
+    # Of the untrained mtp layer no guess need be right. 13 to 14 % were seen for eagle; other kernels may say other texts.
+    assert stats.accepted_tokens >= {"eagle": 0.08, "medusa": 0.02, "mtp": 0}[kind] * stats.draft_tokens
     assert stats.preemptions > 0 or way != "preempted"
 
 
@@ -89,7 +89,7 @@ def test_the_same_answers_through_the_library(
     with LLM(**SETTINGS, model_impl="transformers", speculative_config=heads[kind]) as llm:
         assert told(ask(llm)) == plain_through_the_library
         stats = llm._engine.stats()
-    assert stats.accepted_tokens >= {"eagle": 0.1, "medusa": 0.02, "mtp": 0}[kind] * stats.draft_tokens
+    assert stats.accepted_tokens >= {"eagle": 0.08, "medusa": 0.02, "mtp": 0}[kind] * stats.draft_tokens
     assert stats.draft_tokens > 100
 
 
