@@ -47,6 +47,7 @@ constexpr long ITEM_PANELS = BLOCK_COLUMNS / PANEL;
 constexpr long ITEM_ROWS = 96;
 constexpr long BLOCK_ROWS = 384;    // rows of x that are rounded and packed at a time
 constexpr long FETCH_BYTES = 1024;  // how far ahead a lone stream is fetched
+constexpr long TURN_STEP = NIBBLE_CHUNK * PANEL / 2;
 constexpr long EXTRAS_AHEAD = 512;  // and the scales of 4-bit weights, which are a stream beside it
 #if defined(QUIRE_AVX512BF16)
 constexpr long LONE_ROWS = 6;  // one tile of more rows would hold up the stream: two tiles fetch whole panels ahead
@@ -78,6 +79,9 @@ struct Layout {
                        : start + (at / BYTE_DEPTH * PANEL + column) * BYTE_DEPTH + at % BYTE_DEPTH;
     }
     int shift(long at) const { return at / 4 % 2 * 4; }
+    // How much of a panel a lone stream has used when it has fetched the rest: then it goes on in the panels behind those
+    // that lie side by side, which are next.
+    long turn() const { return std::max<long>(0, panel - FETCH_BYTES) / TURN_STEP * TURN_STEP; }
 };
 
 // One row's values into its column of a panel, whose bytes are set already where the row ends early.
@@ -182,7 +186,8 @@ struct Piece {
     const int32_t* sums;
     float* block;
     const uint8_t* fetch;  // what to have in the cache next ...
-    long fetch_step;       // ... and how far to go on at every 64 bytes of a panel
+    long fetch_step;       // ... and how far to go on at every 64 bytes of a panel,
+    long turn, jump;       // but when so many bytes of a panel have been used, as far as this beside
 };
 
 template <class, int ROWS, int PANELS>
@@ -196,28 +201,32 @@ struct MultiplyBytes {
         I c[ROWS][VECTORS];
         QUIRE_UNROLL for (int i = 0; i < ROWS; i++)
             QUIRE_UNROLL for (int v = 0; v < VECTORS; v++) c[i][v] = set1_int(-BYTE_OFFSET * piece.sums[i]);
-        for (long s = 0; s < steps; s++, a += ROWS, panels += STEP) {
-            for (int p = 0; p < PANELS; p++) prefetch(fetch + p * panel);
-            fetch += piece.fetch_step * STEP / 64;
-            auto weights = [&](int v) {
-                return byte_weights(panels + v / PANEL_VECTORS * panel + v % PANEL_VECTORS * W * BYTE_DEPTH);
-            };
-            if constexpr (ROWS < VECTORS) {
-                I x[ROWS];
-                QUIRE_UNROLL for (int i = 0; i < ROWS; i++) x[i] = set1_int(int32_t(a[i]));
-                QUIRE_UNROLL for (int v = 0; v < VECTORS; v++) {
-                    const I weight = weights(v);
-                    QUIRE_UNROLL for (int i = 0; i < ROWS; i++) c[i][v] = byte_dot(c[i][v], weight, x[i]);
-                }
-            } else {
-                I weight[VECTORS];
-                QUIRE_UNROLL for (int v = 0; v < VECTORS; v++) weight[v] = weights(v);
-                QUIRE_UNROLL for (int i = 0; i < ROWS; i++) {
-                    const I x = set1_int(int32_t(a[i]));
-                    QUIRE_UNROLL for (int v = 0; v < VECTORS; v++) c[i][v] = byte_dot(c[i][v], weight[v], x);
-                    a = after(c[i][VECTORS - 1], a);
+        long s = 0;
+        for (const long end : {std::min(steps, piece.turn / STEP), steps}) {
+            for (; s < end; s++, a += ROWS, panels += STEP) {
+                for (int p = 0; p < PANELS; p++) prefetch(fetch + p * panel);
+                fetch += piece.fetch_step * STEP / 64;
+                auto weights = [&](int v) {
+                    return byte_weights(panels + v / PANEL_VECTORS * panel + v % PANEL_VECTORS * W * BYTE_DEPTH);
+                };
+                if constexpr (ROWS < VECTORS) {
+                    I x[ROWS];
+                    QUIRE_UNROLL for (int i = 0; i < ROWS; i++) x[i] = set1_int(int32_t(a[i]));
+                    QUIRE_UNROLL for (int v = 0; v < VECTORS; v++) {
+                        const I weight = weights(v);
+                        QUIRE_UNROLL for (int i = 0; i < ROWS; i++) c[i][v] = byte_dot(c[i][v], weight, x[i]);
+                    }
+                } else {
+                    I weight[VECTORS];
+                    QUIRE_UNROLL for (int v = 0; v < VECTORS; v++) weight[v] = weights(v);
+                    QUIRE_UNROLL for (int i = 0; i < ROWS; i++) {
+                        const I x = set1_int(int32_t(a[i]));
+                        QUIRE_UNROLL for (int v = 0; v < VECTORS; v++) c[i][v] = byte_dot(c[i][v], weight[v], x);
+                        a = after(c[i][VECTORS - 1], a);
+                    }
                 }
             }
+            fetch += piece.jump;
         }
         QUIRE_UNROLL for (int v = 0; v < VECTORS; v++) {
             const uint8_t* scales = piece.panels + v / PANEL_VECTORS * panel + w.data;
@@ -290,6 +299,7 @@ struct MultiplyNibbles {
             }
             for (long chunk = 0; chunk < w.group; chunk += NIBBLE_CHUNK) {
                 constexpr long BYTES = NIBBLE_CHUNK * PANEL / 2;
+                if (panels - piece.panels == piece.turn) fetch += piece.jump;
                 for (int p = 0; p < PANELS; p++)
                     for (long line = 0; line < BYTES / 64; line++) prefetch(fetch + p * panel + line * piece.fetch_step);
                 fetch += piece.fetch_step * BYTES / 64;
@@ -341,9 +351,12 @@ void multiply_item(const Call<T>& call, long tile0, long tile1, long panel0, lon
         while (width > panel1 - p) width /= 2;
         const uint8_t* panels = call.packed + p * w.panel;
         const uint8_t* next = p + width < w.panels ? panels + width * w.panel : panels;
+        // Threads that stream take their items in turn, mostly.
+        const long following = p + width < panel1 ? width : panel0 + team_size() * ITEM_PANELS - p;
         for (long t = tile0; t < tile1; t++) {
             const long row = call.first_row(t), rows = call.first_row(t + 1) - row, share = tile1 - tile0;
             const uint8_t* fetch = lone ? panels + FETCH_BYTES : next + (t - tile0) * w.panel / share;
+            const long turn = lone ? w.turn() : w.panel;
             const Piece piece{w,
                               panels,
                               call.a + row * w.words(),
@@ -351,7 +364,9 @@ void multiply_item(const Call<T>& call, long tile0, long tile1, long panel0, lon
                               call.sums + row * w.groups,
                               block,
                               fetch,
-                              lone ? 64 : 64 / share};
+                              lone ? 64 : 64 / share,
+                              turn,
+                              (following - 1) * w.panel};
             // Tiles are cut evenly, so some may have a row less than the others: fewer panels at once always exist.
             if (w.nibbles)
                 kernel_for<MultiplyNibbles, nibble>(rows, width)(piece);

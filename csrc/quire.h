@@ -158,7 +158,8 @@ QUIRE_API void quire_penalize(const QuirePenalties* call);
 
 // ---- ceilings.cpp: what the machine can do at best
 QUIRE_API float quire_read_memory(const float* data, int64_t floats);
-QUIRE_API double quire_multiply_registers(int64_t rounds);
+// `rounds` times 12 vector products per thread on operands of a dtype, from registers only: the operations done.
+QUIRE_API double quire_multiply_registers(int32_t dtype, int64_t rounds);
 
 // ---- level.cpp: 0 plain, 1 AVX2 and FMA, 2 AVX-512, 3 AVX-512 with BF16 and VNNI.
 QUIRE_API int32_t quire_best_level(void);

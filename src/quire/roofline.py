@@ -28,7 +28,7 @@ EMBEDDING_NAMES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight"
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Measured limits: bytes read per second, and floating-point operations per second in float32."""
+    """Measured limits: bytes read per second, and operations per second in the arithmetic of a model."""
 
     bandwidth: float
     flops: float
@@ -50,7 +50,9 @@ def ceiling_of(config: EngineConfig) -> Ceiling:
 
 def measure(config: EngineConfig) -> Speed:
     """The limits of the device that an engine runs on."""
-    return measure_cuda() if config.device == "cuda" else measure_cpu(config.threads)
+    if config.device == "cuda":
+        return measure_cuda()
+    return measure_cpu(config.threads, "int8" if config.files.method else str(config.dtype).removeprefix("torch."))
 
 
 def load_of(config: EngineConfig) -> Load:
@@ -80,12 +82,15 @@ def load_of(config: EngineConfig) -> Load:
     return Load(int(read), active)
 
 
-def measure_cpu(threads: int) -> Speed:
-    """Read bandwidth and float32 speed of `threads` cores: the better of what NumPy and the native library reach.
+def measure_cpu(threads: int, arithmetic: str = "float32") -> Speed:
+    """Read bandwidth and speed of products of `threads` cores: the better of what NumPy and the native library reach.
 
-    A ceiling is never below what was seen, and other programs disturb one measurement or the other.
+    `arithmetic` is float32, bfloat16 or int8, where a machine may have faster products; quantized weights are multiplied
+    as int8. A ceiling is never below what was seen, and other programs disturb one measurement or the other.
     """
-    # Imported here: PyTorch comes with it, and the arithmetic below does without.
+    # Imported here: PyTorch comes with them, and the arithmetic below does without.
+    import torch
+
     from quire.kernels.cpu import native
 
     level = native.choose_level()
@@ -94,7 +99,8 @@ def measure_cpu(threads: int) -> Speed:
         return plain
     library = native.Library(level)
     library.set_threads(threads)
-    bandwidth, flops = library.read_bandwidth(READ_BYTES >> 20), library.multiply_rate(ROUNDS)
+    dtype = {"bfloat16": torch.bfloat16, "int8": torch.int8}.get(arithmetic, torch.float32)
+    bandwidth, flops = library.read_bandwidth(READ_BYTES >> 20), library.multiply_rate(ROUNDS, dtype)
     return Speed(max(bandwidth, plain.bandwidth), max(flops, plain.flops))
 
 

@@ -45,7 +45,7 @@ LONG_FUNCTIONS = {
     "quire_sample": (_I, _P, _L, _P, _P, _P, _P, _P, _P, _L, _L),
     "quire_rank": (_P,),
     "quire_read_memory": (_P, _L),
-    "quire_multiply_registers": (_L,),
+    "quire_multiply_registers": (_I, _L),
     "quire_run_program": (_P, _L, _P, _P, _P, _P),
 }
 SHORT_FUNCTIONS = {
@@ -240,12 +240,13 @@ class Library:
             times.append(time.perf_counter() - start)
         return data.nbytes / min(times)
 
-    def multiply_rate(self, rounds: int = 2_000_000) -> float:
-        """Floating-point operations per second of float32 products in registers on the team: the best of three."""
+    def multiply_rate(self, rounds: int = 2_000_000, dtype: torch.dtype = torch.float32) -> float:
+        """Operations per second of products of float32, bfloat16 or int8 in registers on the team: the best of three."""
+        code = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}[dtype]
         rates = []
         for _ in range(3):
             start = time.perf_counter()
-            done = self.quire_multiply_registers(rounds)
+            done = self.quire_multiply_registers(code, rounds)
             rates.append(done / (time.perf_counter() - start))
         return max(rates)
 
