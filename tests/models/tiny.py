@@ -83,6 +83,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "qk_nope_head_dim": 8,
         "qk_rope_head_dim": 8,
         "v_head_dim": 12,
+        "pad_token_id": None,  # the library would write zeros over that row after loading
     },
     "qwen3_next": {
         **DENSE,
