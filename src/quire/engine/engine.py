@@ -27,6 +27,7 @@ from quire.engine import head_start
 from quire.engine.admission import LATE, Admission, Limits
 from quire.engine.core import Core
 from quire.engine.generation import Completion, Generation
+from quire.engine.heap import uncollected
 from quire.engine.observe import FinishedRequest, Observer, StepFigures
 from quire.engine.outputs import RequestOutput
 from quire.engine.prompts import Prompt, PromptLimits, ReadPrompt, check_length, read_prompt
@@ -131,7 +132,8 @@ class Engine:
         """
         head_start.begin(options)
         # Imported here: torch and the model come with it, and an Engine over another executor needs neither.
-        from quire.engine.start import start_engine
+        with uncollected():
+            from quire.engine.start import start_engine
 
         return start_engine(options, observer, on_phase)
 

@@ -1,6 +1,7 @@
-"""What of a load can begin before torch is imported: the memory that the weights will be packed into is touched.
+"""What of a load can be done while torch is imported, which keeps one core busy: the tokenizer is read, and the memory
+that the weights will be packed into is touched.
 
-Reads the headers of weight files for their sizes; whatever is unusual is left to the load itself. Imports no torch.
+Looks at files of a local folder only; whatever is unusual is left to the load itself. Imports no torch.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from quire.config import EngineOptions
-from quire.kernels.memory import AHEAD, cpu_memory
+from quire.kernels import memory
+from quire.text import tokenizer_files
 
 logger = logging.getLogger(__name__)
 
@@ -23,11 +25,14 @@ EMBEDDING = "embed_tokens.weight"
 
 
 def begin(options: EngineOptions) -> None:
-    """Begin, if this looks like a load that packs many weights on a CPU. Never raises."""
+    """Begin with what this load seems to need. Never raises."""
     try:
+        wanted = options.model.tokenizer or options.model.model
+        if wanted is not None and not options.model.skip_tokenizer_init:
+            tokenizer_files.AHEAD.begin(Path(wanted).expanduser().resolve())
         nbytes = _packed_bytes(options)
         if nbytes >= LEAST:
-            AHEAD.begin(min(nbytes, cpu_memory().free // 2))
+            memory.AHEAD.begin(min(nbytes, memory.cpu_memory().free // 2))
     except Exception as error:  # the load says what is wrong with the files
         logger.debug("no head start: %r", error)
 

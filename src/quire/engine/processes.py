@@ -28,7 +28,7 @@ from quire.engine.blackbox import REGIONS, BlackBox
 from quire.engine.core import EngineCore
 from quire.engine.engine import EngineSettings
 from quire.engine.executor import Executor, Handle
-from quire.engine.heap import keep_for_good
+from quire.engine.heap import keep_for_good, uncollected
 from quire.engine.orphan import end_with, leave_signals_to_parent
 from quire.grammar import Grammars
 
@@ -63,7 +63,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def import_heavy() -> None:
     """Import what every model needs, before it is known which one is to be loaded: torch above all."""
-    import quire.engine.start  # noqa: F401
+    with uncollected():
+        import quire.engine.start  # noqa: F401
 
 
 def load_model(options: EngineOptions, tell: Tell) -> Served:

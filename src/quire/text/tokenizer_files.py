@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,8 +46,42 @@ class Way:
     marks_special: bool = False  # special tokens are added once more, as such
 
 
+class Ahead:
+    """A folder's tokenizer, read in a thread before it is asked for: the Rust part lets Python go on meanwhile."""
+
+    def __init__(self) -> None:
+        self._folder: Path | None = None
+        self._thread: threading.Thread | None = None
+        self._found: Described | None = None
+
+    def begin(self, folder: Path) -> None:
+        """Read it from now on."""
+        self.take(folder)
+        self._folder = folder
+        self._thread = threading.Thread(target=self._read, args=(folder,), name="tokenizer", daemon=True)
+        self._thread.start()
+
+    def take(self, folder: Path) -> Described | None:
+        """What was read, once; None where it was another folder or where the library must read it."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.join()
+        found, self._found = self._found, None
+        return found if folder == self._folder else None
+
+    def _read(self, folder: Path) -> None:
+        self._found = _read_or_none(folder)
+
+
+AHEAD = Ahead()
+
+
 def read_tokenizer(folder: Path) -> Described | None:
     """The tokenizer of a folder, or None where the library must read it."""
+    return AHEAD.take(folder) or _read_or_none(folder)
+
+
+def _read_or_none(folder: Path) -> Described | None:
     try:
         return _read(folder)
     except Exception as error:  # damaged files raise whatever their parser raises, down to a bare Exception from Rust

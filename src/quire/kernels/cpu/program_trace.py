@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import threading
 from bisect import bisect_right, insort
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -147,9 +148,14 @@ class Tracer:
     """Records one take. `lower` says which native calls do the same as an operation of PyTorch, if any do."""
 
     def __init__(
-        self, library: Library, take: Take, lower: Callable[[Tracer, Any, Any, Any, Any], list[Call] | None]
+        self,
+        library: Library,
+        take: Take,
+        lower: Callable[[Tracer, Any, Any, Any, Any], list[Call] | None],
+        unmade: Container[str] = (),
     ) -> None:
         self.trace = Trace(take.sizes)
+        self._unmade = unmade  # native functions that need not run: nobody looks at numbers while a take is recorded
         self._library = library
         self._take = take
         self._lower = lower
@@ -177,7 +183,7 @@ class Tracer:
 
     @contextmanager
     def _library_heard(self) -> Iterator[None]:
-        """Tell every call of the native library, before it is made."""
+        """Tell every call of the native library, before it is made, if it is made at all."""
         functions = {name: value for name, value in vars(self._library).items() if hasattr(value, "argtypes")}
         for name, function in functions.items():
             setattr(self._library, name, self._heard(name, function))
@@ -188,10 +194,15 @@ class Tracer:
                 setattr(self._library, name, function)
 
     def _heard(self, name: str, function: Any) -> Callable[..., Any]:
+        thread = threading.get_ident()
+
         def call(*arguments: Any) -> Any:
-            if self.listening:
+            # Other threads may be at work with the library, such as the one that keeps packed weights on disk.
+            if self.listening and threading.get_ident() == thread:
                 types = function.argtypes
                 self._append((Call(name, tuple(map(self._argument, arguments, types))),))
+                if name in self._unmade:
+                    return None
             return function(*arguments)
 
         return call
