@@ -9,7 +9,7 @@ import pytest
 from core_steps import ask, finish, land, make, step
 
 from quire.core.plan import GroupSpec
-from quire.core.queue import OUTPUT_WEIGHT
+from quire.core.queue import LEAD, OUTPUT_WEIGHT
 
 ROOMY = GroupSpec("full", 8, 4001)
 
@@ -61,6 +61,51 @@ def test_without_fairness_the_flood_takes_all() -> None:
     """The test above can fail: first come, first served lets the other wait for a thousand requests."""
     served = contended("fcfs")
     assert jain([served["flood"], served.get("steady", 0.0)]) < 0.6, served
+
+
+@pytest.mark.parametrize(("caching", "pages"), [(True, 4001), (False, 4001), (True, 200)])
+def test_long_outputs_do_not_keep_their_places(caching: bool, pages: int) -> None:
+    """A tenant whose endless outputs hold every slot, or every page, gives half of them to one that comes later."""
+    scheduler = make(
+        GroupSpec("full", 8, pages),
+        policy="fair",
+        max_num_seqs=8,
+        max_num_batched_tokens=256,
+        max_model_len=1500,
+        enable_prefix_caching=caching,
+    )
+    for number in range(40):
+        ask(scheduler, f"flood {number}", 100, out=1390, tenant="flood")
+    for _ in range(300):  # which earn the one that is silent nothing
+        step(scheduler)
+    for number in range(200):
+        ask(scheduler, f"late {number}", 20, out=60, tenant="late")
+    made: Counter[str] = Counter()
+    waited = None
+    for number in range(600):
+        plan = scheduler.schedule()
+        assert plan is not None
+        for event in land(scheduler, plan):
+            made[event.request_id.split()[0]] += len(event.tokens)
+        waited = number if waited is None and made["late"] else waited
+    assert waited is not None and waited <= 100
+    # Each prompt of the late one counts, too: 20 tokens for every 60 that are made, which count twice.
+    shares = [OUTPUT_WEIGHT * made["flood"], (OUTPUT_WEIGHT + 1 / 3) * made["late"]]
+    assert jain(shares) > 0.95, shares
+    # Places change hands now and then, not in each step.
+    assert 0 < scheduler.stats().preemptions < 200
+
+
+def test_a_place_is_not_taken_for_a_small_lead() -> None:
+    scheduler = make(ROOMY, policy="fair", max_num_seqs=1, max_model_len=1500)
+    ask(scheduler, "a", 10, out=1000, tenant="a")
+    step(scheduler)
+    ask(scheduler, "b", 10, out=1000, tenant="b")
+    taken = [next(span for span in step(scheduler).spans).start for _ in range(int(LEAD / OUTPUT_WEIGHT) - 2)]
+    assert taken == sorted(taken) and not scheduler.stats().preemptions
+    for _ in range(8):
+        step(scheduler)
+    assert scheduler.stats().preemptions == 1
 
 
 def test_nobody_starves() -> None:

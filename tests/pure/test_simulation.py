@@ -6,10 +6,9 @@ import pytest
 import simulation
 from simulation import SimulationFailure, simulate
 
-from quire.core import landing, scheduler
+from quire.core import landing, queue, scheduler
 from quire.core.pages import PageNames, PagePool
 from quire.core.request import Request
-from quire.core.scheduler import Scheduler
 from quire.core.tables import PageTables, PositionPages, StatePage
 
 REQUESTS = 100_000
@@ -34,6 +33,22 @@ def test_every_request_gets_what_it_would_have_had_alone(block: int) -> None:
         assert seen[name] >= least, f"only {seen[name]} {name}: the scenarios do not try enough"
 
 
+def test_places_that_change_hands_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tenants make way for each other at the smallest lead, and nobody's tokens change."""
+    ways: list[Request] = []
+    step_down = queue.WaitingLine.step_down
+
+    def noted(self: queue.WaitingLine, request: Request) -> None:
+        ways.append(request)
+        step_down(self, request)
+
+    monkeypatch.setattr(queue, "LEAD", 8.0)
+    monkeypatch.setattr(queue.WaitingLine, "step_down", noted)
+    for seed in range(1000, 1015):
+        simulation.Simulation(seed).run()
+    assert len(ways) > 50
+
+
 def test_a_seed_is_the_same_scenario_every_time() -> None:
     assert simulation.Simulation(77).run() == simulation.Simulation(77).run()
 
@@ -44,7 +59,7 @@ def test_a_failure_names_its_seed(monkeypatch: pytest.MonkeyPatch) -> None:
         simulation.Simulation(5).run()
 
 
-def hit_the_last_token(self: Scheduler, request: Request) -> int:
+def hit_the_last_token(request: Request) -> int:
     return len(request.tokens)
 
 
@@ -95,7 +110,7 @@ def accept_every_draft(request: Request, span: object, tokens: tuple[int, ...], 
 original_append = landing.append
 
 MUTANTS = [
-    (Scheduler, "_longest_hit", hit_the_last_token),
+    (scheduler, "longest_hit", hit_the_last_token),
     (PagePool, "share", share_without_counting),
     (PagePool, "_forget", lambda self, page: None),
     (PageNames, "follow", follow_tokens_alone),

@@ -1,4 +1,4 @@
-"""What the scheduler keeps about plans: the one in the making, those whose results are still to come, and a refusal.
+"""What the scheduler keeps about plans: the one in the making, and those whose results are still to come.
 
 Records only; the scheduler fills and reads them.
 """
@@ -29,11 +29,3 @@ class Flight:
 
     plan: StepPlan
     rows: list[Request]
-
-
-@dataclass(frozen=True, slots=True)
-class Blocked:
-    """The front of the line could not be admitted when so many pages were to be had; fewer need not be tried."""
-
-    request: Request
-    slack: list[int]

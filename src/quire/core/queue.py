@@ -2,14 +2,15 @@
 
 The same key decides who runs first in a step and who is preempted (the largest), so that a preempted request comes back
 to the front by itself. The policy "fair" serves tenants by virtual token counters: each turn goes to the tenant that has
-been given least, and the number of the turn becomes the request's key.
+been given least, and the number of the turn becomes the request's key. Nobody keeps a place for good: a request of the
+tenant that is furthest ahead makes way for one that waits too far behind.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from quire.core.request import CoreRequest, Request
@@ -19,6 +20,9 @@ Key = tuple[float, ...]
 Entry = tuple[Key, Request]
 
 OUTPUT_WEIGHT = 2.0  # of a token that was made, beside one of a prompt that was computed
+# How far, in weighted tokens, a tenant that runs may be ahead of one that waits. As much as 256 tokens that were made:
+# what making way costs, and the prefix cache does not give back, should be little beside it.
+LEAD = 512.0
 
 
 def first_come(request: CoreRequest, number: int) -> Key:
@@ -87,12 +91,15 @@ class WaitingLine:
         self._numbers += 1
         return self._order(request, self._numbers)
 
-    def push(self, request: Request) -> None:
-        """Let a request wait that has had no turn yet. It must not be in the line."""
+    def push(self, request: Request, running: Sequence[Request] = ()) -> None:
+        """Let a request wait that has had no turn yet. It must not be in the line. `running`: those that run now."""
         tenant = request.given.tenant if self._fair else ""
         share = self._shares.setdefault(tenant, Share())
         if not share.line:
+            self.charge_output(running)
             others = [other.given for other in self._shares.values() if self._alive(other.line)]
+            if self._fair:
+                others += [self._share_of(other).given for other in running]
             share.given = max(share.given, min(others, default=self._level))
         share.queue = share.queue.plus(1, len(request.tokens))
         self._enter(share.line, request)
@@ -103,6 +110,27 @@ class WaitingLine:
             self._enter(self._back, request)
         else:
             self.push(request)
+
+    def step_down(self, request: Request) -> None:
+        """Let a request wait that made way for another tenant's: its own tenant's next turn is its."""
+        request.key = (-math.inf, *request.key)
+        share = self._share_of(request)
+        share.queue = share.queue.plus(1, len(request.tokens))
+        self._enter(share.line, request)
+
+    def who_makes_way(self, front: Request, running: Sequence[Request], recomputes: bool) -> Request | None:
+        """The request that should wait instead of the front of the line, which has found no place: the last one of the
+        tenant that is furthest ahead. None where nobody is ahead by more than LEAD, and by what would be computed again.
+        """
+        if not self._fair or not running or self._had_turn(front):
+            return None
+        self.charge_output(running)
+        victim = max(reversed(running), key=self._given_to)
+        bound = LEAD + (len(victim.tokens) if recomputes else 0)
+        return victim if self._given_to(victim) - self._given_to(front) > bound else None
+
+    def _given_to(self, request: Request) -> float:
+        return self._share_of(request).given
 
     def front(self) -> Request | None:
         """The next request, without taking it."""
@@ -188,10 +216,12 @@ class WaitingLine:
 
     def _next_line(self) -> list[Entry] | None:
         """The line whose first request is next; None when nobody waits."""
-        if self._alive(self._back):
-            return self._back
         waiting = [share for share in self._shares.values() if self._alive(share.line)]
-        return min(waiting, key=_given).line if waiting else None
+        neediest = min(waiting, key=_given, default=None)
+        back = self._back if self._alive(self._back) else None
+        if neediest is None or (back is not None and self._given_to(back[0][1]) - neediest.given <= LEAD):
+            return back
+        return neediest.line
 
     def _alive(self, line: list[Entry]) -> bool:
         """Whether somebody waits in this line, whose first entry is alive then."""

@@ -15,7 +15,6 @@ from itertools import pairwise
 
 from quire.core.landing import append, contradiction, last_event, next_event, step_on, take_drafts, times, unsent
 from quire.core.options import SchedulerOptions
-from quire.core.params import SamplingParams
 from quire.core.picture import Picture, draw
 from quire.core.plan import (
     NO_TIMES,
@@ -27,9 +26,10 @@ from quire.core.plan import (
     StepPlan,
     StepResult,
 )
-from quire.core.planning import Blocked, Flight, Sketch
+from quire.core.planning import Flight, Sketch
 from quire.core.queue import WaitingLine
 from quire.core.request import GONE, NOWHERE, CoreRequest, Request
+from quire.core.room import Room, longest_hit
 from quire.core.siblings import copies, find_begun, leave_behind
 from quire.core.stats import Queue, Stats
 from quire.core.stop import check_stop, stop_rules
@@ -55,15 +55,13 @@ class Scheduler:
         self._tables = PageTables(options.groups, options.max_num_batched_tokens, caching)
         # A rejected draft cannot be subtracted from a recurrent state.
         self._use_drafts = options.chunked_prefill and not self._tables.has_state
-        # Room for running requests to grow, so that admitting one does not soon preempt another.
-        self._reserve = [max(1, group.pool.num_pages // 100) if group.grows else 0 for group in self._tables.groups]
+        self._room = Room(self._tables)
         self._requests: dict[str, Request] = {}
         self._running: list[Request] = []
         self._waiting = WaitingLine(options.policy)
         self._slots = list(range(options.max_num_seqs - 1, -1, -1))
         self._released: list[int] = []
         self._flights: deque[Flight] = deque()
-        self._blocked: Blocked | None = None
         self._steps = 0
         self._totals = Stats()
 
@@ -102,7 +100,7 @@ class Scheduler:
         if stop is not None:
             return last_event(known, stop.reason, self._clock(), stop_token=stop.token)
         self._requests[request.request_id] = known
-        self._waiting.push(known)
+        self._waiting.push(known, self._running)
         return None
 
     def abort(self, request_id: str) -> Event | None:
@@ -154,7 +152,7 @@ class Scheduler:
     def reset_prefix_cache(self) -> bool:
         """Forget all cached content. False if running requests go on with pages computed before this call."""
         self._tables.forget()
-        self._blocked = None
+        self._room.forget()
         return not self._running
 
     def check(self) -> None:
@@ -187,6 +185,7 @@ class Scheduler:
         """The next step; None when there is nothing to compute before a plan in flight has been applied, or at all."""
         if len(self._flights) >= self.options.max_in_flight:
             return None
+        self._make_way()
         draft = Sketch(self.options.max_num_batched_tokens)
         if self._serve_running(draft):
             self._admit_waiting(draft)
@@ -292,19 +291,35 @@ class Scheduler:
             self._totals.drafts += 1
             self._totals.draft_tokens += len(drafts)
 
+    def _make_way(self) -> None:
+        """Where tenants share the engine: if the front of the line finds no slot or no pages, and its tenant is far behind
+        another one that runs, the last request of that one gives its place up.
+        """
+        front = self._waiting.front()
+        if front is None or (self._slots and not self._room.was_refused(front, self._room.slack(self._running))):
+            return
+        victim = self._waiting.who_makes_way(front, self._running, recomputes=not self._tables.caching)
+        if victim is not None:
+            self._dislodge(victim)
+            self._waiting.step_down(victim)
+
     def _preempt(self, request: Request) -> None:
-        """Take the last running request's slot and pages; it goes back in line and computes its tokens again."""
+        """Take the last running request's place; it goes back to the front of the line."""
         assert self._running[-1] is request
-        self._running.pop()
+        self._dislodge(request)
+        self._waiting.push_back(request)
+
+    def _dislodge(self, request: Request) -> None:
+        """Take a running request's slot and pages; it will compute its tokens again."""
+        self._running.remove(request)
         self._vacate(request)
         request.preemptions += 1
         request.known = len(request.tokens)
         self._totals.preemptions += 1
-        self._waiting.push_back(request)
 
     def _vacate(self, request: Request) -> None:
         """Slot and pages go back; whatever is in flight for the request will be dropped because of its epoch."""
-        self._let_go(request)
+        self._room.let_go(request)
         self._released.append(request.slot)
         self._slots.append(request.slot)
         request.slot, request.epoch, request.in_flight = NOWHERE, GONE, 0
@@ -318,77 +333,34 @@ class Scheduler:
         if not (len(self._waiting) and self._slots and draft.left):
             return
         self._waiting.charge_output(self._running)
-        slack = self._slack()
+        slack = self._room.slack(self._running)
         aside: list[Request] = []
         while len(self._slots) > len(aside) and draft.left:
             request = self._waiting.front()
-            if request is None or self._is_blocked(request, slack):
+            if request is None or (self._running and self._room.was_refused(request, slack)):
                 break
             if not self.options.chunked_prefill and request.known > draft.left:
                 break  # it waits for a step that can take it whole
-            spoken_for = self._find_pages(request, slack)
+            spoken_for = self._room.find(request, longest_hit(request), slack)
             if spoken_for is None:
-                self._blocked = Blocked(request, slack)
                 break
             if not self._running:
-                slack = [free - reserve for free, reserve in zip(slack, self._reserve, strict=True)]
+                slack = self._room.with_reserve(slack)
             slack = [free - pages for free, pages in zip(slack, spoken_for, strict=True)]
             self._waiting.pop()
-            if self._tables.follows(request, self._running, self._longest_hit(request)):
-                self._let_go(request)
+            if self._tables.follows(request, self._running, longest_hit(request)):
+                self._room.let_go(request)
                 aside.append(request)
             else:
                 self._admit(request, draft)
         for request in aside:
             self._waiting.push_back(request)
 
-    def _slack(self) -> list[int]:
-        """Free pages per group that no running request will want in order to catch up."""
-        slack = self._tables.free()
-        for request in self._running:
-            if request.planned < len(request.tokens):
-                slack = [free - wanted for free, wanted in zip(slack, self._tables.demand(request), strict=True)]
-        if self._running:
-            slack = [free - reserve for free, reserve in zip(slack, self._reserve, strict=True)]
-        return slack
-
-    def _is_blocked(self, request: Request, slack: list[int]) -> bool:
-        """True if this request was tried when at least as many pages were to be had. Spares it hashing and looking."""
-        blocked = self._blocked
-        if blocked is None or blocked.request is not request or not self._running:
-            return False
-        return all(now <= then for now, then in zip(slack, blocked.slack, strict=True))
-
-    def _find_pages(self, request: Request, slack: list[int]) -> list[int] | None:
-        """Let the request share what is known of its prefix. Returns the pages that it takes or will want, per group;
-        None, and then it holds nothing, if that is more than `slack`.
-        """
-        before = self._tables.free()
-        self._tables.adopt(request, self._longest_hit(request))
-        shared = [pages - now for pages, now in zip(before, self._tables.free(), strict=True)]
-        total = [pages + more for pages, more in zip(shared, self._tables.demand(request), strict=True)]
-        if all(pages <= limit for pages, limit in zip(total, slack, strict=True)):
-            return total
-        self._let_go(request)
-        return None
-
-    def _let_go(self, request: Request) -> None:
-        self._tables.release(request)
-        request.computed = request.planned = 0
-
-    def _longest_hit(self, request: Request) -> int:
-        """Positions that may come from the cache: never the last, and none whose log-probabilities are still owed."""
-        params = request.given.params
-        most = len(request.tokens) - 1
-        if isinstance(params, SamplingParams) and params.prompt_report is not None:
-            return most if request.logprobs_sent == request.rules.prompt_len - 1 else request.logprobs_sent
-        return 0 if params.skip_reading_prefix_cache else most
-
     def _admit(self, request: Request, draft: Sketch) -> None:
         """Give a request, whose shared pages are found, a slot and its first span."""
         # What was admitted in this step has nothing yet that could be copied.
         settled = (other for other in self._running if other.epoch < self._steps)
-        begun = find_begun(request, settled, self._tables, self._longest_hit(request))
+        begun = find_begun(request, settled, self._tables, longest_hit(request))
         if begun is not None:
             request.computed = request.planned = begun.start + begun.count
         bisect.insort(self._running, request, key=lambda other: other.key)
