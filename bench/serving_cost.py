@@ -13,6 +13,7 @@ import asyncio
 import json
 import statistics
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import psutil
@@ -83,11 +84,13 @@ async def measure(host: str, port: int, pid: int, options: argparse.Namespace) -
     await asyncio.sleep(1.0)
     api = psutil.Process(pid)
     engine = next(child for child in api.children() if "fake_engine.py" in " ".join(child.cmdline()))
-    before = [sum(process.cpu_times()[:2]) for process in (api, engine, psutil.Process())]
+    fronts = [child for child in api.children() if "quire.serve.front" in child.cmdline()]
+    sides = ((api, *fronts), (engine,), (psutil.Process(),))
+    before = [seconds(side) for side in sides]
     ages.open, began = True, time.monotonic()
     await asyncio.sleep(options.seconds)
     ages.open, took = False, time.monotonic() - began
-    after = [sum(process.cpu_times()[:2]) for process in (api, engine, psutil.Process())]
+    after = [seconds(side) for side in sides]
     cores = [(end - start) / took for start, end in zip(before, after, strict=True)]
     found = sorted(ages.found)
     return {
@@ -98,6 +101,11 @@ async def measure(host: str, port: int, pid: int, options: argparse.Namespace) -
         "age_ms_median": statistics.median(found),
         "age_ms_p99": found[int(len(found) * 0.99)],
     }
+
+
+def seconds(processes: Iterable[psutil.Process]) -> float:
+    """What these processes have used of the cores so far."""
+    return sum(sum(process.cpu_times()[:2]) for process in processes)
 
 
 def main() -> None:

@@ -60,20 +60,20 @@ async def over_http(server: StartedServer, streams: int, tokens: int, first: int
 
 
 def http_rate(server: StartedServer, streams: int, tokens: int, first: int) -> float:
-    """Tokens per second between the first and the last token of each stream, all streams together."""
+    """Tokens per second of all streams together, from when the last one has begun until the first one ends."""
     found = asyncio.run(over_http(server, streams, tokens, first))
-    began, ended = min(stream.times[0] for stream in found), max(stream.times[-1] for stream in found)
-    return sum(len(stream.times) - 1 for stream in found) / (ended - began)
+    began, ended = max(stream.times[0] for stream in found), min(stream.times[-1] for stream in found)
+    return sum(began < at <= ended for stream in found for at in stream.times) / (ended - began)
 
 
 def llm_rate(llm: LLM, streams: int, tokens: int, first: int) -> float:
-    """The same of LLM."""
+    """The same of LLM, where all begin and end together."""
     params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
     prompts = [{"prompt_token_ids": prompt(first + number, 16)} for number in range(streams)]
     outputs = llm.generate(prompts, params, use_tqdm=False)
     times = [output.metrics for output in outputs]
-    began, ended = min(item.first_token_ts for item in times), max(item.last_token_ts for item in times)
-    return sum(len(output.outputs[0].token_ids) - 1 for output in outputs) / (ended - began)
+    began, ended = max(item.first_token_ts for item in times), min(item.last_token_ts for item in times)
+    return streams * (tokens - 1) / (ended - began)
 
 
 async def probe(server: StartedServer, found: list[float]) -> None:
