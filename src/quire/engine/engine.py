@@ -126,10 +126,7 @@ class Engine:
         observer: Observer | None = None,
         on_phase: Callable[[str, float | None], None] | None = None,
     ) -> Engine:
-        """Find, load and start a model; `on_phase` is told each phase and its seconds.
-
-        Raises ConfigError, ModelError or CapacityError.
-        """
+        """Find, load and start a model; `on_phase` is told each phase and its seconds. Raises as start_engine does."""
         head_start.begin(options)
         # Imported here: torch and the model come with it, and an Engine over another executor needs neither.
         with uncollected():
