@@ -18,6 +18,11 @@ CHUNKS = "quire.chunks"  # where the scope of a request has its Chunks
 TOGETHER = 32  # connections whose chunks are sent together; the first of them waits for the last
 
 
+def _is_gone(cycle: RequestResponseCycle) -> bool:
+    """Whether the connection has ended; one that broke while it was written to is told of a moment later."""
+    return cycle.disconnected or cycle.transport.is_closing()
+
+
 class Outbox:
     """Chunks of an event loop that are about to be sent, in order for each connection."""
 
@@ -37,7 +42,7 @@ class Outbox:
         """Send everything now. Who has left gets nothing."""
         frames, self._frames = self._frames, {}
         for cycle, frame in frames.items():
-            if not cycle.disconnected:
+            if not _is_gone(cycle):
                 cycle.transport.write(frame)
 
 
@@ -51,7 +56,7 @@ class Chunks:
     def write(self, data: bytes) -> bool:
         """Send a chunk. True if drain() should be awaited before the next one. Nothing when the client has left."""
         cycle = self._cycle
-        if cycle.disconnected:
+        if _is_gone(cycle):
             return False
         self._outbox.put(cycle, b"%x\r\n%b\r\n" % (len(data), data))
         return cycle.flow.write_paused
