@@ -390,11 +390,7 @@ def count_parameters(files: ModelFiles) -> int:
 
 
 def activation_bytes(files: ModelFiles, layout: ModelLayout, dtype: torch.dtype, step: int, max_num_seqs: int) -> int:
-    """Bytes of what a step computes beside pages: the widest layer over all positions, and float32 logits.
-
-    An upper bound of what step programs were seen to take: up to four values of the widest part, or three and nine of
-    the hidden size.
-    """
+    """Bytes that a step computes in at most, beside pages: the widest layer over all positions, and float32 logits."""
     config = files.text_config.to_dict()
     inner = [value for key, value in config.items() if "intermediate" in key and isinstance(value, int)]
     heads = max((layer.heads * (layer.key_dim + layer.value_dim) for layer in layout.layers), default=0)
