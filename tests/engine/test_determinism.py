@@ -9,6 +9,7 @@ import pytest
 from schedules import Schedule, Workload, differences
 
 SCHEDULES = 15  # `make soak` runs 60 drawn ones
+HEAD_REBORN = 185207741  # an EAGLE head, whose caches and programs are made anew once
 FIRST = random.Random().randrange(1 << 30)
 
 
@@ -24,7 +25,7 @@ def test_one_answer_under_every_schedule(workload: Workload):
     """Fixed seeds for what they are known to reach, and drawn ones, which are printed."""
     expected = workload.alone()
     workload.seen.clear()
-    seeds = [*range(1, SCHEDULES - 4), *range(FIRST, FIRST + 5)]
+    seeds = [*range(1, SCHEDULES - 4), HEAD_REBORN, *range(FIRST, FIRST + 4)]
     print(f"seeds {seeds}: python tests/engine/schedules.py --seed N --count 1 runs one again")
     for seed in seeds:
         schedule = Schedule.draw(seed)

@@ -141,14 +141,39 @@ def test_each_choice_has_its_own_calls(server: Running) -> None:
 
 
 def test_a_named_tool_ends_with_stop(server: Running) -> None:
-    choice = {"type": "function", "function": {"name": "get_weather"}}
-    request = body(CALL, tools=[WEATHER, ADD], tool_choice=choice, max_tokens=200)
+    request = body(CALL, tools=[WEATHER, ADD], tool_choice=named("get_weather"), max_tokens=200)
     answer = server.client.chat.completions.create(**request).choices[0]
     assert answer.finish_reason == "stop" and len(answer.message.tool_calls) == 1
     form = [new for plan in server.executor.plans for new in plan.admitted][-1].params.structured_outputs
     assert "get_weather" in form.structural_tag and '"add' not in form.structural_tag
     answer = server.client.chat.completions.create(**request | {"tool_choice": "required"}).choices[0]
     assert answer.finish_reason == "tool_calls"
+
+
+def test_some_tools_are_allowed(server: Running) -> None:
+    """The prompt shows all; the form, and what is forced, knows the allowed ones only."""
+    for mode, reason in (("required", "tool_calls"), ("auto", "tool_calls")):
+        choice = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [named("get_weather")]}}
+        request = body(CALL, tools=[WEATHER, ADD], tool_choice=choice, max_tokens=200)
+        answer = server.client.chat.completions.create(**request).choices[0]
+        assert (answer.finish_reason, len(answer.message.tool_calls)) == (reason, 1)
+        form = [new for plan in server.executor.plans for new in plan.admitted][-1].params.structured_outputs
+        assert "get_weather" in form.structural_tag and '"add' not in form.structural_tag
+    choice = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "get_weather"}]}
+    tools = [{"type": "function", **tool["function"]} for tool in (WEATHER, ADD)]
+    said = server.client.responses.create(model="parrot", input=f"say:{CALL};", tools=tools, tool_choice=choice)
+    assert [item.name for item in said.output if item.type == "function_call"] == ["get_weather"]
+
+
+@pytest.mark.parametrize("mode, tools", [("sometimes", ["get_weather"]), ("auto", []), ("auto", ["fly"])])
+def test_allowed_tools_that_mean_nothing(server: Running, mode: str, tools: list[str]) -> None:
+    choice = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [named(name) for name in tools]}}
+    response = server.http.post("/v1/chat/completions", json=body(CALL, tools=[WEATHER], tool_choice=choice))
+    assert refused(response)["param"] == "tool_choice"
+
+
+def named(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
 
 
 def test_thoughts_are_apart(server: Running) -> None:

@@ -65,12 +65,14 @@ class KeepsStates:
     """A ServedModel that keeps what heads read of its latest step, in `hidden`, as long as it is `open`.
 
     That is [T, size], the last hidden states, or with taps what those layers read, [T, size * n]. `body` computes the
-    states, `whole` is the model for all other steps; both may be replaced by programs that do the same.
+    states as `states_only` does, `whole` is the model for all other steps; both may be replaced by programs that do the
+    same, and are replaced again when the caches are.
     """
 
     def __init__(self, model: OpenModel, taps: Sequence[int] = ()) -> None:
         self.model = model
-        self.body: ServedModel = StatesOnly(model, taps)
+        self.states_only = StatesOnly(model, taps)
+        self.body: ServedModel = self.states_only
         self.whole: ServedModel = model
         self.layout = model.layout
         self.hf_config = model.hf_config

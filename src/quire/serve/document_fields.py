@@ -78,6 +78,7 @@ ARGUMENTS = record(
     },
 )
 FUNCTION = record({"name": NAME}, description=text(), parameters=ARGUMENTS)
+CHOSEN = record({"type": choice("function"), "function": record({"name": NAME})})
 PART = record({"type": choice("text"), "text": text()})
 CONTENT = one_of(text(), items(PART, LARGEST, 1))
 CALL = record({"id": text(), "type": choice("function"), "function": record({"name": NAME, "arguments": choice("{}")})})
@@ -140,7 +141,13 @@ FIELDS: dict[str, Schema] = {
     "documents": items({"type": "object"}, MOST_DOCUMENTS),
     "tool_choice": one_of(
         choice("none", "auto", "required"),
-        record({"type": choice("function"), "function": record({"name": NAME})}),
+        CHOSEN,
+        record(
+            {
+                "type": choice("allowed_tools"),
+                "allowed_tools": record({"mode": choice("auto", "required"), "tools": items(CHOSEN, MOST_TOOLS, 1)}),
+            }
+        ),
     ),
     "prompt": PROMPT,
     "messages": items(TURN, LARGEST, 1),

@@ -165,11 +165,20 @@ def _tool(tool: dict[str, Any], place: str) -> dict[str, Any]:
 
 def _choice(choice: Any) -> Any:
     """tool_choice as chat completions write it."""
-    if isinstance(choice, dict) and choice.get("type") == "function":
+    if not isinstance(choice, dict):
+        return choice
+    if choice.get("type") == "function":
         return {"type": "function", "function": {"name": choice.get("name")}}
-    if isinstance(choice, dict):
-        raise refuse("tool_choice.type", " It takes none, auto, required, or a function.")
-    return choice
+    if choice.get("type") == "allowed_tools":
+        tools = choice.get("tools")
+        return {
+            "type": "allowed_tools",
+            "allowed_tools": {
+                "mode": choice.get("mode"),
+                "tools": [_choice(tool) for tool in tools] if isinstance(tools, list) else tools,
+            },
+        }
+    raise refuse("tool_choice.type", " It takes none, auto, required, a function, or allowed_tools.")
 
 
 def _take_item(item: object, place: str, found: list[dict[str, Any]]) -> None:

@@ -54,16 +54,39 @@ def tool_wish(tools: Sequence[Mapping[str, Any]] | None, choice: Any, parallel: 
         raise ValidationError("tool_choice needs tools to choose from.", "tool_choice")
     if choice in ("auto", "required"):
         return ToolWish(choice, schemas, None, many, _strict(tools or ()))
+    if isinstance(choice, Mapping) and choice.get("type") == "allowed_tools":
+        return _allowed(choice.get("allowed_tools"), schemas, many)
+    name = _chosen(choice, schemas)
+    return ToolWish("required", {name: schemas[name]}, name, False)
+
+
+def _chosen(choice: Any, schemas: Mapping[str, Any]) -> str:
+    """The name of a tool, from {"type": "function", "function": {"name": ...}}."""
     function = choice.get("function") if isinstance(choice, Mapping) and choice.get("type") == "function" else None
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(name, str):
         raise ValidationError(
-            'tool_choice must be "none", "auto", "required", or {"type": "function", "function": {"name": ...}}.',
+            'tool_choice must be "none", "auto", "required", {"type": "function", "function": {"name": ...}}, or '
+            '{"type": "allowed_tools", "allowed_tools": {"mode": ..., "tools": [...]}}.',
             "tool_choice",
         )
     if name not in schemas:
         raise ValidationError(f"tool_choice names {name[:64]!r}, which is not among the tools.", "tool_choice")
-    return ToolWish("required", {name: schemas[name]}, name, False)
+    return name
+
+
+def _allowed(given: Any, schemas: Mapping[str, Mapping[str, Any]], parallel: bool) -> ToolWish:
+    """Some of the tools, of which the model may or must call one; the prompt goes on to show all.
+
+    They count as strict: a form is what keeps a model that is free to call from calling another one.
+    """
+    mode, tools = (given.get("mode"), given.get("tools")) if isinstance(given, Mapping) else (None, None)
+    if mode not in ("auto", "required") or not isinstance(tools, Sequence) or isinstance(tools, str) or not tools:
+        raise ValidationError(
+            'tool_choice.allowed_tools must have mode "auto" or "required", and a list of tools.', "tool_choice"
+        )
+    names = [_chosen(tool, schemas) for tool in tools]
+    return ToolWish(mode, {name: schemas[name] for name in names}, None, parallel, frozenset(names))
 
 
 def _strict(tools: Sequence[Mapping[str, Any]]) -> frozenset[str]:

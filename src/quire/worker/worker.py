@@ -117,7 +117,7 @@ class Worker:
             model = with_program(model, sizes, pages, store.caches, self._ops)
         else:
             states = self._states
-            states.body = with_program(states.body, sizes, pages, store.caches, self._ops)
+            states.body = with_program(states.states_only, sizes, pages, store.caches, self._ops)
             states.whole = with_program(states.model, sizes, pages, store.caches, self._ops)
         self._runner = Runner(model, slots, store, sampler, self._device, setup.max_num_batched_tokens, speculator)
 
