@@ -1,16 +1,13 @@
-"""The CUDA backend against the reference: on a card where there is one, else through Triton's interpreter."""
+"""The CUDA backend against the reference: on a card where there is one, else through Triton's interpreter (conftest.py)."""
 
 from __future__ import annotations
 
-import os
 import sys
 
 import pytest
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported and when a kernel is defined
 pytest.importorskip("triton")
 
 from quire.kernels import cuda, reference  # noqa: E402
