@@ -14,6 +14,8 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from quire.core.params import RequestOutputKind, SamplingParams
+from quire.core.plan import FinishReason
+from quire.engine.admission import LATE
 from quire.engine.async_engine import AsyncEngine
 from quire.engine.beams import BeamSearch, BeamSearchParams, BeamSearchSequence
 from quire.engine.engine import EngineSettings, Prepared
@@ -130,6 +132,8 @@ async def beam_output(
     search = search_of(first, params, settings)
     prompt_ids, cached = list(first.prompt.token_ids), None
     while search.running:
+        if end is not None and time.monotonic() >= end:
+            return _broken_off(first, params.beam_width, "error", LATE)
         rounds = [
             _next(engine, request_id, _tokens_prompt(beam.tokens, prompt), score, wishes, end)
             for request_id, beam in zip(ids, search.running, strict=False)
@@ -138,17 +142,19 @@ async def beam_output(
         cached = outputs[0].num_cached_tokens if cached is None else cached
         ended = next((found.outputs[0] for found in outputs if not found.outputs[0].logprobs), None)
         if ended is not None:  # by an abort, a failure, or the end of its time
-            lost = [
-                CompletionOutput(index, "", [], None, None, ended.finish_reason, None, ended.error)
-                for index in range(params.beam_width)
-            ]
-            return RequestOutput(ids[0], first.prompt.text, prompt_ids, None, lost, True)
+            return _broken_off(first, params.beam_width, ended.finish_reason, ended.error)
         search.advance([best_tokens(found) for found in outputs])
     found = [
         _completion(index, sequence, len(prompt_ids), params, engine.tokenizer)
         for index, sequence in enumerate(search.sequences())
     ]
     return RequestOutput(ids[0], first.prompt.text, prompt_ids, None, found, True, num_cached_tokens=cached or 0)
+
+
+def _broken_off(first: Prepared, width: int, reason: FinishReason | None, error: str | None) -> RequestOutput:
+    """A search that was ended, whose beams are no results."""
+    lost = [CompletionOutput(index, "", [], None, None, reason, None, error) for index in range(width)]
+    return RequestOutput(first.request_id, first.prompt.text, list(first.prompt.token_ids), None, lost, True)
 
 
 async def _next(
