@@ -1,6 +1,6 @@
 """One of several API processes: `python -m quire.serve.front LISTENER ENGINE PARENT`, three inherited descriptors.
 
-It serves what comes to the shared listening socket, from the engine that its parent has (engine/relay.py), and is told by
+It serves what comes to the listening socket, from the engine that its parent has (engine/relay.py), and is told by
 its parent when to end. It ends with its parent, at once.
 """
 
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> int:
     """The life of the process. Returns its exit status: 0 after an orderly end, 1 when the engine is lost."""
     leave_signals_to_parent()
     env.set_up_logging()
-    listener = SharedListener(fileno=int(arguments[0]))
+    listener = Listening(fileno=int(arguments[0]))
     engine_end, parents_end = (socket.socket(fileno=int(number)) for number in arguments[1:])
     end_with(parents_end.fileno())
     parent: wire.Connection[FromParent] = wire.Connection(parents_end, FromParent)
@@ -55,8 +55,8 @@ def main(arguments: Sequence[str]) -> int:
     return asyncio.run(serve(start, options, begin.keys, listener, report, connection.close, place))
 
 
-class SharedListener(socket.socket):
-    """A socket that the parent listens on already, with a queue that is as long for all as for one."""
+class Listening(socket.socket):
+    """A socket that listens already, with a queue as long as the parent chose."""
 
     def listen(self, backlog: int = 0, /) -> None:
         """It does."""

@@ -1,8 +1,8 @@
 """run_fronts: the parent of several API processes: it has their engine, starts them, and starts again what dies.
 
-Every process listens on the one socket that it inherits. The parent answers no client: it carries messages between them
-and the engine (engine/relay.py), and between each other (neighbours.py). What dies takes its own connections along and
-nobody else's; its requests end in the engine.
+Every process listens on the socket that its seat inherits; what waits there when it dies is its successor's. The parent
+answers no client: it carries messages between them and the engine (engine/relay.py), and between each other
+(neighbours.py). What dies takes its own connections along and nobody else's; its requests end in the engine.
 """
 
 from __future__ import annotations
@@ -13,27 +13,23 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import TYPE_CHECKING
 
-from quire.config import EngineOptions, ServeOptions
 from quire.engine import wire
 from quire.engine.child import ending
 from quire.engine.relay import Relay
-from quire.engine.supervisor import Patience, Supervisor
+from quire.engine.supervisor import Supervisor
 from quire.engine.tallies import Tallies, total
 from quire.errors import EngineDeadError
+from quire.serve.listen import one_for_each
 from quire.serve.neighbours import Begin, Note, Question, Reply, Stop, Sum, SumWanted, ToParent, Up
-
-if TYPE_CHECKING:
-    from quire.serve.run import Processes
+from quire.serve.setup import Setup
 
 logger = logging.getLogger(__name__)
 
 COMMAND = (sys.executable, "-m", "quire.serve.front")
-BACKLOG = 2048
 LATE_SECONDS = 10.0  # beyond the time for draining, until an API process that does not end is killed
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds before the second restart of a place in a row; doubled each time
 LONG_LIFE = 30.0  # seconds after which a death is no longer one in a row
@@ -53,8 +49,9 @@ class Front:
 
 @dataclass(slots=True)
 class Seat:
-    """One of so many API processes that there shall be; who dies is followed by another one."""
+    """One of so many API processes that there shall be; who dies is followed by another one, on the same socket."""
 
+    listener: socket.socket
     front: Front | None = None
     deaths: int = 0  # in a row
     start_at: float = 0.0
@@ -70,20 +67,10 @@ class Asked:
     found: list[object] = field(default_factory=list)
 
 
-def run_fronts(
-    engine_options: EngineOptions,
-    options: ServeOptions,
-    keys: tuple[str, ...],
-    listener: socket.socket,
-    began: float,
-    patience: Patience,
-    processes: Processes,
-) -> int:
+def run_fronts(setup: Setup) -> int:
     """Serve until told to stop. Returns the exit status; raises what the engine could not be started for."""
-    listener.listen(BACKLOG)
-    fronts = Fronts(engine_options, options, keys, listener, began, Supervisor(engine_options, processes, patience))
+    fronts = Fronts(setup, one_for_each(setup.listener, setup.serve.api_server_count))
     before = {number: signal.signal(number, fronts.told_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    fronts.on_stop = processes.stop
     try:
         return fronts.run()
     finally:
@@ -93,26 +80,13 @@ def run_fronts(
 
 
 class Fronts:
-    """All API processes of a server, and their engine. One thread uses it."""
+    """All API processes of a server, one for each listening socket, and their engine. One thread uses it."""
 
-    def __init__(
-        self,
-        engine_options: EngineOptions,
-        options: ServeOptions,
-        keys: tuple[str, ...],
-        listener: socket.socket,
-        began: float,
-        supervisor: Supervisor,
-    ) -> None:
-        self.on_stop: Callable[[], None] = lambda: None  # makes a start that is under way end
-        self._engine_options = engine_options
-        self._options = options
-        self._keys = keys
-        self._listener = listener
-        self._began = began
-        self._supervisor = supervisor
-        self._relay = Relay(supervisor)
-        self._seats = [Seat() for _ in range(options.api_server_count)]
+    def __init__(self, setup: Setup, listeners: Sequence[socket.socket]) -> None:
+        self._setup = setup
+        self._supervisor = Supervisor(setup.engine, setup.processes, setup.patience)
+        self._relay = Relay(self._supervisor)
+        self._seats = [Seat(listener) for listener in listeners]
         self._lives = 0
         self._signals = 0  # that told the server to stop
         self._heeded = 0
@@ -129,7 +103,7 @@ class Fronts:
         if self._is_ready:
             self._supervisor.interrupt()
         else:
-            self.on_stop()
+            self._setup.processes.stop()
 
     def run(self) -> int:
         """The life of the server."""
@@ -158,6 +132,8 @@ class Fronts:
         for front in self._alive():
             front.process.kill()
             front.process.wait()
+        for seat in self._seats:
+            seat.listener.close()
         self._supervisor.close()
 
     # ---------------------------------------------------------------- processes
@@ -171,7 +147,7 @@ class Fronts:
         ours, theirs = socket.socketpair()
         engine_end, relay_end = socket.socketpair()
         try:
-            ends = (self._listener.fileno(), engine_end.fileno(), theirs.fileno())
+            ends = (seat.listener.fileno(), engine_end.fileno(), theirs.fileno())
             process = subprocess.Popen([*COMMAND, *map(str, ends)], stdin=subprocess.DEVNULL, pass_fds=ends)
         except OSError as error:
             logger.error("an API process cannot be started: %s", error)
@@ -183,7 +159,8 @@ class Fronts:
             theirs.close()
             engine_end.close()
         seat.front = Front(life, process, wire.Connection(ours, ToParent), time.monotonic())
-        begin = Begin(life, index, len(self._seats), self._engine_options, self._options, self._keys, self._began)
+        setup = self._setup
+        begin = Begin(life, index, len(self._seats), setup.engine, setup.serve, setup.keys, setup.began)
         seat.front.connection.send(begin)
         self._supervisor.beside.append(seat.front.connection)
         self._relay.join(life, wire.Connection(relay_end, wire.ToEngine))
@@ -206,7 +183,7 @@ class Fronts:
                 self._start(index)
         while self._heeded < self._signals:
             self._heeded += 1
-            self._kill_at = now + self._options.shutdown_timeout + LATE_SECONDS
+            self._kill_at = now + self._setup.serve.shutdown_timeout + LATE_SECONDS
             for front in self._alive():
                 front.connection.send(Stop())
 

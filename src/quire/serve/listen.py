@@ -8,12 +8,15 @@ from __future__ import annotations
 import re
 import socket
 import ssl
+import sys
 from pathlib import Path
 
 from quire.config import ServeOptions
 from quire.errors import ConfigError
 from quire.serve.auth import check_bind, read_keys
 from quire.text.speech import check_formats
+
+BACKLOG = 2048  # connections that may wait to be taken
 
 
 def checked_keys(options: ServeOptions) -> tuple[str, ...]:
@@ -69,11 +72,41 @@ def bind(options: ServeOptions) -> socket.socket:
         listener.bind(address)
     except (OSError, OverflowError) as error:
         listener.close()
-        raise ConfigError(
-            f"Cannot listen on {shown}: {error}. Choose another address with --host and --port (0 takes a free one), "
-            "or stop what uses it."
-        ) from error
+        raise _cannot_listen(shown, error) from error
     return listener
+
+
+def one_for_each(listener: socket.socket, count: int) -> list[socket.socket]:
+    """Listening sockets at one address for so many processes; `listener`, as bind() made it, is the first.
+
+    Each has a queue of its own and the system spreads connections over them by a hash, so that no process takes a burst
+    that was meant for all. Where the system cannot (Unix sockets, others than Linux) all share the one queue. Raises
+    ConfigError when somebody else has begun to listen there.
+    """
+    address = listener.getsockname()
+    try:
+        listener.listen(BACKLOG)  # before the port may be shared: so that of two servers one is refused
+    except OSError as error:
+        raise _cannot_listen(address, error) from error
+    if listener.family == socket.AF_UNIX or sys.platform != "linux":
+        return [listener] * count
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    found = [listener]
+    for _ in range(count - 1):
+        another = socket.socket(listener.family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        another.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        another.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        another.bind(address)
+        another.listen(BACKLOG)
+        found.append(another)
+    return found
+
+
+def _cannot_listen(address: object, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"Cannot listen on {address}: {error}. Choose another address with --host and --port (0 takes a free one), or "
+        "stop what uses it."
+    )
 
 
 def _remove_stale(path: str) -> None:

@@ -7,7 +7,6 @@ imports before this process does the web server's. With several API processes, t
 from __future__ import annotations
 
 import asyncio
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,11 +16,12 @@ from quire import env
 from quire.config import EngineOptions, ServeOptions
 from quire.engine.child import Child, ChildProcess
 from quire.engine.supervisor import Patience
-from quire.errors import EngineError
 from quire.serve.fronts import run_fronts
 from quire.serve.listen import bind, checked_keys
+from quire.serve.setup import Processes, Setup
 
 if TYPE_CHECKING:
+    from quire.serve.progress import Progress
     from quire.serve.service import Service
 
 
@@ -47,23 +47,14 @@ def run_server(
     listener = bind(options)
     processes = Processes(new_process)
     try:
-        if options.api_server_count > 1:
-            return run_fronts(engine_options, options, keys, listener, began, patience, processes)
-        return run_alone(engine_options, options, keys, listener, began, patience, processes)
+        setup = Setup(engine_options, options, keys, listener, patience, processes, began)
+        return run_fronts(setup) if options.api_server_count > 1 else run_alone(setup)
     finally:
         processes.stop()
         listener.close()
 
 
-def run_alone(
-    engine_options: EngineOptions,
-    options: ServeOptions,
-    keys: tuple[str, ...],
-    listener: socket.socket,
-    began: float,
-    patience: Patience,
-    processes: Processes,
-) -> int:
+def run_alone(setup: Setup) -> int:
     """Serve from this process. Returns the exit status; raises what the start raised."""
     # Imported here: the web server takes a while to import, and the engine process does its own imports meanwhile.
     from quire.engine.async_engine import AsyncEngine
@@ -71,42 +62,13 @@ def run_alone(
     from quire.serve.serving import serve
     from quire.serve.startup import StartReport
 
-    report = StartReport(began)
-    report.add("importing", time.perf_counter() - began)
+    report = StartReport(setup.began)
+    report.add("importing", time.perf_counter() - setup.began)
+
+    def open_engine(progress: Progress) -> AsyncEngine:
+        return AsyncEngine.supervised(setup.engine, progress, report.add, setup.patience, setup.processes)
 
     def start() -> Service:
-        return start_service(
-            engine_options,
-            options,
-            lambda progress: AsyncEngine.supervised(engine_options, progress, report.add, patience, processes),
-        )
+        return start_service(setup.engine, setup.serve, open_engine)
 
-    return asyncio.run(serve(start, options, keys, listener, report, processes.stop))
-
-
-class Processes:
-    """Starts engine processes, the first one before it is needed, until it is stopped: then those that live are killed,
-    which ends a start halfway.
-    """
-
-    def __init__(self, new_process: Callable[[], Child]) -> None:
-        self._new_process = new_process
-        self._started: list[Child] = []
-        self._stopped = False
-        self._first: Child | None = new_process()
-        self._started.append(self._first)
-
-    def __call__(self) -> Child:
-        """Start one."""
-        if self._stopped:
-            raise EngineError("The server was told to stop while it was starting.")
-        first, self._first = self._first, None
-        child = first or self._new_process()
-        self._started = [other for other in self._started if other is not child and other.is_alive] + [child]
-        return child
-
-    def stop(self) -> None:
-        """Start no more, and end those that live."""
-        self._stopped = True
-        for child in self._started:
-            child.kill()
+    return asyncio.run(serve(start, setup.serve, setup.keys, setup.listener, report, setup.processes.stop))

@@ -109,8 +109,7 @@ async def serve(
     door = Doorway(KeyCheck(waiting, keys) if keys else waiting)
     server = _Server(_uvicorn_config(door, options), has_parent=place is not None)
     if place is not None:
-        server.config.backlog = 1  # connections that are taken at once, for the others shall get some, too
-    if place is not None:
+        server.config.backlog = 1  # connections that are taken at once, for others may take from the same queue
         place.neighbours.listen(on_stop=lambda: server.handle_exit(signal.SIGTERM, None))
     starting = asyncio.create_task(asyncio.to_thread(start))
     living = asyncio.create_task(_live(server, starting, door, keys, listener, report, place))
