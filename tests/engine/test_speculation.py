@@ -21,7 +21,7 @@ from quire import LLM, SamplingParams, sizing
 from quire.cli.plan import make_plan
 from quire.config import EngineOptions, Speculation
 from quire.core.params import StructuredOutputsParams
-from quire.core.plan import Admission, Span, SpanResult
+from quire.core.plan import Admission, Span, SpanResult, StepPlan
 from quire.engine.outputs import RequestOutput
 from quire.errors import ConfigError
 from quire.kernels.table import load_ops
@@ -144,6 +144,9 @@ class Parrot:
         pass
 
     def release(self, slot: int) -> None:
+        pass
+
+    def begin(self, plan: StepPlan) -> None:
         pass
 
     def follow(self, seen: Seen) -> None:

@@ -234,12 +234,13 @@ def test_a_next_layer_is_what_was_trained(heads: dict[str, dict[str, object]], k
     ids, states = torch.randint(0, 4096, (9,)), torch.randn(9, 256)
     slots = Slots(1, 32, [GroupSpec("full", 16, 4)], Device("cpu"))
     slots.admit(Admission(0, "a", (1,), 1, SamplingParams(), 0))
-    slots.grant([PageGrant(0, 0, 0, (2,))])
     pages = DraftPages(layer.layout, slots, 3, torch.float32, ops, Device("cpu"))
+    pages.begin([PageGrant(0, 0, 0, (2,))])
     row, ends = np.zeros(1, dtype=np.int64), np.array([9])
-    batch = pages.batch(row, pages.tables(row, 9), ids, np.arange(9), np.array([0, 9]), ends, np.arange(9))
+    batch = pages.batch(row, ids, np.arange(9), np.array([0, 9]), ends, np.arange(9))
+    batch.states = states
     expected = trainer(target.get_input_embeddings()(ids)[None], states[None])[0]
-    torch.testing.assert_close(layer.forward(batch, states).scored, expected.detach(), rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(layer.forward(batch), expected.detach(), rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize(

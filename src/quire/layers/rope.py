@@ -14,8 +14,6 @@ import torch
 
 from quire.layers.batch import Batch
 
-KEPT = 256  # positions that are looked up at first
-
 
 @dataclass(frozen=True, slots=True)
 class Frequencies:
@@ -32,30 +30,18 @@ class Frequencies:
 
 
 class Rotary:
-    """Makes cos and sin [T, R] in the model's dtype. For "half" each angle appears R/2 apart, else side by side.
-
-    With `kept`, those of all positions so far are looked up: less work for small steps, but nothing to record.
-    """
+    """Makes cos and sin [T, R] in the model's dtype. For "half" each angle appears R/2 apart, else side by side."""
 
     def __init__(
-        self, frequencies: Frequencies, style: Literal["half", "interleaved"], dtype: torch.dtype, device: torch.device,
-        kept: bool = False,
-    ) -> None:  # fmt: skip
+        self, frequencies: Frequencies, style: Literal["half", "interleaved"], dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.frequencies = frequencies
         self.style = style
         self._dtype = dtype
         self._inverse = frequencies.inverse.to(device)
-        self._kept: tuple[torch.Tensor, torch.Tensor] | None = None
-        if kept and frequencies.threshold is None:
-            self._kept = self._angles(torch.arange(KEPT, device=device), self._inverse)
 
     def tables(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """(cos [T, R], sin [T, R]) of the step's positions."""
-        if self._kept is not None:
-            longest = max(batch.lengths_host)
-            if longest > self._kept[0].shape[0]:
-                self._kept = self._angles(torch.arange(2 * longest, device=batch.positions.device), self._inverse)
-            return self._kept[0].index_select(0, batch.positions), self._kept[1].index_select(0, batch.positions)
         cos, sin = self._angles(batch.positions, self._inverse)
         if self.frequencies.threshold is not None:
             self._replace_beyond(batch, self.frequencies.threshold, cos, sin)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from quire.errors import ConfigError
+from quire.kernels.programs import Opaque
 from quire.kernels.table import Ops
 from quire.layers.batch import Batch
 from quire.layers.embedding import Embedding
@@ -26,7 +27,6 @@ from quire.models.frequencies import frequencies_of
 from quire.models.hub import ModelFiles
 from quire.models.load import LoadRules, load_into
 from quire.models.native import Layer, native_layout, shape_of
-from quire.models.nextlayer import Guessed
 from quire.models.open import OpenModel
 
 LLAMA = {
@@ -80,6 +80,7 @@ class FusedLayer:
         self, files: ModelFiles, model: OpenModel, taps: int, dtype: torch.dtype, device: torch.device, ops: Ops
     ) -> None:
         self.layout = fused_layout(files)
+        self.hf_config = files.config
         self._model = model
         self._vocabulary = model.layout.vocab_size
         self._norm_first = bool(files.raw_config.get("norm_before_residual", INNER_CONFIG in files.raw_config))
@@ -91,7 +92,7 @@ class FusedLayer:
         layer.qkv = Linear(ops, 2 * shape.size, layer.qkv.sizes, shape.qkv_bias, dtype, device)
         self._state_norm = RMSNorm(ops, shape.size, shape.eps, "down_then_scale", dtype, device)
         self._last_norm = RMSNorm(ops, shape.size, shape.eps, "down_then_scale", dtype, device)
-        self._rotary = Rotary(frequencies_of(files.config, shape.head_dim), "half", dtype, device, kept=True)
+        self._rotary = Rotary(frequencies_of(files.config, shape.head_dim), "half", dtype, device)
         targets = self._targets()
         self._embedding = None
         if "embed_tokens.weight" in names:
@@ -123,18 +124,27 @@ class FusedLayer:
         """See Head: what three layers read, [T, 3 * the model's size]."""
         return self._fuse.forward(hidden)
 
+    def opaque(self) -> list[Opaque]:
+        """Nothing in it looks at numbers."""
+        return []
+
+    def release(self, slot: int) -> None:
+        """Nothing is kept outside the caches."""
+
     @torch.no_grad()
-    def forward(self, batch: Batch, states: torch.Tensor) -> Guessed:
+    def forward(self, batch: Batch) -> torch.Tensor:
         """See Head."""
-        layer, embedding = self._layer, self._embedding
+        layer, embedding, states = self._layer, self._embedding, batch.states
+        assert states is not None, "a head reads states"
         embedded = self._model.embed(batch.token_ids) if embedding is None else embedding.forward(batch.token_ids)
         normed = self._state_norm.forward(states)
         residual = normed if self._norm_first else states
         cos, sin = self._rotary.tables(batch)
         both = torch.cat((layer.input_norm.forward(embedded), normed), dim=-1)
-        hidden, residual = layer.post_norm.add(layer.attend(both, cos, sin, batch), residual)
+        hidden = layer.attend(both, cos, sin, batch).index_select(0, batch.logit_rows)
+        hidden, residual = layer.post_norm.add(hidden, residual.index_select(0, batch.logit_rows))
         scored, whole = self._last_norm.add(layer.mlp.forward(hidden), residual)
-        return Guessed(whole, scored)
+        return torch.cat((whole, scored), dim=-1)
 
     @torch.no_grad()
     def score(self, states: torch.Tensor) -> torch.Tensor:

@@ -277,6 +277,12 @@ def _mlp_targets(prefix: str, mlp: GatedMLP) -> dict[str, Target]:
     return {**_merged(prefix, ("gate_proj", "up_proj"), mlp.gate_up), **_merged(prefix, ("down_proj",), mlp.down)}
 
 
+def opaque_experts(layers: Sequence[Layer]) -> list[Opaque]:
+    """Experts look at numbers while they run, unless one native call does it all."""
+    experts = [layer.mlp.experts for layer in layers if isinstance(layer.mlp, MoE)]
+    return [Opaque(one.__dict__, "forward", without_step(one.forward)) for one in experts if one.stack is None]
+
+
 def spare_layers(names: Container[str], layers: int) -> tuple[str, ...]:
     """Patterns of those of a checkpoint's names that belong to layers that guess (models/nextlayer.py).
 
@@ -374,9 +380,8 @@ class NativeDecoder:
         return self.head.forward(states)
 
     def opaque(self) -> list[Opaque]:
-        """Experts look at numbers while they run, unless one native call does it all."""
-        experts = [layer.mlp.experts for layer in self.layers if isinstance(layer.mlp, MoE)]
-        return [Opaque(one.__dict__, "forward", without_step(one.forward)) for one in experts if one.stack is None]
+        """See models/recorded.py."""
+        return opaque_experts(self.layers)
 
     def release(self, slot: int) -> None:
         """Nothing is kept outside the caches."""

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 from quire.errors import CheckpointError, UnsupportedModelError
+from quire.kernels.programs import Opaque
 from quire.kernels.table import Ops
 from quire.layers.batch import Batch
 from quire.layers.linear import Linear
@@ -25,8 +26,9 @@ from quire.models.frequencies import frequencies_of
 from quire.models.headers import weight_headers
 from quire.models.hub import ModelFiles
 from quire.models.load import LoadRules, load_into
-from quire.models.native import FAMILIES, Layer, native_layout, shape_of
+from quire.models.native import FAMILIES, Layer, native_layout, opaque_experts, shape_of
 from quire.models.open import OpenModel
+from quire.models.recorded import Recordable
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,29 +74,20 @@ def next_layout(files: ModelFiles) -> ModelLayout:
     return replace(layout, layers=(replace(layout.layers[-1], group=0),))
 
 
-@dataclass(slots=True)
-class Guessed:
-    """What a step of a layer brings, both [T, size]."""
+class Head(Recordable, Protocol):
+    """A layer that guesses on; `layout` is that of its own keys and values.
 
-    states: torch.Tensor  # in place of the model's, for the next position
-    scored: torch.Tensor  # what score() reads
-
-
-class Head(Protocol):
-    """A layer that guesses on; `layout` is that of its own keys and values."""
-
-    layout: ModelLayout
+    forward(batch) reads batch.states beside the token behind each position. It returns for batch.logit_rows what the next
+    position reads in place of the model's states, [R, size]; where score() reads something else, that stands behind it,
+    [R, 2 * size].
+    """
 
     def take(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the model shows, [T, its size or more], as the layer reads it: [T, size]."""
         ...
 
-    def forward(self, batch: Batch, states: torch.Tensor) -> Guessed:
-        """A step: at each position the states there, [T, size], beside the token behind it."""
-        ...
-
     def score(self, states: torch.Tensor) -> torch.Tensor:
-        """Guessed.scored [R, size] -> logits [R, V] of the model's tokens."""
+        """The last `size` numbers of forward()'s rows, [R, size] -> logits [R, V] of the model's tokens."""
         ...
 
 
@@ -105,13 +98,14 @@ class NextLayer:
         self, files: ModelFiles, style: Style, model: OpenModel, dtype: torch.dtype, device: torch.device, ops: Ops
     ) -> None:
         self.layout = next_layout(files)
+        self.hf_config = files.config
         self.model = model
         self._style = style
         shape = shape_of(files.architecture, files.config)
         last = len(shape.windows) - 1
         shape = replace(shape, experts=shape.experts[last:], windows=shape.windows[last:])
         self._layer = Layer(ops, shape, self.layout.layers[0], 0, dtype, device)
-        self._rotary = Rotary(frequencies_of(files.config, shape.head_dim), "half", dtype, device, kept=True)
+        self._rotary = Rotary(frequencies_of(files.config, shape.head_dim), "half", dtype, device)
         checkpoint = Checkpoint(files)
         names = {name.removeprefix(style.prefix) for name in checkpoint.headers if name.startswith(style.prefix)}
         self._join = Linear(ops, 2 * shape.size, (shape.size,), f"{style.join}.bias" in names, dtype, device)
@@ -143,21 +137,30 @@ class NextLayer:
         """See Head."""
         return self.model.score(states)
 
+    def opaque(self) -> list[Opaque]:
+        """See models/recorded.py."""
+        return opaque_experts([self._layer])
+
+    def release(self, slot: int) -> None:
+        """Nothing is kept outside the caches."""
+
     @torch.no_grad()
-    def forward(self, batch: Batch, states: torch.Tensor) -> Guessed:
+    def forward(self, batch: Batch) -> torch.Tensor:
         """See Head."""
         style, layer = self._style, self._layer
+        assert batch.states is not None, "a head reads states"
         parts = [self._normed(style.embedding_norm, self.model.embed(batch.token_ids))]
-        parts.insert(1 if style.embedding_first else 0, self._normed(style.state_norm, states))
+        parts.insert(1 if style.embedding_first else 0, self._normed(style.state_norm, batch.states))
         residual = self._join.forward(torch.cat(parts, dim=-1))
         cos, sin = self._rotary.tables(batch)
         hidden = layer.attend(layer.input_norm.forward(residual) if self._input_norm else residual, cos, sin, batch)
+        hidden, residual = (part.index_select(0, batch.logit_rows) for part in (hidden, residual))
         hidden, residual = layer.post_norm.add(hidden, residual)
         hidden = layer.mlp.forward(hidden)
         if style.last_norm is None:
-            return Guessed(hidden + residual, hidden + residual)
+            return hidden + residual
         normed, whole = self._norms[style.last_norm].add(hidden, residual)
-        return Guessed(normed if style.passes_normed else whole, normed)
+        return normed if style.passes_normed else torch.cat((whole, normed), dim=-1)
 
     def _normed(self, name: str | None, x: torch.Tensor) -> torch.Tensor:
         return x if name is None else self._norms[name].forward(x)

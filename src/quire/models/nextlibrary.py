@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from quire.kernels.programs import Opaque
 from quire.kernels.table import Ops
 from quire.layers.batch import Batch
 from quire.layers.linear import Linear
@@ -24,7 +25,7 @@ from quire.models.headers import weight_headers
 from quire.models.hub import ModelFiles
 from quire.models.inside import Tapped
 from quire.models.load import LoadRules, load_into
-from quire.models.nextlayer import Guessed, Style
+from quire.models.nextlayer import Style
 from quire.models.open import OpenModel
 from quire.models.probe import probe
 from quire.models.transformers import TransformersModel
@@ -47,6 +48,7 @@ class LibraryLayer:
         inner = _one_layer(files, style)
         report = probe(inner, dtype)
         self.layout = report.layout
+        self.hf_config = files.config
         self._model = model
         served = fill(inner, report, 0, dtype, device, ops, _without_tables)
         assert isinstance(served, TransformersModel), "find_heads has looked at its tier"
@@ -70,14 +72,22 @@ class LibraryLayer:
         """See Head: the model's last states are read as they are."""
         return hidden
 
+    def opaque(self) -> list[Opaque]:
+        """See models/recorded.py."""
+        return self._inner.opaque()
+
+    def release(self, slot: int) -> None:
+        """Nothing is kept outside the caches."""
+
     @torch.no_grad()
-    def forward(self, batch: Batch, states: torch.Tensor) -> Guessed:
+    def forward(self, batch: Batch) -> torch.Tensor:
         """See Head."""
+        assert batch.states is not None, "a head reads states"
         embedded = self._embedding_norm.forward(self._model.embed(batch.token_ids))
-        joined = self._join.forward(torch.cat((embedded, self._state_norm.forward(states)), dim=-1))
+        joined = self._join.forward(torch.cat((embedded, self._state_norm.forward(batch.states)), dim=-1))
         with Tapped([self._norm], [0]) as read:
             scored = self._inner.states_of(joined, batch)
-        return Guessed(read[0], scored)
+        return torch.cat((read[0], scored), dim=-1).index_select(0, batch.logit_rows)
 
     def score(self, states: torch.Tensor) -> torch.Tensor:
         """See Head: the model's output matrix, of which the layer's own is a copy."""

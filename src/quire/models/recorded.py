@@ -64,6 +64,7 @@ class Plan:
     page_sizes: tuple[int, ...]  # 0 for a group of states
     pages: int  # of the smallest group
     caches: list[Any]
+    state: torch.Tensor | None  # of one position, where the model reads states beside tokens
 
     def clean(self, kind: Kind) -> list[torch.Tensor]:
         """The pages of a made-up step, with zeros in them: what lies there by chance may hide a difference."""
@@ -75,12 +76,15 @@ class Plan:
         return found
 
 
-def with_program(model: ServedModel, page_sizes: Sequence[int], pages: int, caches: list[Any], ops: Ops) -> ServedModel:
+def with_program(
+    model: ServedModel, page_sizes: Sequence[int], pages: int, caches: list[Any], ops: Ops,
+    state: torch.Tensor | None = None,
+) -> ServedModel:  # fmt: skip
     """The model with its steps as a program where that can be, else the model itself.
 
     `page_sizes` are those of the groups, 0 for one of states; each group has at least `pages` pages. To be called before
     anything is kept in `caches`, because made-up steps write to them. Model and caches must stay where they are as long
-    as the result is used.
+    as the result is used. `state` [size] is like one position of batch.states, for a model that reads them.
     """
     began = time.perf_counter()
     name = type(model).__name__
@@ -90,7 +94,7 @@ def with_program(model: ServedModel, page_sizes: Sequence[int], pages: int, cach
             raise NotRecordableError("this device has no programs")
         if not isinstance(model, Recordable):
             raise NotRecordableError("it is not made for recording")
-        plan = Plan(tuple(page_sizes), pages, caches)
+        plan = Plan(tuple(page_sizes), pages, caches, state)
         recorded = RecordedModel(model, _record(model, recorder, plan))
         recorded.prove(plan)
     except NotRecordableError as reason:
@@ -173,6 +177,8 @@ def inputs_of(batch: Batch) -> list[torch.Tensor]:
     for group in batch.groups:
         found.append(group.tables)
         found.append(group.slots)
+    if batch.states is not None:
+        found.append(batch.states)
     return [tensor.contiguous() for tensor in found]
 
 
@@ -210,7 +216,14 @@ def made_up(kind: Kind, plan: Plan, width: int | None = None) -> Batch:
         groups=groups,
         caches=plan.caches,
         prompt_lengths=torch.tensor(lengths),
+        states=None if plan.state is None else _made_up_states(plan.state, len(tokens)),
     )
+
+
+def _made_up_states(like: torch.Tensor, rows: int) -> torch.Tensor:
+    """[rows, size], no two rows alike."""
+    numbers = torch.arange(rows * like.shape[0], device=like.device).view(rows, -1)
+    return (numbers % 17 / 8 - 1).to(like.dtype)
 
 
 def _group(size: int, number: int, kind: Kind, pages: int, width: int | None) -> GroupInputs:

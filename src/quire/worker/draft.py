@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from quire.core.plan import Admission
+from quire.core.plan import Admission, StepPlan
 from quire.kernels.table import Ops
 from quire.models.recorded import with_program
 from quire.models.served import ServedModel
@@ -52,6 +52,10 @@ class ModelDrafter:
     def release(self, slot: int) -> None:
         """Nothing is kept of a request that has left."""
 
+    def begin(self, plan: StepPlan) -> None:
+        """Pages are followed; what they hold is computed anew where it is not this row's own, so copies are not."""
+        self._pages.begin(plan.grants)
+
     def follow(self, seen: Seen) -> None:
         """Hidden states mean nothing here."""
 
@@ -68,8 +72,7 @@ class ModelDrafter:
     def _guess(self, slots: np.ndarray) -> np.ndarray:
         """int64 [R, count]."""
         lengths = self._history.lengths[slots]
-        tables = self._pages.tables(slots, int(lengths.max()) + self._count)
-        logits = self._catch_up(slots, lengths, tables)
+        logits = self._catch_up(slots, lengths)
         rows = self._device.to_device(torch.from_numpy(slots))
         guesses = []
         for ahead in range(self._count):
@@ -80,14 +83,13 @@ class ModelDrafter:
             guesses.append(tokens)
             if ahead + 1 < self._count:
                 starts = np.arange(len(slots) + 1)
-                wanted = np.arange(len(slots))
-                logits = self._model.forward(self._pages.batch(slots, tables, tokens, ends, starts, ends + 1, wanted))
+                logits = self._model.forward(self._pages.batch(slots, tokens, ends, starts, ends + 1, starts[:-1]))
         found = self._device.to_host(torch.stack(guesses, dim=1)).numpy()
         self._asked[slots], self._guesses[slots] = lengths, found
         self._kept[slots] = self._pages.granted(slots)
         return found
 
-    def _catch_up(self, slots: np.ndarray, lengths: np.ndarray, tables: torch.Tensor) -> torch.Tensor:
+    def _catch_up(self, slots: np.ndarray, lengths: np.ndarray) -> torch.Tensor:
         """Compute the tokens that came since; the logits [R, V] behind each row's last."""
         begins = self._right(slots, lengths)
         while True:
@@ -99,12 +101,10 @@ class ModelDrafter:
             starts = np.concatenate([[0], np.cumsum(takes[now])])
             positions = np.arange(starts[-1]) + np.repeat(begins[now] - starts[:-1], takes[now])
             tokens = self._history.tokens[np.repeat(slots[now], takes[now]), positions].astype(np.int64)
-            picked = tables if last else tables[self._device.to_device(torch.from_numpy(now))]
             wanted = starts[1:] - 1 if last and len(now) == len(slots) else starts[:0]
             logits = self._model.forward(
                 self._pages.batch(
                     slots[now],
-                    picked,
                     self._device.to_device(torch.from_numpy(tokens)),
                     positions,
                     starts,

@@ -3,6 +3,7 @@
 They lie in tensors of their own under the page numbers of the served model: what the scheduler gives a request holds both,
 and what it has copied is copied in both. A page may have been filled while nobody drafted: which ones hold the drafter's
 keys is remembered. Positions beyond the granted pages use a few pages that belong to the row, and are computed again.
+All that is known on the host, so a step costs a few look-ups there.
 """
 
 from __future__ import annotations
@@ -40,14 +41,19 @@ class DraftPages:
         pages = GroupSpec("full", self.size, self.num_pages)
         self._store = KVStore(layout, [pages] * self.groups, dtype, ops, device)
         self.caches: list[Any] = self._store.caches
-        self._held = np.zeros((slots.num_slots, table_width(shared, slots.width)), dtype=np.int64)  # of the rows
+        # Of each row: the pages granted to it, and its own ones behind them.
+        width = table_width(shared, slots.width) + self._own
+        self._table = np.zeros((slots.num_slots, width), dtype=np.int32)
         self._filled = np.zeros(shared.num_pages, dtype=bool)  # pages with keys wherever the served model has some
 
-    def begin(self, grants: Sequence[PageGrant], copies: Sequence[PageCopy]) -> None:
+    def begin(self, grants: Sequence[PageGrant], copies: Sequence[PageCopy] = ()) -> None:
         """Follow what a plan does with pages, before its step is computed."""
         for grant in grants:
             if grant.group == self._group:
-                self._held[grant.slot, grant.index : grant.index + len(grant.pages)] = grant.pages
+                row, end = self._table[grant.slot], grant.index + len(grant.pages)
+                first = self._first_own + grant.slot * self._own
+                row[grant.index : end] = grant.pages
+                row[end : end + self._own] = range(first, first + self._own)
         mine = [item for item in copies if item.group == self._group]
         if mine:
             self._store.copy(
@@ -63,50 +69,42 @@ class DraftPages:
         if computed:
             first = -(-starts // self.size)  # a page begun earlier stays as it was
             slots, first, last = slots[first <= last], first[first <= last], last[first <= last]
-        self._filled[self._held[slots, first]] = computed
+        self._filled[self._table[slots, first]] = computed
         for row in np.flatnonzero(first < last).tolist():
-            self._filled[self._held[slots[row], first[row] : last[row] + 1]] = computed
+            self._filled[self._table[slots[row], first[row] : last[row] + 1]] = computed
 
     def filled(self, slot: int, end: int) -> bool:
         """Whether the pages of a row hold the drafter's keys of all positions before `end`."""
-        return bool(self._filled[self._held[slot, : -(-end // self.size)]].all())
+        return bool(self._filled[self._table[slot, : -(-end // self.size)]].all())
 
     def granted(self, slots: np.ndarray) -> np.ndarray:
         """int64 [R]: positions for which the rows have pages of the scheduler's."""
         return self._slots.granted[self._group][slots] * self.size
 
-    def tables(self, slots: np.ndarray, longest: int) -> torch.Tensor:
-        """int32 [R, P]: the granted pages of each row, then its own, for `longest` positions."""
-        rows = self._device.to_device(torch.from_numpy(slots))
-        columns = torch.arange(-(-longest // self.size), device=rows.device)
-        table = self._slots.tables[self._group].index_select(0, rows)[:, : len(columns)]
-        granted = self._device.to_device(torch.from_numpy(self._slots.granted[self._group][slots]))[:, None]
-        own = (columns - granted).clamp_(max=self._own - 1) + self._first_own + rows[:, None] * self._own
-        if table.shape[1] < len(columns):
-            table = torch.nn.functional.pad(table, (0, len(columns) - table.shape[1]))
-        return torch.where(columns < granted, table, own).to(torch.int32)
-
     def batch(
-        self, slots: np.ndarray, tables: torch.Tensor, tokens: torch.Tensor, positions: np.ndarray,
-        starts: np.ndarray, lengths: np.ndarray, wanted: np.ndarray,
+        self, slots: np.ndarray, tokens: torch.Tensor, positions: np.ndarray, starts: np.ndarray, lengths: np.ndarray,
+        wanted: np.ndarray,
     ) -> Batch:  # fmt: skip
-        """A step: `tokens` [T] at `positions` of the rows, logits for the `wanted` ones."""
-        send = self._device.to_device
-        where = send(torch.from_numpy(positions))
-        row_of = send(torch.from_numpy(np.repeat(np.arange(len(slots)), np.diff(starts))))
-        pages = tables[row_of, where // self.size].long()
-        group = GroupInputs(self.size, tables, pages * self.size + where % self.size)
+        """A step: `tokens` [T] at `positions` of the rows, of which `starts` [R + 1] says where each begins and
+        `lengths` [R] how many positions it has then; logits for the `wanted` ones."""
+        row_of = np.repeat(slots, np.diff(starts))
+        places = self._table[row_of, positions // self.size].astype(np.int64) * self.size + positions % self.size
+        pages = self._table[:, : -(-int(lengths.max()) // self.size)].take(slots, axis=0)
+        group = GroupInputs(self.size, self._send(pages), self._send(places))
         return Batch(
             token_ids=tokens,
-            positions=where,
-            starts=send(torch.from_numpy(starts.astype(np.int32))),
-            lengths=send(torch.from_numpy(lengths.astype(np.int32))),
-            logit_rows=send(torch.from_numpy(wanted)),
-            rows=send(torch.from_numpy(slots)),
+            positions=self._send(positions),
+            starts=self._send(starts.astype(np.int32)),
+            lengths=self._send(lengths.astype(np.int32)),
+            logit_rows=self._send(wanted),
+            rows=self._send(slots),
             starts_host=starts.tolist(),
             lengths_host=lengths.tolist(),
             rows_host=slots.tolist(),
             groups=[group] * self.groups,
             caches=self.caches,
-            prompt_lengths=send(torch.from_numpy(self._slots.prompt_lens[slots])),
+            prompt_lengths=self._send(self._slots.prompt_lens[slots]),
         )
+
+    def _send(self, values: np.ndarray) -> torch.Tensor:
+        return self._device.to_device(torch.from_numpy(values))

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from quire.core.plan import Admission, Span, SpanResult
+from quire.core.plan import Admission, Span, SpanResult, StepPlan
 
 
 class History:
@@ -79,6 +79,10 @@ class Drafter(Protocol):
 
     def release(self, slot: int) -> None:
         """The row's request has left; the history still has what it said."""
+        ...
+
+    def begin(self, plan: StepPlan) -> None:
+        """A step is about to be computed, with the pages that its plan grants and copies."""
         ...
 
     def follow(self, seen: Seen) -> None:

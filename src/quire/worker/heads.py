@@ -9,10 +9,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from quire.core.plan import Admission
+from quire.core.plan import Admission, StepPlan
 from quire.kernels.table import Ops
+from quire.layers.batch import Batch
 from quire.models.medusa import MedusaHeads
 from quire.models.nextlayer import Head
+from quire.models.recorded import with_program
 from quire.worker.batch import Rows
 from quire.worker.device import Device
 from quire.worker.draft_pages import DraftPages
@@ -45,6 +47,9 @@ class MedusaDrafter:
 
     def release(self, slot: int) -> None:
         """Nothing is kept of a request that has left."""
+
+    def begin(self, plan: StepPlan) -> None:
+        """No pages are used."""
 
     def follow(self, seen: Seen) -> None:
         """Keep the last state of each row."""
@@ -87,12 +92,14 @@ class NextLayerDrafter:
         self._count = count
         self._longest = min(longest, slots.width - 1)
         self._device = device
-        self.pages = DraftPages(layer.layout, slots, count, cache_dtype, ops, device)
-        rows = slots.num_slots
+        self.pages = pages = DraftPages(layer.layout, slots, count, cache_dtype, ops, device)
+        rows, size = slots.num_slots, layer.layout.hidden_size
+        self._states = torch.zeros(rows, size, dtype=dtype, device=device.torch_device)
+        self._scored = torch.zeros_like(self._states)
+        sizes = [pages.size] * pages.groups
+        self._steps = with_program(layer, sizes, pages.num_pages, pages.caches, ops, self._states[0])
         # Positions whose keys and values are there; NEW before the first step, ALONE where it cannot be caught up with.
         self._ends = np.full(rows, NEW, dtype=np.int64)
-        self._states = torch.zeros(rows, layer.layout.hidden_size, dtype=dtype, device=device.torch_device)
-        self._scored = torch.zeros_like(self._states)
 
     def admit(self, new: Admission) -> None:
         """The new request goes on from its shared pages, if they hold the layer's keys."""
@@ -100,6 +107,10 @@ class NextLayerDrafter:
 
     def release(self, slot: int) -> None:
         """Nothing is kept of a request that has left."""
+
+    def begin(self, plan: StepPlan) -> None:
+        """What happens to the served model's pages happens to the layer's."""
+        self.pages.begin(plan.grants, plan.copies)
 
     def follow(self, seen: Seen) -> None:
         """Compute the layer at the positions of the step, for rows that were never left alone."""
@@ -116,13 +127,13 @@ class NextLayerDrafter:
         positions = offsets + np.repeat(begins, counts)
         tokens = self._history.tokens[np.repeat(slots, counts), positions + 1].astype(np.int64)
         hidden = seen.hidden.index_select(0, self._send(offsets + np.repeat(seen.firsts[rows], counts)))
-        tables = self.pages.tables(slots, int((begins + counts).max()))
         last = starts[1:] - 1
-        batch = self.pages.batch(slots, tables, self._send(tokens), positions, starts, begins + counts, last)
-        guessed = self._layer.forward(batch, self._layer.take(hidden))
+        batch = self.pages.batch(slots, self._send(tokens), positions, starts, begins + counts, last)
+        batch.states = self._layer.take(hidden)
+        states, scored = self._step(batch)
         where = self._send(slots)
-        self._states.index_copy_(0, where, guessed.states.index_select(0, batch.logit_rows))
-        self._scored.index_copy_(0, where, guessed.scored.index_select(0, batch.logit_rows))
+        self._states.index_copy_(0, where, states)
+        self._scored.index_copy_(0, where, scored)
         self._ends[slots] = begins + counts
         self.pages.note(slots, begins, counts, computed=True)
 
@@ -148,9 +159,8 @@ class NextLayerDrafter:
         """int64 [R, count]."""
         lengths = self._history.lengths[slots]
         rows = self._send(slots)
-        tables = self.pages.tables(slots, int(lengths.max()) + self._count)
         states, scored = self._states.index_select(0, rows), self._scored.index_select(0, rows)
-        starts, wanted = np.arange(len(slots) + 1), np.arange(len(slots))
+        starts = np.arange(len(slots) + 1)
         guesses = []
         for ahead in range(self._count):
             ends = lengths + ahead
@@ -158,10 +168,15 @@ class NextLayerDrafter:
             tokens = self._sampler.draw(self._layer.score(scored), Rows([], None, slots, ends, rows, self._send(ends)))
             guesses.append(tokens)
             if ahead + 1 < self._count:
-                batch = self.pages.batch(slots, tables, tokens, ends - 1, starts, ends, wanted)
-                guessed = self._layer.forward(batch, states)
-                states, scored = guessed.states, guessed.scored
+                batch = self.pages.batch(slots, tokens, ends - 1, starts, ends, starts[:-1])
+                batch.states = states
+                states, scored = self._step(batch)
         return self._device.to_host(torch.stack(guesses, dim=1)).numpy()
+
+    def _step(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the next position reads and what is scored, [R, size] each."""
+        found, size = self._steps.forward(batch), self._states.shape[1]
+        return found[:, :size], found[:, -size:]
 
     def _send(self, values: np.ndarray) -> torch.Tensor:
         return self._device.to_device(torch.from_numpy(values))

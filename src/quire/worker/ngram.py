@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from quire.core.plan import Admission
+from quire.core.plan import Admission, StepPlan
 from quire.worker.drafter import History, Seen
 
 
@@ -25,6 +25,9 @@ class NgramDrafter:
 
     def release(self, slot: int) -> None:
         """Nothing is kept of a request that has left."""
+
+    def begin(self, plan: StepPlan) -> None:
+        """No pages are used."""
 
     def follow(self, seen: Seen) -> None:
         """Hidden states mean nothing here."""

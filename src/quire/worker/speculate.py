@@ -55,8 +55,7 @@ class Speculator:
 
     def begin(self, plan: StepPlan) -> None:
         """Follow what a plan does with pages, before its step is computed."""
-        if self._pages is not None:
-            self._pages.begin(plan.grants, plan.copies)
+        self._drafter.begin(plan)
 
     def propose(self, spans: Sequence[Span], results: tuple[SpanResult, ...], began: float) -> tuple[SpanResult, ...]:
         """The results with guesses for the next step. `began` is when the step did, by time.perf_counter()."""

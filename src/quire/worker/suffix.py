@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from quire.core.plan import Admission
+from quire.core.plan import Admission, StepPlan
 from quire.worker.drafter import History, Seen
 from quire.worker.memory import GRAM, Memory
 
@@ -43,6 +43,9 @@ class SuffixDrafter:
         output = self._history.tokens[slot, self._begins[slot] : self._history.lengths[slot]].tolist()
         if len(output) > GRAM:
             self._memory.of(self._salts[slot]).add(output)
+
+    def begin(self, plan: StepPlan) -> None:
+        """No pages are used."""
 
     def follow(self, seen: Seen) -> None:
         """Hidden states mean nothing here."""

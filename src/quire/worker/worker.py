@@ -71,7 +71,7 @@ class Worker:
         self._ops: Ops = load_ops(setup.device)
         self._ops.set_threads(setup.threads)
         self._model: ServedModel | None = None
-        self._draft: ServedModel | MedusaHeads | Head | None = None
+        self._draft: ServedModel | MedusaHeads | None = None
         self._states: KeepsStates | None = None  # the model, where its states are wanted
         self._runner: Runner | None = None
 
@@ -166,8 +166,8 @@ class Worker:
         if isinstance(draft, MedusaHeads):
             return MedusaDrafter(draft, history, sampler, setup.draft.layout.hidden_size, count, setup.dtype, device)
         if wanted.method == "draft_model":
-            small, most = cast(ServedModel, draft), setup.max_num_batched_tokens
-            return ModelDrafter(small, history, slots, sampler, count, longest, kept, most, self._ops, device)
+            most = setup.max_num_batched_tokens
+            return ModelDrafter(draft, history, slots, sampler, count, longest, kept, most, self._ops, device)
         head, dtype = cast(Head, draft), setup.dtype
         return NextLayerDrafter(head, history, slots, sampler, count, longest, dtype, kept, self._ops, device)
 
