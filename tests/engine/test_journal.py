@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import pytest
 
@@ -11,7 +12,7 @@ from quire.core.plan import Event, TokenLogprobs
 from quire.core.request import CoreRequest
 from quire.core.stats import Stats
 from quire.engine.blackbox import MOST_TICKETS, BlackBox, new_file
-from quire.engine.journal import Journal
+from quire.engine.journal import Entry, Journal
 from quire.engine.suspects import CRASH, KILLED, Suspects
 from quire.engine.totals import Totals
 
@@ -54,37 +55,80 @@ def test_a_token_clears_of_suspicion() -> None:
     entries = [journal.open(request(name)) for name in "abc"]
     suspects = Suspects(journal)
     for _ in range(10):
-        assert suspects.died([entry.ticket for entry in entries], CRASH) is None and not suspects.searching
+        assert suspects.died([entry.ticket for entry in entries], KILLED) is None and not suspects.searching
         for entry in entries:
             entry.take(Event(entry.request.request_id, (1,)))
     assert suspects.died([], CRASH) is None and suspects.died([99], CRASH) is None
 
 
-def test_kills_from_outside_weigh_less_than_crashes() -> None:
-    for blame, deaths in ((CRASH, 2), (KILLED, 3)):
-        journal = Journal()
-        tickets = [journal.open(request(name)).ticket for name in "abcd"]
-        suspects = Suspects(journal)
-        for _ in range(deaths - 1):
-            suspects.died(tickets, blame)
-            assert not suspects.searching
-        suspects.died(tickets, blame)
-        assert (
-            suspects.on_trial == {1, 2} and [suspects.may_run(entry) for entry in journal] == [True] * 2 + [False] * 2
-        )
-        assert not suspects.acquit(1) and suspects.acquit(2) and suspects.on_trial == {3, 4}
-        assert all(suspects.may_run(entry) for entry in journal), "those that are cleared go on beside the others"
-        suspects.died([1, 2, 3], blame)  # only one of them is on trial
-        assert suspects.on_trial == {3} and [suspects.may_run(entry) for entry in journal] == [
-            False,
-            False,
-            True,
-            False,
-        ]
-        assert suspects.died([], blame) is None
-        for _ in range(2 if blame == KILLED else 0):
-            assert suspects.died([3], blame) is None
-        assert suspects.died([3], blame) is journal.get(3)
+def opened(journal: Journal, count: int, emitted: int = 1) -> list[Entry]:
+    entries = [journal.open(request(str(len(journal)))) for _ in range(count)]
+    for entry in entries:
+        entry.emitted.extend([1] * emitted)
+    return entries
+
+
+def tickets(entries: Sequence[Entry]) -> list[int]:
+    return [entry.ticket for entry in entries]
+
+
+@pytest.mark.parametrize(("blame", "before"), [(CRASH, 1), (KILLED, 2)])
+def test_kills_from_outside_weigh_less_than_crashes(blame: int, before: int) -> None:
+    """So many deaths together, then each is tried by itself; the death of one alone tells, of kills the third one."""
+    journal = Journal()
+    entries, suspects = opened(journal, 4), Suspects(journal)
+    for _ in range(before):
+        assert not suspects.searching and all(map(suspects.may_run, entries))
+        assert suspects.died(tickets(entries), blame) is None
+    assert [suspects.may_run(entry) for entry in entries] == [True, False, False, False]
+    assert not suspects.acquit(entries[2]), "it was not its turn"
+    assert suspects.acquit(entries[0]) and [suspects.may_run(entry) for entry in entries] == [False, True, False, False]
+    assert suspects.died([], blame) is None and suspects.died([99], blame) is None
+    for _ in range(0 if blame == CRASH else 2):
+        assert suspects.died(tickets(entries[1:2]), blame) is None
+    assert suspects.died(tickets(entries[1:2]), blame) is entries[1]
+    for entry in entries[1:]:
+        suspects.acquit(entry)
+    assert not suspects.searching and not any(entry.blame for entry in entries)
+
+
+def test_a_lone_request_is_ended_by_its_second_crash() -> None:
+    journal = Journal()
+    [entry], suspects = opened(journal, 1), Suspects(journal)
+    assert suspects.died([entry.ticket], CRASH) is None
+    assert suspects.died([entry.ticket], CRASH) is entry
+
+
+def test_who_never_got_a_token_is_tried_first() -> None:
+    journal = Journal()
+    entries, suspects = opened(journal, 64), Suspects(journal)
+    entries += opened(journal, 1, emitted=0)
+    suspects.died(tickets(entries), CRASH)
+    assert suspects.on_trial == entries[64:]
+    assert suspects.died(tickets(entries[64:]), CRASH) is entries[64]
+
+
+def test_an_eighth_of_the_suspects_is_tried_at_a_time() -> None:
+    journal = Journal()
+    entries, suspects = opened(journal, 64), Suspects(journal)
+    suspects.died(tickets(entries), CRASH)
+    for entry in entries[:8]:
+        suspects.acquit(entry)
+    assert suspects.on_trial == entries[8:16]
+    assert suspects.died(tickets(entries[10:16]), CRASH) is None, "two of them have not been computed"
+    assert suspects.on_trial == entries[10:11]
+    assert suspects.died(tickets(entries[10:11]), CRASH) is entries[10]
+
+
+def test_another_ticket_keeps_the_request() -> None:
+    journal = Journal()
+    first, second = opened(journal, 2)
+    before = first.ticket
+    journal.renew(first)
+    assert journal.get(before) is None and journal.get(first.ticket) is first is journal.find("0")
+    assert list(journal) == [second, first]
+    journal.close(first)
+    assert "0" not in journal and len(journal) == 1
 
 
 @pytest.mark.parametrize("blame", [CRASH, KILLED])
@@ -97,7 +141,7 @@ def test_the_guilty_are_found_and_nobody_else(seed: int, blame: int) -> None:
     suspects, deaths, most = Suspects(journal), 0, draw.randint(1, 70)
     convicted = set()
     while guilty - convicted:
-        running = [entry for entry in journal if suspects.may_run(entry)]
+        running = [entry for entry in entries if journal.get(entry.ticket) is entry and suspects.may_run(entry)]
         assert running, "everybody waits"
         batch = running[:most]  # as many as there are rows
         if any(entry.ticket in guilty for entry in batch):
@@ -106,16 +150,16 @@ def test_the_guilty_are_found_and_nobody_else(seed: int, blame: int) -> None:
             if culprit is not None:
                 convicted.add(culprit.ticket)
                 journal.close(culprit)
-                suspects.acquit(culprit.ticket)
+                suspects.acquit(culprit)
         else:
             for entry in batch:
                 entry.take(Event(entry.request.request_id, (1,)))
                 if len(batch) == most or draw.random() < 0.8:
                     journal.close(entry)  # it has ended
-                suspects.acquit(entry.ticket)
-        assert deaths < 60
+                suspects.acquit(entry)
     assert convicted == guilty
-    assert deaths <= len(guilty) * (2 if blame == CRASH else 5) + 7 * len(guilty)
+    # Together (once or twice), an eighth of up to 70, the ninth of that one, alone.
+    assert deaths <= len(guilty) * (4 if blame == CRASH else 7)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -133,11 +177,11 @@ def test_kills_at_random_convict_nobody(seed: int) -> None:
             continue
         for entry in draw.sample(running, (len(running) + 1) // 2):
             entry.take(Event(entry.request.request_id, (1,)))
-            suspects.acquit(entry.ticket)
+            suspects.acquit(entry)
     for _ in range(100):
         for entry in list(journal):
             if suspects.may_run(entry):
-                suspects.acquit(entry.ticket)
+                suspects.acquit(entry)
     assert all(suspects.may_run(entry) for entry in entries) and not suspects.searching
 
 

@@ -13,7 +13,7 @@ from quire.core.plan import NO_TIMES, Event
 from quire.core.request import CoreRequest
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Entry:
     """One live request: as it was made, and what came of it so far."""
 
@@ -23,6 +23,7 @@ class Entry:
     prompt_logprobs: int = 0  # handed out so far
     cached_tokens: int = 0  # as told with the first token
     blame: int = 0  # what the deaths weigh that it was in since its last token; see suspects.py
+    kills_alone: int = 0  # of these deaths: kills while nobody else was computed
     restarts: int = 0  # times it was given to another engine
     repeated: int = 0  # prompt log-probabilities that will come again, since its restart
 
@@ -42,7 +43,7 @@ class Entry:
                 self.cached_tokens = event.cached_tokens
         if event.tokens:
             self.emitted.extend(event.tokens)
-            self.blame = 0
+            self.blame = self.kills_alone = 0
         return event
 
     def restart(self) -> None:
@@ -52,7 +53,7 @@ class Entry:
 
 
 class Journal:
-    """All live requests, by ticket, in the order of their arrival."""
+    """All live requests by ticket, the oldest ticket first."""
 
     def __init__(self) -> None:
         self._entries: dict[int, Entry] = {}
@@ -64,7 +65,7 @@ class Journal:
         return len(self._entries)
 
     def __iter__(self) -> Iterator[Entry]:
-        """Entries, the oldest first."""
+        """Entries, the oldest ticket first."""
         return iter(list(self._entries.values()))
 
     def __contains__(self, request_id: str) -> bool:
@@ -74,11 +75,20 @@ class Journal:
     def open(self, request: CoreRequest) -> Entry:
         """Write down a new request. Its id must not be in use."""
         assert request.request_id not in self._tickets, "the caller has looked"
-        self._last += 1
-        entry = Entry(self._last, request)
-        self._entries[entry.ticket] = entry
-        self._tickets[request.request_id] = entry.ticket
+        entry = Entry(0, request)
+        self._issue(entry)
         return entry
+
+    def renew(self, entry: Entry) -> None:
+        """Give a live request another ticket: what the engine still says about the old one does not count."""
+        del self._entries[entry.ticket]
+        self._issue(entry)
+
+    def _issue(self, entry: Entry) -> None:
+        self._last += 1
+        entry.ticket = self._last
+        self._entries[entry.ticket] = entry
+        self._tickets[entry.request.request_id] = entry.ticket
 
     def get(self, ticket: int) -> Entry | None:
         """The entry of a ticket; None when the request has ended."""

@@ -285,7 +285,7 @@ class Supervisor:
             entry = self._journal.get(ticket)
             if entry is not None and ticket in self._running:
                 self._early.append(entry.take(Event(entry.request.request_id, (token,))))
-                self._after(entry, True)
+                self._cleared(entry)
         for found in message.events:
             entry = self._journal.get(found.ticket)
             if entry is not None and found.ticket in self._running:
@@ -294,19 +294,25 @@ class Supervisor:
                 if event.finish_reason is not None:
                     self._running.discard(entry.ticket)
                     self._end(entry)
-                else:
-                    self._after(entry, bool(event.tokens))
+                elif event.tokens:
+                    self._cleared(entry)
         if message.singles or message.events:
             self._vain_deaths = 0
 
-    def _after(self, entry: Entry, has_token: bool) -> None:
-        """A request that got a token is not to blame for anything."""
-        if has_token and self._suspects.acquit(entry.ticket):
+    def _cleared(self, entry: Entry) -> None:
+        """A request that got a token is not to blame for anything. It makes way while others are to be tried."""
+        if not self._suspects.searching:
+            return
+        others_may_run = self._suspects.acquit(entry)
+        if self._suspects.searching:
+            self._take_back(entry)
+            self._journal.renew(entry)
+        if others_may_run:
             self._give_all()
 
     def _end(self, entry: Entry) -> None:
         self._journal.close(entry)
-        if self._suspects.acquit(entry.ticket):
+        if self._suspects.acquit(entry):
             self._give_all()
 
     # ---------------------------------------------------------------- requests and the present process
