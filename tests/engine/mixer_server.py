@@ -1,7 +1,7 @@
 """The real server, as `quire serve` starts it, over an engine whose next token is a hash of all before it.
 
-python mixer_server.py [flags of quire serve]. Two first tokens of a prompt are special: POISON kills the engine process
-when it is computed, SLOW makes each step with it take a while.
+python mixer_server.py [flags of quire serve]. The first token of a prompt may be special: POISON kills the engine process
+when it is computed, SLOW and SLOWER make each step with it take a while.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from quire.engine.processes import Served, Tell, run
 from quire.engine.wire import Phase, Tokenizing
 from quire.serve.run import run_server
 
-POISON, SLOW = 7, 8
+POISON, SLOW, SLOWER = 7, 8, 9
+SECONDS = {SLOW: 0.002, SLOWER: 0.01}  # that a request with this first token adds to a step, on any machine
 MAX_MODEL_LEN = 2048
 MODEL = Path(quire.bundled.__file__).parent / "model"
 
@@ -35,8 +36,8 @@ def next_token(tokens: tuple[int, ...]) -> int:
     """The model."""
     if tokens[0] == POISON:
         os.kill(os.getpid(), signal.SIGKILL)
-    if tokens[0] == SLOW:
-        time.sleep(0.002)
+    if tokens[0] in SECONDS:
+        time.sleep(SECONDS[tokens[0]])
     return 20 + hash(tokens[-8:]) % 4000
 
 
