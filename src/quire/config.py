@@ -7,6 +7,7 @@ rules across sections, and everything that depends on the model or the machine, 
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
@@ -17,12 +18,26 @@ from quire.errors import ConfigError
 SPECULATION_METHODS = ("ngram", "suffix", "draft_model", "medusa", "eagle", "mtp")
 
 
-def option(default: Any = None, *, help: str, factory: Any = None, aliases: tuple[str, ...] = ()) -> Any:
-    """A config field with its help text; `aliases` are further flag names, such as "-tp"."""
-    metadata = {"help": help, "aliases": aliases}
+def option(
+    default: Any = None, *, help: str, factory: Any = None, aliases: tuple[str, ...] = (), least: float | None = None
+) -> Any:
+    """A config field with its help text; `aliases` are further flag names, such as "-tp". `least`: of a number."""
+    metadata = {"help": help, "aliases": aliases, "least": least}
     if factory is not None:
         return field(default_factory=factory, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def refuse_nonsense(section: Any) -> None:
+    """Raise ConfigError for a number of a section that is below its `least`, or none at all."""
+    for item in fields(section):
+        value = getattr(section, item.name)
+        least = item.metadata["least"]
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{item.name} is {value}; it must be a number.")
+        if least is not None and value is not None and value < least:
+            choice = ", or left out" if item.default is None else ""
+            raise ConfigError(f"{item.name} is {value}; it must be at least {least}{choice}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +64,9 @@ class ModelOptions:
         "auto",
         help="keep packed weights on disk for the next start; auto does where weights are quantized while loading",
     )
-    packed_cache_gb: float = option(50.0, help="most gigabytes that packed weights of all models may take on disk")
+    packed_cache_gb: float = option(
+        50.0, help="most gigabytes that packed weights of all models may take on disk", least=0
+    )
     model_impl: Literal["auto", "native", "transformers", "vllm"] = option(
         "auto", help="native class, or the Transformers code with its modules replaced; vllm means native"
     )
@@ -63,7 +80,9 @@ class ModelOptions:
     override_generation_config: dict[str, Any] = option(factory=dict, help="JSON object laid over those defaults")
     served_model_name: tuple[str, ...] = option((), help="names that clients may use; the first one is reported")
     chat_template: str | None = option(None, help="path of a chat template, or the template itself")
-    max_logprobs: int = option(20, help="most log-probabilities a request may ask for; -1 allows the vocabulary")
+    max_logprobs: int = option(
+        20, help="most log-probabilities a request may ask for; -1 allows the vocabulary", least=-1
+    )
     logprobs_mode: Literal["raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"] = option(
         "raw_logprobs", help="what is reported: before or after penalties, temperature and filters"
     )
@@ -71,38 +90,52 @@ class ModelOptions:
         (), help="module:name of functions that change scores for requests that ask; see docs/sampling.md"
     )
 
+    def __post_init__(self) -> None:
+        """Raise ConfigError for numbers that mean nothing."""
+        refuse_nonsense(self)
+
 
 @dataclass(frozen=True, slots=True)
 class CacheOptions:
     """The page pool."""
 
-    block_size: int | None = option(None, help="positions per page; chosen for the device when not given")
+    block_size: int | None = option(None, help="positions per page; chosen for the device when not given", least=1)
     gpu_memory_utilization: float | None = option(
         None, help="share of the memory that quire may use, 0 to 1; 0.92 on a GPU, on a CPU 0.5 of what is free"
     )
-    kv_cache_memory_bytes: int | None = option(None, help="bytes for the pages; wins over the share")
-    num_gpu_blocks_override: int | None = option(None, help="number of pages, for tests")
+    kv_cache_memory_bytes: int | None = option(None, help="bytes for the pages; wins over the share", least=1)
+    num_gpu_blocks_override: int | None = option(None, help="number of pages, for tests", least=1)
     kv_cache_dtype: Literal["auto", "bfloat16", "float32", "int8"] = option(
         "auto", help="data type of keys and values; int8 rounds each with a scale of its own and halves the memory"
     )
     enable_prefix_caching: bool = option(True, help="reuse the pages of prompts that begin alike")
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for numbers that mean nothing."""
+        refuse_nonsense(self)
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduleOptions:
     """How steps are filled."""
 
-    max_num_batched_tokens: int | None = option(None, help="positions computed in one step, at most")
-    max_num_seqs: int | None = option(None, help="requests running at once, at most")
+    max_num_batched_tokens: int | None = option(None, help="positions computed in one step, at most", least=1)
+    max_num_seqs: int | None = option(None, help="requests running at once, at most", least=1)
     scheduling_policy: Literal["fair", "fcfs", "priority"] = option(
         "fair",
         help="fair between API keys, then by priority and arrival; by arrival alone; or by priority, then arrival",
     )
     enable_chunked_prefill: bool = option(True, help="let a long prompt be computed over several steps")
-    long_prefill_token_threshold: int = option(0, help="most positions of one prompt in a step; 0 sets no limit")
+    long_prefill_token_threshold: int = option(
+        0, help="most positions of one prompt in a step; 0 sets no limit", least=0
+    )
     async_scheduling: bool | None = option(None, help="plan the next step while one runs; chosen by device")
-    max_num_queued_reqs: int | None = option(None, help="refuse requests when so many wait")
-    max_num_queued_tokens: int | None = option(None, help="refuse requests when so many prompt tokens wait")
+    max_num_queued_reqs: int | None = option(None, help="refuse requests when so many wait", least=1)
+    max_num_queued_tokens: int | None = option(None, help="refuse requests when so many prompt tokens wait", least=1)
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for numbers that mean nothing."""
+        refuse_nonsense(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +146,11 @@ class ParallelOptions:
     tensor_parallel_size: int = option(1, help="devices that share each layer", aliases=("-tp",))
     pipeline_parallel_size: int = option(1, help="devices that share the layers in turn", aliases=("-pp",))
     data_parallel_size: int = option(1, help="copies of the model", aliases=("-dp",))
-    threads: int | None = option(None, help="CPU threads; the cores this process may use when not given")
+    threads: int | None = option(None, help="CPU threads; the cores this process may use when not given", least=1)
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for numbers that mean nothing."""
+        refuse_nonsense(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,18 +234,22 @@ class ServeOptions:
     """The HTTP server."""
 
     host: str = option("127.0.0.1", help="address to listen on")
-    port: int = option(8000, help="port to listen on; 0 takes a free one")
+    port: int = option(8000, help="port to listen on; 0 takes a free one", least=0)
     uds: str | None = option(None, help="path of a Unix socket to listen on instead")
-    api_server_count: int = option(1, help="API processes in front of the engine; more than 1 for many streams")
+    api_server_count: int = option(
+        1, help="API processes in front of the engine; more than 1 for many streams", least=1
+    )
     api_key: tuple[str, ...] = option((), help="keys that clients must show; the variable QUIRE_API_KEY works too")
     api_key_file: str | None = option(None, help="file of further keys, one a line")
     allow_insecure: bool = option(False, help="allow a public address without an API key")
     share_prefix_cache: bool = option(False, help="let clients with different keys find each other's cached prompts")
     trust_request_chat_template: bool = option(False, help="accept chat templates from clients")
     template_timeout: float = option(5.0, help="seconds that a chat template may take for one request")
-    max_request_bytes: int = option(64 * 2**20, help="largest body of a request")
-    h11_max_incomplete_event_size: int = option(64 * 2**10, help="most bytes of a request's line and headers")
-    h11_max_header_count: int = option(256, help="most headers of a request")
+    max_request_bytes: int = option(16 * 2**20, help="largest body of a request", least=1)
+    h11_max_incomplete_event_size: int = option(
+        64 * 2**10, help="most bytes of a request's line and headers", least=1024
+    )
+    h11_max_header_count: int = option(256, help="most headers of a request", least=1)
     allowed_origins: tuple[str, ...] = option((), help="web pages that may call this server from a browser; * for all")
     allowed_methods: tuple[str, ...] = option(("*",), help="HTTP methods that these pages may use")
     allowed_headers: tuple[str, ...] = option(("*",), help="headers that these pages may send")
@@ -225,11 +266,13 @@ class ServeOptions:
     return_tokens_as_token_ids: bool = option(False, help="show tokens as token_id:N in log-probabilities")
     enable_force_include_usage: bool = option(False, help="send usage in every stream")
     enable_prompt_tokens_details: bool = option(False, help="report cached prompt tokens in usage")
-    stream_interval: int = option(1, help="tokens that are sent together in a stream; the first one goes at once")
-    sse_keep_alive_interval: float = option(
-        0.0, help="seconds of silence after which a stream sends a comment; 0: never"
+    stream_interval: int = option(
+        1, help="tokens that are sent together in a stream; the first one goes at once", least=1
     )
-    max_log_len: int = option(0, help="characters of each prompt that --enable-log-requests logs")
+    sse_keep_alive_interval: float = option(
+        0.0, help="seconds of silence after which a stream sends a comment; 0: never", least=0
+    )
+    max_log_len: int = option(0, help="characters of each prompt that --enable-log-requests logs", least=0)
     enable_request_account: bool = option(False, help="tell in usage.quire where the time of each request went")
     metrics_prefix: str = option(
         "quire", help="a second prefix for the names of metrics; vllm suits dashboards made for vLLM"
@@ -238,40 +281,26 @@ class ServeOptions:
         None, help="OpenTelemetry collector that gets a span for each request; needs quire[otel]"
     )
     log_format: Literal["text", "json"] = option("text", help="how the log is written")
-    max_stored_responses: int = option(1000, help="answers of /v1/responses that are kept in memory; 0 for none")
-    stall_timeout: float = option(120.0, help="seconds without a step, with work to do, from which on health is denied")
+    max_stored_responses: int = option(
+        1000, help="answers of /v1/responses that are kept in memory; 0 for none", least=0
+    )
+    stall_timeout: float = option(
+        120.0, help="seconds without a step, with work to do, from which on health is denied", least=0
+    )
     uvicorn_log_level: Literal["critical", "error", "warning", "info", "debug", "trace"] = option(
         "warning", help="how much the web server logs"
     )
     engine_timeout: float = option(
-        60.0, help="seconds without a word from the engine process after which it is started anew; 0: never"
+        60.0, help="seconds without a word from the engine process after which it is started anew; 0: never", least=0
     )
     engine_spare: bool = option(True, help="keep a second process ready, with its imports done, to take over at once")
-    shutdown_timeout: float = option(30.0, help="seconds that running requests get to finish after SIGTERM")
+    shutdown_timeout: float = option(30.0, help="seconds that running requests get to finish after SIGTERM", least=0)
 
     def __post_init__(self) -> None:
-        """Refuse numbers that mean nothing. Raises ConfigError."""
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if not value >= least:  # which is so for NaN, too
-                raise ConfigError(f"{name} is {value}; it must be at least {least}.")
+        """Raise ConfigError for numbers that mean nothing."""
+        refuse_nonsense(self)
         if not self.template_timeout > 0:
             raise ConfigError(f"template_timeout is {self.template_timeout}; it must be above 0.")
-
-
-_LEAST = {
-    "api_server_count": 1,
-    "max_request_bytes": 1,
-    "h11_max_incomplete_event_size": 1024,
-    "h11_max_header_count": 1,
-    "stream_interval": 1,
-    "sse_keep_alive_interval": 0,
-    "max_log_len": 0,
-    "max_stored_responses": 0,
-    "stall_timeout": 0,
-    "engine_timeout": 0,
-    "shutdown_timeout": 0,
-}
 
 
 @dataclass(frozen=True, slots=True)

@@ -202,20 +202,8 @@ def check_sections(options: EngineOptions) -> None:
     share = options.cache.gpu_memory_utilization
     if share is not None and not 0 < share <= 1:
         raise ConfigError(f"gpu_memory_utilization is {share}; it is a share of the memory: above 0, at most 1.")
-    for name, value in (
-        ("max_num_batched_tokens", options.schedule.max_num_batched_tokens),
-        ("max_num_seqs", options.schedule.max_num_seqs),
-        ("block_size", options.cache.block_size),
-        ("kv_cache_memory_bytes", options.cache.kv_cache_memory_bytes),
-        ("num_gpu_blocks_override", options.cache.num_gpu_blocks_override),
-        ("threads", options.parallel.threads),
-    ):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} is {value}; it must be at least 1, or left out to let quire choose.")
     if options.parallel.threads is not None and options.parallel.threads > MOST_THREADS:
         raise ConfigError(f"threads is {options.parallel.threads}; it must be at most {MOST_THREADS}.")
-    if options.model.max_logprobs < -1:
-        raise ConfigError(f"max_logprobs is {options.model.max_logprobs}; it must be at least 0, or -1 for all.")
     length = options.model.max_model_len
     if length is not None and length != -1 and length < 1:
         raise ConfigError(f"max_model_len is {length}; it must be at least 1, or -1 or auto to fit it to the memory.")

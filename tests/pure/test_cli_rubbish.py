@@ -32,6 +32,8 @@ from quire.resolve import MOST_THREADS, check_sections
         ("max_stored_responses", -1),
         ("api_server_count", 0),
         ("sse_keep_alive_interval", -1.0),
+        ("shutdown_timeout", float("inf")),
+        ("port", -1),
     ],
 )
 def test_numbers_of_the_server(name: str, value: float) -> None:
@@ -39,8 +41,22 @@ def test_numbers_of_the_server(name: str, value: float) -> None:
         ServeOptions(**{name: value})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("name", "value"), [("threads", MOST_THREADS + 1), ("threads", 0), ("max_logprobs", -2)])
-def test_numbers_of_the_engine(name: str, value: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("threads", MOST_THREADS + 1),
+        ("threads", 0),
+        ("max_logprobs", -2),
+        ("max_num_queued_reqs", -1),
+        ("max_num_queued_tokens", 0),
+        ("max_num_seqs", 0),
+        ("long_prefill_token_threshold", -5),
+        ("packed_cache_gb", -1.0),
+        ("packed_cache_gb", float("nan")),
+        ("num_gpu_blocks_override", 0),
+    ],
+)
+def test_numbers_of_the_engine(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=name):
         check_sections(EngineOptions.from_flat({name: value}))
 

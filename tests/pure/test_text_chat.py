@@ -122,3 +122,6 @@ def test_reading_a_template(tmp_path: Path) -> None:
     assert read_template(None) is None
     with pytest.raises(ConfigError, match="neither"):
         read_template(str(tmp_path / "absent.jinja"))
+    for wrong in ("{% if %}", "{% for message in messages %}", "{{ messages"):
+        with pytest.raises(ConfigError, match="no valid Jinja template.*in line 1"):
+            read_template(wrong)

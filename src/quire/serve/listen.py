@@ -28,8 +28,6 @@ def checked_keys(options: ServeOptions) -> tuple[str, ...]:
         raise ConfigError("--metrics-prefix must be a word of letters, digits and _, such as quire or vllm.")
     if options.uds is None:
         check_bind(options.host, keys, options.allow_insecure)
-    if options.api_server_count < 1:
-        raise ConfigError(f"--api-server-count must be at least 1, found {options.api_server_count}.")
     return keys
 
 

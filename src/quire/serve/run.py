@@ -19,6 +19,7 @@ from quire.engine.supervisor import Patience
 from quire.serve.fronts import run_fronts
 from quire.serve.listen import bind, checked_keys
 from quire.serve.setup import Processes, Setup
+from quire.text.chat import read_template
 
 if TYPE_CHECKING:
     from quire.serve.progress import Progress
@@ -41,6 +42,7 @@ def run_server(
     if options.log_format == "json":
         env.log_as_json()
     keys = checked_keys(options)
+    read_template(engine_options.model.chat_template)  # what is wrong with it is said before the model is loaded
     patience = Patience(silence=options.engine_timeout)
     if not options.engine_spare:
         patience = replace(patience, spare_after=None)

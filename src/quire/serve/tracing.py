@@ -5,6 +5,7 @@ A request with a traceparent header continues the caller's trace. Knows accounts
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
 SPAN = "llm_request"
+LAST_SECONDS = 2.0  # that the last spans get
 
 
 class Tracing:
@@ -68,8 +70,10 @@ class Tracing:
         }
 
     def close(self) -> None:
-        """Send what is left."""
-        self._provider.shutdown()
+        """Send what is left, and give up after a moment: a collector that is not there holds up nobody's end."""
+        closing = threading.Thread(target=self._provider.shutdown, daemon=True)
+        closing.start()
+        closing.join(LAST_SECONDS)
 
 
 def _wishes(params: SamplingParams) -> dict[str, int | float]:
@@ -118,6 +122,6 @@ def open_tracing(endpoint: str, model: str) -> Tracing:
         raise ConfigError(
             f"--otlp-traces-endpoint needs OpenTelemetry, and it is not installed ({error}). Run: pip install 'quire[otel]'"
         ) from error
-    provider = TracerProvider(resource=Resource.create({"service.name": "quire"}))
+    provider = TracerProvider(resource=Resource.create({"service.name": "quire"}), shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(exporter))
     return Tracing(provider, model)

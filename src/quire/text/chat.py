@@ -41,19 +41,33 @@ class ChatOptions:
 
 
 def read_template(option: str | None) -> str | None:
-    """The option chat_template, which is a path or the template itself, as a template."""
+    """The option chat_template, which is a path or the template itself, as a template. Raises ConfigError."""
     if option is None:
         return None
-    is_inline = any(mark in option for mark in ("{{", "{%", "\n"))
-    if is_inline:
-        return option
+    template = option if any(mark in option for mark in ("{{", "{%", "\n")) else _template_in(option)
     try:
-        return Path(option).read_text(encoding="utf-8")
+        _parsed(template)
+    except TemplateSyntaxError as error:
+        raise ConfigError(
+            f"chat_template is no valid Jinja template: {error.message}, in line {error.lineno}."
+        ) from error
+    except RecursionError as error:
+        raise ConfigError("chat_template is no valid Jinja template: it is nested too deeply.") from error
+    return template
+
+
+def _template_in(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"chat_template is {option!r}, which is neither a readable file nor a Jinja template (it has no '{{{{' and "
+            f"chat_template is {path!r}, which is neither a readable file nor a Jinja template (it has no '{{{{' and "
             "no '{%'). Give the path of a template, or its text."
         ) from error
+
+
+def _parsed(template: str) -> nodes.Template:
+    return ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols", GenerationTag]).parse(template)
 
 
 def prompt_text(tokenizer: Tokenizer, messages: Sequence[Any], options: ChatOptions = ChatOptions()) -> str:
@@ -214,9 +228,8 @@ def _tool_calls(calls: object, place: str) -> list[dict[str, Any]]:
 @lru_cache(maxsize=64)
 def _loops_over_content(template: str) -> bool:
     """True when a template goes through a message's content part by part instead of writing it as a string."""
-    environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols", GenerationTag])
     try:
-        tree = environment.parse(template)
+        tree = _parsed(template)
     except (TemplateSyntaxError, RecursionError):
         return False  # rendering says what is wrong with it
     aliases = {
