@@ -13,33 +13,34 @@ from quire.core.stats import Stats
 from quire.core.stop import STOPPED, Stop, check_stop
 
 
-def step_on(request: Request, span: Span, outcome: SpanResult) -> bool:
-    """The common case in one go: one position computed, one token that ends nothing, nothing else to note.
+def lone_token(span: Span, outcome: SpanResult) -> int | None:
+    """The token, where it is all that a span brought."""
+    if len(outcome.tokens) != 1 or outcome.slot != span.slot or any(outcome[2:]):
+        return None
+    return outcome.tokens[0]
+
+
+def step_on(request: Request, token: int) -> bool:
+    """The common case in one go: one position was computed, and its token ends nothing and fills no page.
 
     False, and nothing changed, if there is more to it.
     """
-    row, _, count, sample, _ = span
-    slot, made, _, prompt_logprobs, proposed, _, error = outcome
-    tokens = request.tokens
-    if (
-        count != 1  # drafts would make it more
-        or not sample
-        or len(made) != 1
-        or error is not None
-        or slot != row
-        or prompt_logprobs
-        or proposed
-        or request.drafting
-        or request.first_token is None
-        or made[0] in request.watched
-        or len(tokens) + 1 >= request.watch_from
-        or request.computed + 1 >= request.publish_at
-    ):
+    if request.computed >= request.quiet_until or token in request.watched:
         return False
-    tokens.append(made[0])
+    request.tokens.append(token)
     request.computed += 1
     request.in_flight -= 1
     return True
+
+
+def quiet_until(request: Request) -> int:
+    """The computed positions up to which step_on() may take a request without a look at its other fields.
+
+    It has a token more than positions computed while each span brings one.
+    """
+    if request.first_token is None or request.drafting:
+        return 0
+    return min(request.publish_at, request.watch_from - 1) - 1
 
 
 def contradiction(span: Span, outcome: SpanResult) -> str | None:

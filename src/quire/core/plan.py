@@ -8,10 +8,10 @@ Span, SpanResult and Event are made once per request and step: as named tuples t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, overload
 
 from quire.core.params import PoolingParams, SamplingParams
 
@@ -142,19 +142,46 @@ class SpanResult(NamedTuple):
     error: str | None = None  # this request failed; its neighbours did not
 
 
+class Singles(Sequence[SpanResult]):
+    """Results of spans that brought one token each and nothing else. A SpanResult is made where somebody looks at it."""
+
+    __slots__ = ("tokens", "_spans")
+
+    def __init__(self, spans: Sequence[Span], tokens: Sequence[int]) -> None:
+        self.tokens = tokens
+        self._spans = spans
+
+    def __len__(self) -> int:
+        """The number of spans."""
+        return len(self.tokens)
+
+    @overload
+    def __getitem__(self, index: int) -> SpanResult: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Singles: ...
+
+    def __getitem__(self, index: int | slice) -> SpanResult | Singles:
+        """One result, or some."""
+        if isinstance(index, slice):
+            return Singles(self._spans[index], self.tokens[index])
+        return SpanResult(self._spans[index].slot, (self.tokens[index],))
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """The outcome of StepPlan number `step`, one entry per span in the same order."""
 
     step: int
-    spans: tuple[SpanResult, ...]
+    spans: Sequence[SpanResult]
     seconds: float = 0.0
 
 
 class Event(NamedTuple):
     """What happened to one request in one step; EngineCore hands these to the Engine.
 
-    Times are readings of the scheduler's clock in seconds; a request that never ran has no "scheduled".
+    `cached_tokens` and `preemptions` are told with the first token and with the end. Times are readings of the scheduler's
+    clock in seconds; a request that never ran has no "scheduled".
     """
 
     request_id: str

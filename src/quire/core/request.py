@@ -75,6 +75,7 @@ class Request:
     epoch: int = GONE  # the step that admitted it; results of earlier steps are of an earlier life
     room: int = 0  # spans that begin before it, one position long, need nothing from the page tables
     publish_at: int = 0  # computed positions at which another page is full and gets its name
+    quiet_until: int = 0  # before so many computed positions, a token that is not watched is only appended
     snapshot_at: int = NOWHERE  # position at which the recurrent state is to be copied for later requests
     drafts: tuple[int, ...] = ()
     drafting: bool = False  # the worker proposes drafts for it, so it is not planned ahead of a sample

@@ -13,7 +13,18 @@ from collections import deque
 from collections.abc import Callable
 from itertools import pairwise
 
-from quire.core.landing import append, contradiction, last_event, next_event, step_on, take_drafts, times, unsent
+from quire.core.landing import (
+    append,
+    contradiction,
+    last_event,
+    lone_token,
+    next_event,
+    quiet_until,
+    step_on,
+    take_drafts,
+    times,
+    unsent,
+)
 from quire.core.options import SchedulerOptions
 from quire.core.picture import Picture, draw
 from quire.core.plan import (
@@ -21,6 +32,7 @@ from quire.core.plan import (
     Admission,
     Event,
     FinishReason,
+    Singles,
     Span,
     SpanResult,
     StepPlan,
@@ -323,7 +335,7 @@ class Scheduler:
         self._released.append(request.slot)
         self._slots.append(request.slot)
         request.slot, request.epoch, request.in_flight = NOWHERE, GONE, 0
-        request.drafts, request.drafting = (), False
+        request.drafts, request.drafting, request.quiet_until = (), False, 0
 
     def _admit_waiting(self, draft: Sketch) -> None:
         """Let requests in from the front of the line while slots, budget and pages last.
@@ -400,14 +412,19 @@ class Scheduler:
         assert flight.plan.step == plan.step == result.step, "results must be applied in the order of their plans"
         events: list[Event] = []
         step, now, before = plan.step, self._clock(), len(self._requests)
-        for request, span, outcome in zip(flight.rows, flight.plan.spans, result.spans, strict=True):
+        outcomes, totals = result.spans, self._totals
+        assert len(outcomes) == len(flight.rows), "each span has a result"
+        singles = outcomes.tokens if isinstance(outcomes, Singles) else None
+        for index, (request, span) in enumerate(zip(flight.rows, flight.plan.spans, strict=True)):
             if request.epoch > step:
                 continue  # ended or preempted meanwhile: computed for an earlier life
-            if step_on(request, span, outcome):
-                events.append(next_event(request, outcome.tokens, outcome.logprobs))
-                self._totals.generated_tokens += 1
-                continue
-            event = self._land(request, span, outcome, now)
+            if span.count == 1 and span.sample:  # drafts would make it more
+                token = lone_token(span, outcomes[index]) if singles is None else singles[index]
+                if token is not None and step_on(request, token):
+                    events.append(Event(request.given.request_id, (token,)))
+                    totals.generated_tokens += 1
+                    continue
+            event = self._land(request, span, outcomes[index], now)
             if event is not None:
                 events.append(event)
                 if event.finish_reason is not None:
@@ -441,6 +458,7 @@ class Scheduler:
                 take_drafts(request, outcome.drafts)
         if request.computed >= request.publish_at:
             self._tables.publish(request)
+        request.quiet_until = quiet_until(request)
         if stop is not None:
             return last_event(
                 request,

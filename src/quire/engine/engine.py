@@ -109,7 +109,7 @@ class Engine:
         self._completions: dict[str, Completion] = {}  # live ones, by their id in the core
         # What is on its way through a step, kept here so that nothing is lost when one raises in its middle.
         self._events: deque[Event] = deque()
-        self._changed: dict[str, dict[int, Completion]] = {}  # completions with news, by request and index
+        self._changed: dict[str, Generation] = {}  # requests with news
         self._ready: list[RequestOutput] = []
         self._notes = _StepNotes()
         self._told: Stats | None = None  # what the observer heard last
@@ -286,7 +286,12 @@ class Engine:
                 self._core.abort(completion.core_id)
                 completion.push(Event(completion.core_id, finish_reason=reason, error=error))
                 self._end(completion, self._clock())
-                self._changed.setdefault(generation.request_id, {})[completion.index] = completion
+                self._note_news(completion)
+
+    def _note_news(self, completion: Completion) -> None:
+        parent = completion.parent
+        parent.news[completion.index] = completion
+        self._changed[parent.request_id] = parent
 
     def _end_late(self, now: float) -> None:
         """End the requests whose time is over."""
@@ -319,8 +324,8 @@ class Engine:
             self._take(self._events[0], now)
             self._events.popleft()
         self._end_late(now)
-        for request_id, completions in list(self._changed.items()):
-            output = self._output(self._generations[request_id], completions)
+        for request_id, generation in list(self._changed.items()):
+            output = self._output(generation)
             if output is not None:
                 self._ready.append(output)
             del self._changed[request_id]
@@ -340,7 +345,7 @@ class Engine:
             logger.exception("request %s failed on the way from tokens to text", event.request_id)
             self._fail(completion, error, now)
         if parent.streams or not parent.unfinished:
-            self._changed.setdefault(parent.request_id, {})[completion.index] = completion
+            self._note_news(completion)
 
     def _absorb(self, completion: Completion, event: Event, now: float) -> None:
         parent = completion.parent
@@ -375,13 +380,10 @@ class Engine:
         completion.parent.unfinished -= 1
         self._notes.finished.append(_finished(completion, now))
 
-    def _output(self, generation: Generation, completions: dict[int, Completion]) -> RequestOutput | None:
+    def _output(self, generation: Generation) -> RequestOutput | None:
         """What a request has to tell. One whose output cannot be made ends with an error."""
-        changed = (
-            [completions[index] for index in sorted(completions)] if len(completions) > 1 else completions.values()
-        )
         try:
-            output = generation.output(list(changed), self.settings.with_metrics)
+            output = generation.output(self.settings.with_metrics)
         except Exception as error:
             logger.exception("the output of request %s cannot be made", generation.request_id)
             for completion in generation.completions:

@@ -6,6 +6,7 @@ Owned by the Engine's thread. Knows Streams and events; knows no scheduler and n
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from quire.core.params import RequestOutputKind, SamplingParams
@@ -89,8 +90,9 @@ class Completion:
     def _tell(self, event: Event) -> bool:
         """Turn new tokens into text. The token that ended the completion shows only when asked for."""
         assert self._stream is not None, "push() comes here only with a stream"
-        tokens = [*self._untold, *event.tokens]
-        self._untold = []
+        tokens: Sequence[int] = event.tokens
+        if self._untold:
+            tokens, self._untold = [*self._untold, *tokens], []
         delta = self._stream.push(tokens, ended=event.finish_reason == "stop" and bool(event.tokens))
         if delta.stop is not None:
             ended_by_core = event.finish_reason is not None
@@ -147,6 +149,7 @@ class Generation:
     arrival_time: float  # Unix seconds
     arrival: float  # monotonic seconds
     completions: list[Completion] = field(default_factory=list)
+    news: dict[int, Completion] = field(default_factory=dict)  # those that changed since the last output, by index
     prompt_logprobs: PromptLogprobs | None = None
     prompt_rows: list[list[float]] | None = None  # those of the tokens that the request names
     prompt_scored: int = 0  # tokens of the prompt
@@ -188,8 +191,12 @@ class Generation:
             elif self.prompt_logprobs is not None:
                 self.prompt_logprobs.append(named_logprobs(entry, tokenizer))
 
-    def output(self, changed: list[Completion], with_metrics: bool) -> RequestOutput | None:
-        """The RequestOutput for the completions that changed, None when the caller wants to wait for the end."""
+    def output(self, with_metrics: bool) -> RequestOutput | None:
+        """The RequestOutput for the completions with news, None when the caller wants to wait for the end."""
+        changed = list(self.news.values())
+        if len(changed) > 1:
+            changed.sort(key=lambda completion: completion.index)
+        self.news.clear()
         finished = self.unfinished == 0
         kind = self.params.output_kind
         if kind is RequestOutputKind.FINAL_ONLY:

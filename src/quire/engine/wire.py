@@ -13,6 +13,7 @@ import socket
 import struct
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
@@ -191,6 +192,7 @@ def core_id(ticket: int, request_id: str) -> str:
     return f"{request_id}#{ticket}"
 
 
+@lru_cache(maxsize=8192)  # asked for each token of a request
 def ticket_of(found: str) -> int:
     """The ticket in an id made by core_id."""
     return int(found.rpartition("#")[2])
@@ -239,8 +241,7 @@ def step_message(taken: int, events: Sequence[Event], stats: Stats, picture: Pic
     full: list[WireEvent] = []
     for event in events:
         ticket = ticket_of(event.request_id)
-        is_single = len(event.tokens) == 1 and event.finish_reason is None and not event.times
-        if is_single and not (event.logprobs or event.prompt_logprobs or event.pooled or event.error):
+        if len(event.tokens) == 1 and not event.times and not any(event[2:8]):  # no field but the numbers behind it
             singles.append((ticket, event.tokens[0]))
         else:
             full.append(WireEvent(ticket, *event[1:-1], dict(event.times)))

@@ -16,7 +16,7 @@ from quire.serve.layers import JsonRoute
 from quire.serve.logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from quire.serve.protocol import ChatRequest
 from quire.serve.service import Service, new_id
-from quire.serve.sse import event, json_response, stream, until_left
+from quire.serve.sse import Frame, json_response, stream, until_left
 from quire.serve.talk import Talk
 from quire.serve.usage import Usage
 from quire.text.speech import AnswerReader, tool_wish
@@ -81,33 +81,33 @@ class _Answer:
         """The answer as server-sent events, without the closing [DONE]. Each choice begins with its role."""
         forced = self.service.options.enable_force_include_usage
         continuous = forced or self.body.continuous_usage
+        frame, fingerprint = Frame(self._frame("chat.completion.chunk")), self.service.card.fingerprint
         usage = Usage(self.service.options.enable_prompt_tokens_details)
-        begun: set[int] = set()
+        begun = False
 
         def chunk(choice: dict[str, Any], finished: bool = False) -> dict[str, Any]:
-            content = self._frame("chat.completion.chunk") | {"choices": [choice]}
+            content: dict[str, Any] = {"choices": [choice]}
             if finished:
-                content["system_fingerprint"] = self.service.card.fingerprint
-            return content | ({"usage": usage.body()} if continuous else {})
+                content["system_fingerprint"] = fingerprint
+            if continuous:
+                content["usage"] = usage.body()
+            return content
 
         async for output in self.talk.outputs():
-            usage.add_prompt(0, len(output.prompt_token_ids), output.num_cached_tokens)
+            if not begun or output.finished:
+                usage.add_prompt(0, len(output.prompt_token_ids), output.num_cached_tokens)
             if not begun:
+                begun = True
                 for number in range(self.talk.params.n):
-                    yield event(chunk(self._opening(number)) | self._prompt_ids(output))
-                begun.add(0)
+                    yield frame.event(chunk(self._opening(number)) | self._prompt_ids(output))
             for completion in output.outputs:
                 usage.completion_tokens += len(completion.token_ids)
                 delta = self._delta(completion)
                 if delta is not None:
-                    yield event(chunk(delta, completion.finish_reason is not None))
+                    yield frame.event(chunk(delta, completion.finish_reason is not None))
         if forced or self.body.include_usage:
-            end = {
-                "choices": [],
-                "system_fingerprint": self.service.card.fingerprint,
-                "usage": usage.body() | self.talk.told(),
-            }
-            yield event(self._frame("chat.completion.chunk") | end)
+            told = usage.body() | self.talk.told()
+            yield frame.event({"choices": [], "system_fingerprint": fingerprint, "usage": told})
 
     def _frame(self, kind: str) -> dict[str, Any]:
         return {"id": self.talk.id, "object": kind, "created": self.created, "model": self.service.card.names[0]}

@@ -19,7 +19,7 @@ from quire.serve.layers import JsonRoute
 from quire.serve.logprobs import TokenNames, completion_logprobs, prompt_logprobs
 from quire.serve.protocol import CompletionRequest
 from quire.serve.service import LONG_TEXT, NOBODY, Job, Service, new_id
-from quire.serve.sse import event, json_response, stream, until_left
+from quire.serve.sse import Frame, json_response, stream, until_left
 from quire.serve.usage import Usage
 from quire.text.infill import infill_prompt
 
@@ -90,24 +90,28 @@ class _Answer:
         """The answer as server-sent events, without the closing [DONE]."""
         forced = self.service.options.enable_force_include_usage
         continuous = forced or self.body.continuous_usage
+        frame, fingerprint = Frame(self._frame()), self.service.card.fingerprint
         usage = Usage(self.service.options.enable_prompt_tokens_details)
         states: dict[int, _Choice] = {}
+        counts = not self.body.only_echo
         async for index, output in self._outputs():
-            usage.add_prompt(index, len(output.prompt_token_ids), output.num_cached_tokens)
             for completion in output.outputs:
                 number = index * self.params.n + completion.index
-                state = states.setdefault(number, _Choice())
-                usage.completion_tokens += 0 if self.body.only_echo else len(completion.token_ids)
-                chunk = self._frame() | {"choices": [self._delta(number, output, completion, state)]}
+                state = states.get(number)
+                if state is None:
+                    state = states[number] = _Choice()
+                    usage.add_prompt(index, len(output.prompt_token_ids), output.num_cached_tokens)
+                chunk: dict[str, Any] = {"choices": [self._delta(number, output, completion, state)]}
                 if completion.finish_reason is not None:
-                    chunk["system_fingerprint"] = self.service.card.fingerprint
+                    chunk["system_fingerprint"] = fingerprint
+                if counts:
+                    usage.completion_tokens += len(completion.token_ids)
                 if continuous:
                     chunk["usage"] = usage.body()
-                yield event(chunk)
+                yield frame.event(chunk)
         if forced or self.body.include_usage:
             told = usage.body() | self.service.told(self.body, self.account)
-            end = {"choices": [], "system_fingerprint": self.service.card.fingerprint, "usage": told}
-            yield event(self._frame() | end)
+            yield frame.event({"choices": [], "system_fingerprint": fingerprint, "usage": told})
 
     async def _outputs(self) -> AsyncGenerator[tuple[int, RequestOutput]]:
         special = self.body.add_special_tokens is not False
@@ -183,19 +187,19 @@ class _Answer:
 
     def _delta(self, number: int, output: RequestOutput, new: CompletionOutput, state: _Choice) -> dict[str, Any]:
         """One choice of a chunk. The first of each choice brings the prompt, where it is echoed."""
-        text, token_ids = new.text, new.token_ids
-        entries: list[Entry] = list(new.logprobs or [])
-        if self.body.echo and not state.begun:
-            before = self._prompt_entries(output)
-            text = self._prompt_text(output) + ("" if self.body.only_echo else text)
-            token_ids = [*output.prompt_token_ids, *([] if self.body.only_echo else token_ids)]
-            entries = [*before, *([] if self.body.only_echo else entries)]
+        body, text, token_ids = self.body, new.text, new.token_ids
+        entries: list[Entry] = list(new.logprobs or ())
+        begun, state.begun = state.begun, True
+        if body.echo and not begun:
+            before, only = self._prompt_entries(output), body.only_echo
+            text = self._prompt_text(output) + ("" if only else text)
+            token_ids = [*output.prompt_token_ids, *([] if only else token_ids)]
+            entries = [*before, *([] if only else entries)]
         shown = None
         if self.params.logprobs is not None and token_ids:
             shown = completion_logprobs(token_ids, entries, self.params.logprobs, self._names(), state.offset)
             state.offset += sum(len(token) for token in shown["tokens"])
-        wants_ids = bool(self.body.return_token_ids)
-        begun, state.begun = state.begun, True
+        wants_ids = bool(body.return_token_ids)
         return {
             "index": number,
             "text": text,
@@ -203,5 +207,5 @@ class _Answer:
             "finish_reason": new.finish_reason,
             "stop_reason": new.stop_reason,
             "prompt_token_ids": output.prompt_token_ids if wants_ids and not begun else None,
-            "token_ids": list(new.token_ids) if wants_ids else None,
+            "token_ids": new.token_ids if wants_ids else None,
         }

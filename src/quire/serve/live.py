@@ -12,7 +12,6 @@ from weakref import ref
 
 from quire.core.stats import Stats
 from quire.engine.engine import Place
-from quire.engine.outputs import RequestOutput
 
 FEW = 64  # requests that are over and may stay in the list
 FULL = 0.95  # share of the pages from which on they are what is missing
@@ -33,11 +32,11 @@ class LiveRequest:
     engine_ids: set[str] = field(default_factory=set)
     over: bool = False  # set by whoever answers it, at its end: a plain store, which cannot fail
 
-    def note(self, output: RequestOutput) -> None:
-        """Something came."""
+    def note(self, tokens: int) -> None:
+        """Something came; there are so many tokens now."""
         if self.first_output is None:
             self.first_output = time.monotonic()
-        self.output_tokens += sum(len(completion.token_ids) for completion in output.outputs)
+        self.output_tokens = tokens
 
 
 @dataclass(slots=True)

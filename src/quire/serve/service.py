@@ -25,7 +25,7 @@ from quire.engine.async_engine import AsyncEngine
 from quire.engine.beam_requests import Wishes, beam_output
 from quire.engine.beams import BeamSearchParams
 from quire.engine.metrics import Counted
-from quire.engine.outputs import RequestOutput
+from quire.engine.outputs import CompletionOutput, RequestOutput
 from quire.engine.prompts import TextPrompt, TokensPrompt
 from quire.engine.suspects import QUARANTINED
 from quire.errors import (
@@ -274,11 +274,13 @@ class Service:
             else:
                 sources = [self._search(live, index, job, beams, wishes) for index, job in enumerate(salted)]
             async with aclosing(merged(sources)) as found:
-                async for index, output in found:
-                    account.note(output)
-                    live.note(output)
-                    _raise_failed(output)
-                    yield index, output
+                async for item in found:
+                    account.note(item[1])
+                    live.note(account.output_tokens)
+                    for completion in item[1].outputs:
+                        if completion.finish_reason == "error":
+                            raise _failure_of(item[1].request_id, completion)
+                    yield item
         except BaseException as error:
             account.fail(error)
             raise
@@ -300,18 +302,13 @@ class Service:
         shown = "".join(f", prompt {str(job.prompt.get('prompt'))[:most]!r}" for job in jobs[:8]) if most > 0 else ""
         logger.info("%s arrived: %d prompts, %d tokens in, %s%s", request_id, len(jobs), known, params, shown)
 
-    def _one(
+    async def _one(
         self, live: LiveRequest, index: int, job: Job, params: SamplingParams, wishes: Wishes
-    ) -> AsyncGenerator[RequestOutput]:
+    ) -> AsyncGenerator[tuple[int, RequestOutput]]:
         """The outputs of one prompt, several tokens at a time where that is wanted."""
         engine_id = f"{live.id}-{index}-{uuid.uuid4().hex[:8]}"
         if params.stream_interval is None and self.options.stream_interval > 1:
             params = replace(params, stream_interval=self.options.stream_interval)
-        return self._tracked(live, engine_id, job, params, wishes)
-
-    async def _tracked(
-        self, live: LiveRequest, engine_id: str, job: Job, params: SamplingParams, wishes: Wishes
-    ) -> AsyncGenerator[RequestOutput]:
         live.engine_ids.add(engine_id)
         try:
             generation = self.engine.generate(
@@ -319,62 +316,63 @@ class Service:
             )
             async with aclosing(generation) as outputs:
                 async for output in outputs:
-                    yield output
+                    yield index, output
         finally:
             live.engine_ids.discard(engine_id)
 
     async def _search(
         self, live: LiveRequest, index: int, job: Job, beams: BeamSearchParams, wishes: Wishes
-    ) -> AsyncGenerator[RequestOutput]:
+    ) -> AsyncGenerator[tuple[int, RequestOutput]]:
         """The one output of a beam search over one prompt."""
         name = f"{live.id}-{index}-{uuid.uuid4().hex[:8]}"
         ids = [f"{name}-{beam}" for beam in range(beams.beam_width)]
         live.engine_ids.update(ids)
         try:
-            yield await beam_output(self.engine, job.prompt, beams, ids, wishes)
+            yield index, await beam_output(self.engine, job.prompt, beams, ids, wishes)
         finally:
             live.engine_ids.difference_update(ids)
 
 
-def _raise_failed(output: RequestOutput) -> None:
-    for completion in output.outputs:
-        if completion.finish_reason == "error":
-            logger.error("request %s failed while running: %s", output.request_id, completion.error)
-            if completion.error == LATE:
-                raise TimeOverError(LATE, "timeout")
-            if completion.error == QUARANTINED:
-                raise RequestFailedError(QUARANTINED)
-            raise RequestFailedError("This request failed while it was running. The server's log says why.")
+def _failure_of(request_id: str, completion: CompletionOutput) -> RequestFailedError | TimeOverError:
+    """What the client is told of a completion that failed."""
+    logger.error("request %s failed while running: %s", request_id, completion.error)
+    if completion.error == LATE:
+        return TimeOverError(LATE, "timeout")
+    if completion.error == QUARANTINED:
+        return RequestFailedError(QUARANTINED)
+    return RequestFailedError("This request failed while it was running. The server's log says why.")
 
 
-async def merged(sources: Sequence[AsyncGenerator[RequestOutput]]) -> AsyncGenerator[tuple[int, RequestOutput]]:
-    """All outputs of all sources, with the index of their source, as they come. The first error ends everything."""
-    if len(sources) == 1:
-        async with aclosing(sources[0]) as outputs:
-            async for output in outputs:
-                yield 0, output
-        return
-    queue: asyncio.Queue[tuple[int, RequestOutput | Exception | None]] = asyncio.Queue()
+_Numbered = tuple[int, RequestOutput]  # with the index of its prompt
 
-    async def pump(index: int, source: AsyncGenerator[RequestOutput]) -> None:
+
+def merged(sources: Sequence[AsyncGenerator[_Numbered]]) -> AsyncGenerator[_Numbered]:
+    """All outputs of all sources as they come. The first error ends everything."""
+    return sources[0] if len(sources) == 1 else _merged(sources)
+
+
+async def _merged(sources: Sequence[AsyncGenerator[_Numbered]]) -> AsyncGenerator[_Numbered]:
+    queue: asyncio.Queue[_Numbered | Exception | None] = asyncio.Queue()
+
+    async def pump(source: AsyncGenerator[_Numbered]) -> None:
         try:
-            async for output in source:
-                queue.put_nowait((index, output))
-            queue.put_nowait((index, None))
+            async for item in source:
+                queue.put_nowait(item)
+            queue.put_nowait(None)
         except Exception as error:
-            queue.put_nowait((index, error))
+            queue.put_nowait(error)
 
-    tasks = [asyncio.create_task(pump(index, source)) for index, source in enumerate(sources)]
+    tasks = [asyncio.create_task(pump(source)) for source in sources]
     try:
         open_sources = len(tasks)
         while open_sources:
-            index, item = await queue.get()
+            item = await queue.get()
             if isinstance(item, Exception):
                 raise item
             if item is None:
                 open_sources -= 1
             else:
-                yield index, item
+                yield item
     finally:
         for task in tasks:
             task.cancel()

@@ -30,6 +30,17 @@ def event(content: object) -> bytes:
     return b"data: " + _encode(content) + b"\n\n"
 
 
+class Frame:
+    """Events that begin with the same fields, which are written as JSON once. There must be at least one."""
+
+    def __init__(self, fields: dict[str, Any]) -> None:
+        self._head = b"data: " + _encode(fields)[:-1] + b","
+
+    def event(self, more: dict[str, Any]) -> bytes:
+        """An event with these fields besides, which must be others, and at least one."""
+        return self._head + _encode(more)[1:] + b"\n\n"
+
+
 def named_event(content: dict[str, Any]) -> bytes:
     """One server-sent event that says its type twice, in the JSON and as the event's name."""
     return b"event: " + content["type"].encode() + b"\n" + event(content)

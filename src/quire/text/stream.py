@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from quire.core.params import SamplingParams
 from quire.text.pieces import Pieces
@@ -20,8 +20,7 @@ CONTEXT_TOKENS = 6  # of the prompt, for decoders that look at neighbours
 LONGEST_WAIT = 16  # tokens after which what still is no character is shown as it is
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(NamedTuple):
     """What one push added. `used` tokens of those pushed belong to the output; a stop string drops the later ones."""
 
     text: str
@@ -71,15 +70,17 @@ class Stream:
         """
         if self._stopped:
             return Delta("")
-        shown: list[str] = []
-        for index, token_id in enumerate(token_ids):
+        shown = token_ids[:-1] if ended and not self._include_stop else token_ids
+        if self._stops is None:
+            step = self._reader.step
+            return Delta(self._hand_out("".join([step(token_id) for token_id in shown])), None, len(token_ids))
+        parts: list[str] = []
+        for used, token_id in enumerate(shown, 1):
             self._count += 1
-            if ended and index == len(token_ids) - 1 and not self._include_stop:
-                continue
-            stop = self._take(self._reader.step(token_id), shown)
+            stop = self._take(self._stops, self._reader.step(token_id), parts)
             if stop is not None:
-                return Delta(self._hand_out(shown), stop, index + 1)
-        return Delta(self._hand_out(shown), None, len(token_ids))
+                return Delta(self._hand_out("".join(parts)), stop, used)
+        return Delta(self._hand_out("".join(parts)), None, len(token_ids))
 
     def finish(self) -> str:
         """The sequence is over for another reason than a stop string: the rest of its text."""
@@ -88,30 +89,26 @@ class Stream:
         self._stopped = True
         rest = self._held + self._reader.rest()
         self._held = ""
-        return self._hand_out([rest])
+        return self._hand_out(rest)
 
-    def _hand_out(self, shown: list[str]) -> str:
-        text = "".join(shown)
+    def _hand_out(self, text: str) -> str:
         if text:
             self._parts.append(text)
             self._fresh.append(text)
         return text
 
-    def _take(self, text: str, shown: list[str]) -> str | None:
+    def _take(self, stops: _StopStrings, text: str, shown: list[str]) -> str | None:
         """Add one token's text to `shown`, less what must be held back; the stop string if it ends here."""
-        if self._stops is None:
-            shown.append(text)
-            return None
         buffer = self._held + text
         for index, character in enumerate(text):
-            self._state = self._stops.step(self._state, character)
-            stop = self._stops.match[self._state]
+            self._state = stops.step(self._state, character)
+            stop = stops.match[self._state]
             if stop is not None and self._count > self._min_tokens:
                 end = len(self._held) + index + 1
                 shown.append(buffer[: end if self._include_stop else end - len(stop)])
                 self._held, self._stopped = "", True
                 return stop
-        keep = 0 if self._include_stop else self._stops.depth[self._state]
+        keep = 0 if self._include_stop else stops.depth[self._state]
         split = len(buffer) - keep
         shown.append(buffer[:split])
         self._held = buffer[split:]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from quire.core.plan import Admission, Span, SpanResult, StepPlan, StepResult
+from quire.core.plan import Admission, Singles, Span, SpanResult, StepPlan, StepResult
 from quire.errors import RequestFailedError
 from quire.models.served import ServedModel
 from quire.worker.batch import Step, gather
@@ -85,23 +85,24 @@ class Runner:
                 logger.exception("request %s could not be taken in", new.request_id)
                 self._slots.errors[new.slot] = _describe(error)
 
-    def _compute(self, spans: Sequence[Span]) -> tuple[SpanResult, ...]:
+    def _compute(self, spans: Sequence[Span]) -> Sequence[SpanResult]:
         """Results of the spans, in their order; all together if that works, else one by one."""
         failed = self._slots.errors
         healthy = [span for span in spans if span.slot not in failed] if failed else spans
         if not healthy:
             return tuple(SpanResult(span.slot, error=failed[span.slot]) for span in spans)
+        results: Sequence[SpanResult]
         try:
             results = self._together(healthy)
         except Exception as error:
             logger.warning("a step of %d requests failed: %s; trying one by one", len(healthy), _describe(error))
             results = [self._alone(span, error if len(healthy) == 1 else None) for span in healthy]
         if not failed:
-            return tuple(results)
+            return results
         by_slot = {result.slot: result for result in results}
         return tuple(by_slot.get(span.slot) or SpanResult(span.slot, error=failed[span.slot]) for span in spans)
 
-    def _together(self, spans: Sequence[Span]) -> list[SpanResult]:
+    def _together(self, spans: Sequence[Span]) -> Sequence[SpanResult]:
         self._slots.guess(spans)
         step = gather(spans, self._slots, self._store.caches, self._device)
         self._sampler.begin(step.rows, self._model.layout.vocab_size)
@@ -152,11 +153,10 @@ class Runner:
         choices: Choices | None,
         logits: torch.Tensor,
         chosen_logits: torch.Tensor,
-    ) -> list[SpanResult]:
-        if choices is not None and step.rows.one_each and not step.prompts and not choices.logprobs:
-            tokens = choices.tokens_host
-            if min(tokens) >= 0:  # the common case, in one go
-                return [SpanResult(span.slot, (token,)) for span, token in zip(spans, tokens, strict=True)]
+    ) -> Sequence[SpanResult]:
+        plain = step.rows.one_each and not step.prompts
+        if plain and choices is not None and not choices.logprobs and min(choices.tokens_host) >= 0:
+            return Singles(spans, choices.tokens_host)  # the common case, in one go
         prompts = {part.span: self._sampler.prompt_logprobs(logits, part) for part in step.prompts}
         results = []
         row = 0

@@ -123,7 +123,7 @@ class StructuredOutputs:
         bits = words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=words.device) & 1
         return torch.where(bits.view(len(masks.using), -1)[:, : logits.shape[1]] != 0, 0.0, NEVER)
 
-    def guide(self, spans: Sequence[Span], results: tuple[SpanResult, ...]) -> tuple[SpanResult, ...]:
+    def guide(self, spans: Sequence[Span], results: Sequence[SpanResult]) -> Sequence[SpanResult]:
         """Take in what was chosen. Returns the results with drafts that the grammars allow, or even force."""
         if not self._rows:
             return results
