@@ -28,7 +28,7 @@ from quire.kernels.table import load_ops
 from quire.layers.spec import LayerSpec, ModelLayout, StateSpec
 from quire.resolve import choose_speculation, resolve
 from quire.worker.drafter import History, Seen
-from quire.worker.governor import COST, EARLY, LEAST_WAIT, MUCH, TRIAL, Governor
+from quire.worker.governor import BLIND, COST, EARLY, LEAST_WAIT, MUCH, TRIAL, Governor
 from quire.worker.ngram import NgramDrafter
 from quire.worker.sampler import Choices, Sampler
 from quire.worker.speculate import Speculator
@@ -134,6 +134,41 @@ def test_guesses_that_do_not_pay_cost_little(slowdown: float):
     assert not governor.open() or governor.wanted(32)
 
 
+def test_guesses_that_no_longer_pay_are_left_off_at_once():
+    """Texts that copied themselves have ended, others have begun: nobody waits for the next trial."""
+    governor = Governor()
+    for _ in range(10 * LEAST_WAIT):
+        governor.note(32, 64 if governor.wanted(32) else 32, 1.1 if governor.wanted(32) else 1.0)
+    assert governor.wanted(32)
+    drafted = 0
+    for _ in range(LEAST_WAIT):
+        drafted += governor.wanted(32)
+        governor.note(32, 32, 1.1 if governor.wanted(32) else 1.0)
+    assert drafted <= TRIAL
+
+
+def test_what_a_trial_takes_to_begin_counts():
+    """A draft that must read whole texts before its first guess is tried the more seldom."""
+    governor, taken, before = Governor(), 0.0, False
+    steps = 50_000
+    for _ in range(steps):
+        drafting = governor.wanted(32)
+        seconds = 1.0 if not drafting else 3.0 if before else 60.0
+        before = drafting
+        taken += seconds
+        governor.note(32, 32, seconds)
+    assert taken / steps < 1 + COST + 2 * (60 + 3 * TRIAL) / steps
+
+
+def test_a_trial_without_anything_to_go_on_from_ends():
+    governor, tried = Governor(), 0
+    for _ in range(5000):
+        drafting = governor.wanted(8)
+        tried += drafting
+        governor.note(8, 8, 1.02 if drafting else 1.0, blind=drafting)
+    assert BLIND <= tried < 5000 * COST / 0.02 + 2 * BLIND
+
+
 class Parrot:
     """A drafter that says what it is told, or fails."""
 
@@ -180,7 +215,7 @@ class Notebook(Governor):
     def wanted(self, rows: int) -> bool:
         return False
 
-    def note(self, rows: int, tokens: int, seconds: float) -> None:
+    def note(self, rows: int, tokens: int, seconds: float, blind: bool = False) -> None:
         self.seconds.append(seconds)
 
 

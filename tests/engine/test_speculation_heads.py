@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from quire import LLM, SamplingParams
 from quire.config import EngineOptions
-from quire.core.plan import Admission, GroupSpec, PageCopy, PageGrant
+from quire.core.plan import Admission, GroupSpec, PageCopy, PageGrant, Span, StepPlan
 from quire.errors import QuireError
 from quire.kernels.table import load_ops
 from quire.layers.spec import LayerSpec, ModelLayout
@@ -131,19 +131,28 @@ def test_pages_that_were_filled_without_the_head_are_known():
     slots = Slots(2, 60, [GroupSpec("full", 16, 9)], Device("cpu"))
     layout = ModelLayout((LayerSpec("head", heads=1, kv_heads=1, key_dim=8, value_dim=8),), 60, 8, "native")
     pages = DraftPages(layout, slots, 3, torch.float32, load_ops("cpu"), Device("cpu"))
-    pages.begin([PageGrant(0, 0, 0, (2, 5)), PageGrant(1, 0, 0, (3,))], [])
-    rows = np.array([0, 1])
-    pages.note(rows, np.array([0, 0]), np.array([20, 3]), computed=True)
-    assert pages.filled(0, 20) and pages.filled(1, 3)
-    pages.note(rows[:1], np.array([20]), np.array([1]), computed=False)
+    first, second = np.array([0]), np.array([1])
+    pages.begin(plan_of(PageGrant(0, 0, 0, (2, 5)), PageGrant(1, 0, 0, (3,))))
+    pages.note(np.array([0, 1]), np.array([0, 0]), np.array([20, 3]))
+    assert pages.filled(0, 20) and pages.filled(1, 3) and not pages.filled(1, 4)
     assert pages.filled(0, 16) and not pages.filled(0, 21)
-    pages.begin([PageGrant(0, 0, 2, (4,))], [])
-    pages.note(rows[:1], np.array([21]), np.array([15]), computed=True)
-    assert not pages.filled(0, 17), "what a page missed once it misses"
-    pages.begin([PageGrant(1, 0, 0, (2, 6))], [PageCopy(0, 4, 6)])  # a whole page of row 0, and one that it has begun
-    assert pages.filled(1, 20)
-    pages.begin([], [PageCopy(0, 5, 6)])
-    assert not pages.filled(1, 20)
+    pages.begin(plan_of(PageGrant(0, 0, 2, (4,)), start=20))
+    pages.note(first, np.array([32]), np.array([36]))
+    assert not pages.filled(0, 33), "what a page missed once it misses"
+    # A whole page of row 0, and a copy of one that it has begun.
+    pages.begin(plan_of(PageGrant(1, 0, 0, (2, 6)), start=20))
+    assert not pages.filled(1, 20), "nothing is there before the copy"
+    pages.copy([PageCopy(0, 5, 6)])
+    assert pages.filled(1, 20) and not pages.filled(1, 21)
+    pages.note(second, np.array([20]), np.array([32]))
+    assert pages.filled(1, 32)
+    pages.begin(plan_of(PageGrant(1, 0, 0, (5, 6)), start=0))
+    assert not pages.filled(1, 1), "another request has these pages now"
+
+
+def plan_of(*grants: PageGrant, start: int = 0) -> StepPlan:
+    """A step that grants pages to rows which go on from `start`."""
+    return StepPlan(0, grants=grants, spans=tuple(Span(grant.slot, start, 1, True) for grant in grants))
 
 
 def test_guesses_are_those_of_the_plain_head(monkeypatch: pytest.MonkeyPatch):
@@ -235,7 +244,7 @@ def test_a_next_layer_is_what_was_trained(heads: dict[str, dict[str, object]], k
     slots = Slots(1, 32, [GroupSpec("full", 16, 4)], Device("cpu"))
     slots.admit(Admission(0, "a", (1,), 1, SamplingParams(), 0))
     pages = DraftPages(layer.layout, slots, 3, torch.float32, ops, Device("cpu"))
-    pages.begin([PageGrant(0, 0, 0, (2,))])
+    pages.begin(plan_of(PageGrant(0, 0, 0, (2,))))
     row, ends = np.zeros(1, dtype=np.int64), np.array([9])
     batch = pages.batch(row, ids, np.arange(9), np.array([0, 9]), ends, np.arange(9))
     batch.states = states

@@ -54,7 +54,7 @@ class ModelDrafter:
 
     def begin(self, plan: StepPlan) -> None:
         """Pages are followed; what they hold is computed anew where it is not this row's own, so copies are not."""
-        self._pages.begin(plan.grants)
+        self._pages.begin(plan)
 
     def follow(self, seen: Seen) -> None:
         """Hidden states mean nothing here."""

@@ -1,8 +1,8 @@
 """DraftPages: keys and values of a drafter's own layers, and the steps that it computes with them.
 
 They lie in tensors of their own under the page numbers of the served model: what the scheduler gives a request holds both,
-and what it has copied is copied in both. A page may have been filled while nobody drafted: which ones hold the drafter's
-keys is remembered. Positions beyond the granted pages use a few pages that belong to the row, and are computed again.
+and what it has copied is copied in both. A page may have been filled while nobody drafted: how far each one holds the
+drafter's keys is remembered. Positions beyond the granted pages use a few pages of the row's own, and are computed again.
 All that is known on the host, so a step costs a few look-ups there.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from quire.core.plan import GroupSpec, PageCopy, PageGrant
+from quire.core.plan import GroupSpec, PageCopy, StepPlan
 from quire.kernels.table import Ops
 from quire.layers.batch import Batch, GroupInputs
 from quire.layers.spec import ModelLayout
@@ -44,16 +44,22 @@ class DraftPages:
         # Of each row: the pages granted to it, and its own ones behind them.
         width = table_width(shared, slots.width) + self._own
         self._table = np.zeros((slots.num_slots, width), dtype=np.int32)
-        self._filled = np.zeros(shared.num_pages, dtype=bool)  # pages with keys wherever the served model has some
+        self._filled = np.zeros(shared.num_pages, dtype=np.int32)  # positions of each page, from its first one on
 
-    def begin(self, grants: Sequence[PageGrant], copies: Sequence[PageCopy] = ()) -> None:
+    def begin(self, plan: StepPlan) -> None:
         """Follow what a plan does with pages, before its step is computed."""
-        for grant in grants:
+        starts = {span.slot: span.start for span in plan.spans} if plan.grants else {}
+        for grant in plan.grants:
             if grant.group == self._group:
                 row, end = self._table[grant.slot], grant.index + len(grant.pages)
                 first = self._first_own + grant.slot * self._own
                 row[grant.index : end] = grant.pages
                 row[end : end + self._own] = range(first, first + self._own)
+                fresh = max(starts[grant.slot] // self.size, grant.index)  # those before it hold what others computed
+                self._filled[row[fresh:end]] = 0
+
+    def copy(self, copies: Sequence[PageCopy]) -> None:
+        """Do what a plan does with the served model's pages, behind begin()."""
         mine = [item for item in copies if item.group == self._group]
         if mine:
             self._store.copy(
@@ -62,20 +68,18 @@ class DraftPages:
             for item in mine:
                 self._filled[item.target] = self._filled[item.source]
 
-    def note(self, slots: np.ndarray, starts: np.ndarray, counts: np.ndarray, computed: bool) -> None:
-        """Rows have moved on by the positions [start, start + count), int64 [R] each, which the drafter
-        `computed` or not."""
-        first, last = starts // self.size, (starts + counts - 1) // self.size
-        if computed:
-            first = -(-starts // self.size)  # a page begun earlier stays as it was
-            slots, first, last = slots[first <= last], first[first <= last], last[first <= last]
-        self._filled[self._table[slots, first]] = computed
-        for row in np.flatnonzero(first < last).tolist():
-            self._filled[self._table[slots[row], first[row] : last[row] + 1]] = computed
+    def note(self, slots: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> None:
+        """The positions [start, end) of rows, at least one each, were computed behind those there, int64 [R] each."""
+        last = (ends - 1) // self.size
+        self._filled[self._table[slots, last]] = ends - last * self.size
+        for row in np.flatnonzero(starts // self.size < last).tolist():
+            self._filled[self._table[slots[row], starts[row] // self.size : last[row]]] = self.size
 
     def filled(self, slot: int, end: int) -> bool:
         """Whether the pages of a row hold the drafter's keys of all positions before `end`."""
-        return bool(self._filled[self._table[slot, : -(-end // self.size)]].all())
+        pages = self._table[slot, : -(-end // self.size)]
+        needed = np.minimum(end - self.size * np.arange(len(pages)), self.size)
+        return bool((self._filled[pages] >= needed).all())
 
     def granted(self, slots: np.ndarray) -> np.ndarray:
         """int64 [R]: positions for which the rows have pages of the scheduler's."""
@@ -83,19 +87,28 @@ class DraftPages:
 
     def batch(
         self, slots: np.ndarray, tokens: torch.Tensor, positions: np.ndarray, starts: np.ndarray, lengths: np.ndarray,
-        wanted: np.ndarray,
+        wanted: np.ndarray, firsts: np.ndarray | None = None,
     ) -> Batch:  # fmt: skip
         """A step: `tokens` [T] at `positions` of the rows, of which `starts` [R + 1] says where each begins and
-        `lengths` [R] how many positions it has then; logits for the `wanted` ones."""
+        `lengths` [R] how many positions it has then; logits for the `wanted` ones.
+
+        Rows see nothing of their pages before the positions `firsts` [R], where a page begins.
+        """
         row_of = np.repeat(slots, np.diff(starts))
         places = self._table[row_of, positions // self.size].astype(np.int64) * self.size + positions % self.size
-        pages = self._table[:, : -(-int(lengths.max()) // self.size)].take(slots, axis=0)
+        seen = lengths if firsts is None else lengths - firsts
+        columns = np.arange(-(-int(seen.max()) // self.size))
+        if firsts is None or not firsts.any():
+            pages = self._table[:, : len(columns)].take(slots, axis=0)
+        else:
+            skipped = np.minimum(columns + (firsts // self.size)[:, None], self._table.shape[1] - 1)
+            pages = np.take_along_axis(self._table[slots], skipped, axis=1)
         group = GroupInputs(self.size, self._send(pages), self._send(places))
         return Batch(
             token_ids=tokens,
             positions=self._send(positions),
             starts=self._send(starts.astype(np.int32)),
-            lengths=self._send(lengths.astype(np.int32)),
+            lengths=self._send(seen.astype(np.int32)),
             logit_rows=self._send(wanted),
             rows=self._send(slots),
             starts_host=starts.tolist(),

@@ -12,12 +12,13 @@ from statistics import fmean
 TRIAL = 8  # steps of a way, after the first, that decide about it
 EARLY = 3  # steps that are enough where the other way is much better
 MUCH = 1.2
-# Drafting is to bring this many times the tokens at least: over a few steps less is luck, and rows that no guess is right
-# for wait longer for their steps, so that a batch may end later although it made more tokens at first.
+# Drafting is to bring this many times the tokens at least to be begun with: over a few steps less is luck, and rows that
+# no guess is right for wait longer for their steps, so that a batch may end later although it made more tokens at first.
 GAIN = 1.1
 COST = 0.01  # share of the time that trying the losing way may take
 LEAST_WAIT = 64  # steps between two trials
 MOST_WAIT = 16384
+BLIND = 64  # steps of a trial in which the drafter may be without guesses for want of what it goes on from
 
 
 @dataclass(slots=True)
@@ -29,9 +30,31 @@ class _Ways:
     limit: int = EARLY  # after which the other one is tried
     trial: bool = True  # the present way is on trial
     confirmed: int = 0  # trials in a row with the same winner
+    blind: int = 0  # steps of the trial that say nothing of the way
+    spent: float = 0.0  # seconds of the trial, all its steps counted
+    made: int = 0  # tokens in them
     rates: dict[bool, float] = field(default_factory=dict)  # tokens per second
-    seconds: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)  # of the latest steps
     tokens: list[int] = field(default_factory=list)
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second. Other programs make single steps slow; the middle half of them does not mind."""
+        ends = len(self.seconds) // 4
+        middle = sorted(self.seconds)[ends : len(self.seconds) - ends]
+        return fmean(self.tokens) / max(fmean(middle), 1e-9)
+
+    @property
+    def other(self) -> float:
+        """What the way had that is not the present one; 0 when it was never tried."""
+        return self.rates.get(not self.drafting, 0.0)
+
+    def turn(self, drafting: bool, limit: float, trial: bool) -> None:
+        """From now on this way."""
+        self.drafting, self.limit, self.trial = drafting, int(min(max(limit, EARLY), MOST_WAIT)), trial
+        self.steps = self.blind = self.made = 0
+        self.spent = 0.0
+        self.seconds, self.tokens = [], []
 
 
 class Governor:
@@ -50,47 +73,52 @@ class Governor:
         latest = self._latest
         return latest is None or latest.drafting or latest.trial
 
-    def note(self, rows: int, tokens: int, seconds: float) -> None:
-        """A step of `rows` rows, each of which was up to date, brought `tokens` tokens in `seconds`."""
+    def note(self, rows: int, tokens: int, seconds: float, blind: bool = False) -> None:
+        """A step of `rows` rows, each of which was up to date, brought `tokens` tokens in `seconds`. `blind`: drafts were
+        wanted, and the drafter did not have what it goes on from."""
         ways = self._latest = self._ways(rows)
         ways.steps += 1
-        if ways.steps == 1:
+        ways.spent += seconds
+        ways.made += tokens
+        if blind and ways.trial:
+            ways.blind += 1
+            if ways.blind > BLIND:
+                self._lost(ways, rows)
+            return
+        if ways.steps - ways.blind == 1:
             return  # the first step after a change still does what was prepared the other way
         ways.seconds = [*ways.seconds[1 - TRIAL :], seconds]
         ways.tokens = [*ways.tokens[1 - TRIAL :], tokens]
-        hopeless = ways.trial and len(ways.seconds) == EARLY and self._rate(ways) * MUCH < self._other(ways)
-        if ways.steps > ways.limit or hopeless:
-            self._judge(ways)
-
-    @staticmethod
-    def _rate(ways: _Ways) -> float:
-        """Tokens per second. Other programs make single steps slow; the middle half of them does not mind."""
-        ends = len(ways.seconds) // 4
-        middle = sorted(ways.seconds)[ends : len(ways.seconds) - ends]
-        return fmean(ways.tokens) / max(fmean(middle), 1e-9) / (GAIN if ways.drafting else 1.0)
-
-    @staticmethod
-    def _other(ways: _Ways) -> float:
-        return ways.rates.get(not ways.drafting, 0.0)
-
-    def _judge(self, ways: _Ways) -> None:
-        """The way's time is up: take the better one, or try the other."""
-        rate = ways.rates[ways.drafting] = self._rate(ways)
-        other = self._other(ways)
-        if not other or not ways.trial:
-            self._turn(ways, not ways.drafting, TRIAL, trial=True)
+        if not ways.trial and ways.drafting and len(ways.seconds) == TRIAL and ways.rate < ways.other:
+            # It has paid, and no longer does: the texts go on otherwise, or others have begun.
+            ways.confirmed = 0
+            ways.turn(False, LEAST_WAIT, trial=False)
             return
-        # The way that is tried has been the losing one, unless this is the first comparison.
-        ways.confirmed = 0 if rate > other else ways.confirmed + 1
-        loss = max(rate, other) / max(min(rate, other), 1e-9) - 1.0
-        wait = TRIAL * loss / COST * 2 ** min(ways.confirmed, 4)
-        better = ways.drafting if rate > other else not ways.drafting
-        self._turn(ways, better, int(min(max(wait, LEAST_WAIT), MOST_WAIT)), trial=False)
+        hopeless = ways.trial and len(ways.seconds) == EARLY and ways.rate * MUCH < ways.other
+        if ways.steps - ways.blind > ways.limit or hopeless:
+            self._judge(ways, rows)
 
-    def _turn(self, ways: _Ways, drafting: bool, limit: int, trial: bool) -> None:
-        ways.drafting, ways.limit, ways.trial = drafting, limit, trial
-        ways.steps = 0
-        ways.seconds, ways.tokens = [], []
+    def _judge(self, ways: _Ways, rows: int) -> None:
+        """The way's time is up: take the better one, or try the other."""
+        ways.rates[ways.drafting] = ways.rate
+        if not ways.other or not ways.trial:
+            ways.turn(not ways.drafting, TRIAL, trial=True)
+        elif ways.rates[True] > ways.rates[False] * GAIN:
+            ways.confirmed = 0 if ways.drafting else ways.confirmed + 1
+            loss = TRIAL * (ways.rates[True] / ways.rates[False] - 1.0)
+            ways.turn(True, max(LEAST_WAIT, loss / COST * 2 ** min(ways.confirmed, 4)), trial=False)
+        elif ways.drafting:
+            self._lost(ways, rows)
+        else:
+            ways.confirmed = 0
+            ways.turn(False, LEAST_WAIT, trial=False)
+
+    @staticmethod
+    def _lost(ways: _Ways, rows: int) -> None:
+        """Drafting was tried and does not pay: it is not tried again before the time that this took is a small share."""
+        ways.confirmed += 1
+        loss = (ways.spent * ways.other - ways.made) / rows  # in steps without drafts, which bring a token for each row
+        ways.turn(False, max(LEAST_WAIT, loss / COST * 2 ** min(ways.confirmed - 1, 4)), trial=False)
 
     def _ways(self, rows: int) -> _Ways:
         """Batches between two powers of two are alike."""

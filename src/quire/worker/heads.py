@@ -1,7 +1,7 @@
 """Drafters that go on from the served model's own last hidden states: Medusa heads, and a further layer (EAGLE, MTP).
 
-They see every step of a row from its first one; a row that was left alone for a while is not drafted for any more, nor is
-one that shares its pages.
+States are there only of steps that were computed while somebody wanted them. A row that was left alone for a while is
+drafted for again all the same: at once by Medusa heads, from its next page on by a layer.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from quire.worker.draft_pages import DraftPages
 from quire.worker.drafter import History, Seen
 from quire.worker.sampler import Sampler
 from quire.worker.slots import Slots
-
-NEW, ALONE = -1, -2
 
 
 class MedusaDrafter:
@@ -92,61 +90,64 @@ class NextLayerDrafter:
         self._count = count
         self._longest = min(longest, slots.width - 1)
         self._device = device
-        self.pages = pages = DraftPages(layer.layout, slots, count, cache_dtype, ops, device)
+        self._pages = pages = DraftPages(layer.layout, slots, count, cache_dtype, ops, device)
         rows, size = slots.num_slots, layer.layout.hidden_size
         self._states = torch.zeros(rows, size, dtype=dtype, device=device.torch_device)
         self._scored = torch.zeros_like(self._states)
         sizes = [pages.size] * pages.groups
         self._steps = with_program(layer, sizes, pages.num_pages, pages.caches, ops, self._states[0])
-        # Positions whose keys and values are there; NEW before the first step, ALONE where it cannot be caught up with.
-        self._ends = np.full(rows, NEW, dtype=np.int64)
+        # Of each row, the positions whose keys and values are there: from the beginning of a page up to an end.
+        self._firsts = np.zeros(rows, dtype=np.int64)
+        self._ends = np.zeros(rows, dtype=np.int64)
 
     def admit(self, new: Admission) -> None:
-        """The new request goes on from its shared pages, if they hold the layer's keys."""
-        self._ends[new.slot] = NEW
+        """Nothing is there of the new request but what its shared pages hold."""
+        self._firsts[new.slot] = self._ends[new.slot] = 0
 
     def release(self, slot: int) -> None:
         """Nothing is kept of a request that has left."""
 
     def begin(self, plan: StepPlan) -> None:
         """What happens to the served model's pages happens to the layer's."""
-        self.pages.begin(plan.grants, plan.copies)
+        self._pages.begin(plan)
+        self._pages.copy(plan.copies)
 
     def follow(self, seen: Seen) -> None:
-        """Compute the layer at the positions of the step, for rows that were never left alone."""
-        whole = self._whole(seen)
-        if not whole.all():
-            self._ends[seen.slots[~whole]] = ALONE
-            self.pages.note(seen.slots[~whole], seen.starts[~whole], seen.counts[~whole], computed=False)
-        rows = np.flatnonzero(whole & (seen.counts > 0))
+        """Compute the layer at the positions of the step, but for those before a row's first one."""
+        begins, ends = np.maximum(seen.starts, self._from(seen)), seen.starts + seen.counts
+        rows = np.flatnonzero(begins < ends)
         if not rows.size:
             return
-        slots, begins, counts = seen.slots[rows], seen.starts[rows], seen.counts[rows]
+        slots, begins, ends = seen.slots[rows], begins[rows], ends[rows]
+        counts = ends - begins
         starts = np.concatenate([[0], np.cumsum(counts)])
         offsets = np.arange(starts[-1]) - np.repeat(starts[:-1], counts)
         positions = offsets + np.repeat(begins, counts)
         tokens = self._history.tokens[np.repeat(slots, counts), positions + 1].astype(np.int64)
-        hidden = seen.hidden.index_select(0, self._send(offsets + np.repeat(seen.firsts[rows], counts)))
-        last = starts[1:] - 1
-        batch = self.pages.batch(slots, self._send(tokens), positions, starts, begins + counts, last)
+        computed = seen.firsts[rows] + begins - seen.starts[rows]
+        hidden = seen.hidden.index_select(0, self._send(offsets + np.repeat(computed, counts)))
+        batch = self._pages.batch(
+            slots, self._send(tokens), positions, starts, ends, starts[1:] - 1, self._firsts[slots]
+        )
         batch.states = self._layer.take(hidden)
         states, scored = self._step(batch)
         where = self._send(slots)
         self._states.index_copy_(0, where, states)
         self._scored.index_copy_(0, where, scored)
-        self._ends[slots] = begins + counts
-        self.pages.note(slots, begins, counts, computed=True)
+        self._ends[slots] = ends
+        self._pages.note(slots, begins, ends)
 
-    def _whole(self, seen: Seen) -> np.ndarray:
-        """bool [R]: rows whose keys and values are there up to where the step began."""
-        ends = self._ends[seen.slots]
-        whole = (seen.starts <= ends) | ((seen.starts == 0) & (ends == NEW))
-        for row in np.flatnonzero((ends == NEW) & (seen.starts > 0)).tolist():
-            whole[row] = self.pages.filled(int(seen.slots[row]), int(seen.starts[row]))
-        return whole
+    def _from(self, seen: Seen) -> np.ndarray:
+        """int64 [R]: the first position of each row. With keys missing before the step, none before its next page are
+        looked at; the layer's keys follow from the states alone, so those that it has are right whatever is missing."""
+        for row in np.flatnonzero(seen.starts > self._ends[seen.slots]).tolist():
+            slot, start = int(seen.slots[row]), int(seen.starts[row])
+            whole = self._pages.filled(slot, start)
+            self._firsts[slot] = 0 if whole else -(-start // self._pages.size) * self._pages.size
+        return self._firsts[seen.slots]
 
     def propose(self, slots: np.ndarray) -> list[tuple[int, ...]]:
-        """Guesses for the rows that were followed up to here, none at the end of the context."""
+        """Guesses for the rows that have keys up to here, none at the end of the context."""
         lengths = self._history.lengths[slots]
         able = np.flatnonzero((self._ends[slots] == lengths - 1) & (lengths + self._count <= self._longest))
         found: list[tuple[int, ...]] = [()] * len(slots)
@@ -157,7 +158,7 @@ class NextLayerDrafter:
 
     def _guess(self, slots: np.ndarray) -> np.ndarray:
         """int64 [R, count]."""
-        lengths = self._history.lengths[slots]
+        lengths, firsts = self._history.lengths[slots], self._firsts[slots]
         rows = self._send(slots)
         states, scored = self._states.index_select(0, rows), self._scored.index_select(0, rows)
         starts = np.arange(len(slots) + 1)
@@ -168,7 +169,7 @@ class NextLayerDrafter:
             tokens = self._sampler.draw(self._layer.score(scored), Rows([], None, slots, ends, rows, self._send(ends)))
             guesses.append(tokens)
             if ahead + 1 < self._count:
-                batch = self.pages.batch(slots, tokens, ends - 1, starts, ends, starts[:-1])
+                batch = self._pages.batch(slots, tokens, ends - 1, starts, ends, starts[:-1], firsts)
                 batch.states = states
                 states, scored = self._step(batch)
         return self._device.to_host(torch.stack(guesses, dim=1)).numpy()

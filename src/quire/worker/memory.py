@@ -20,21 +20,22 @@ class Said:
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self._places: dict[tuple[int, ...], int] = {}  # each run of GRAM tokens -> what came behind its latest one
+        self._entered = 0  # tokens whose runs are there: the others are entered when somebody asks
 
     def add(self, output: Sequence[int]) -> None:
         """Take in an output that has ended."""
         self.tokens.extend(output)
         self.tokens.append(-1)
-        begin = len(self.tokens) - 1 - len(output)
         if len(self.tokens) > KEPT:
             self.tokens = self.tokens[-KEPT // 2 :]
             self._places.clear()
-            begin = 0
-        for place in range(begin + GRAM, len(self.tokens)):
-            self._places[tuple(self.tokens[place - GRAM : place])] = place
+            self._entered = 0
 
     def find(self, text: Sequence[int], longest: int) -> tuple[int, int]:
         """The place behind the latest run that `text` ends with, and how many tokens before it match; (0, 0) for none."""
+        for end in range(max(self._entered, GRAM), len(self.tokens)):
+            self._places[tuple(self.tokens[end - GRAM : end])] = end
+        self._entered = len(self.tokens)
         place = self._places.get(tuple(text[-GRAM:]), 0)
         if not place:
             return 0, 0

@@ -15,7 +15,6 @@ import numpy as np
 from quire.core.params import SamplingParams
 from quire.core.plan import Admission, Span, SpanResult, StepPlan
 from quire.models.open import KeepsStates
-from quire.worker.draft_pages import DraftPages
 from quire.worker.drafter import Drafter, History, Seen
 from quire.worker.governor import Governor
 
@@ -25,19 +24,16 @@ logger = logging.getLogger(__name__)
 class Speculator:
     """Keeps the History. Without a governor, drafts are made whether they pay or not.
 
-    `model` is the served model where it keeps the hidden states that the drafter goes on from, `pages` are the drafter's
-    own where their content comes from those states.
+    `model` is the served model where it keeps the hidden states that the drafter goes on from.
     """
 
     def __init__(
-        self, history: History, drafter: Drafter, governor: Governor | None, model: KeepsStates | None = None,
-        pages: DraftPages | None = None,
-    ) -> None:  # fmt: skip
+        self, history: History, drafter: Drafter, governor: Governor | None, model: KeepsStates | None = None
+    ) -> None:
         self._history = history
         self._drafter = drafter
         self._governor = governor
         self._model = model
-        self._pages = pages
         self._able = np.zeros(len(history.lengths), dtype=bool)
         self._ended = 0.0  # when the last step did
         self._steady = 0  # its rows, if all of them were up to date
@@ -57,7 +53,7 @@ class Speculator:
         """Follow what a plan does with pages, before its step is computed."""
         self._drafter.begin(plan)
 
-    def propose(self, spans: Sequence[Span], results: tuple[SpanResult, ...], began: float) -> tuple[SpanResult, ...]:
+    def propose(self, spans: Sequence[Span], results: Sequence[SpanResult], began: float) -> Sequence[SpanResult]:
         """The results with guesses for the next step. `began` is when the step did, by time.perf_counter()."""
         told = self._extend(spans, results)
         governor, found = self._governor, results
@@ -67,35 +63,32 @@ class Speculator:
         if drafting:
             found = self._with_guesses(spans, results, told.able)
         if governor is not None:
-            # A drafter that has not seen the rows' beginnings cannot guess for them: there is nothing to judge.
-            blind = drafting and self._model is not None and found is results
-            self._note(governor, len(spans), told, began, judged=not blind)
+            # Where the states of most rows are yet to be seen, there is nothing to judge.
+            blind = drafting and self._model is not None and 2 * sum(bool(one.drafts) for one in found) < len(told.able)
+            self._note(governor, len(spans), told, began, blind)
             if self._model is not None:
                 self._model.open = governor.open()
         return found
 
-    def _note(self, governor: Governor, rows: int, told: _Told, began: float, judged: bool) -> None:
+    def _note(self, governor: Governor, rows: int, told: _Told, began: float, blind: bool) -> None:
         """Tell how long the step took: from the end of the one before it where nothing lay between, since drafts make
         work outside of the worker, too."""
         now = time.perf_counter()
-        if told.up_to_date and told.tokens and judged:
-            governor.note(rows, told.tokens, now - (self._ended if self._steady == rows else began))
+        if told.up_to_date and told.tokens:
+            governor.note(rows, told.tokens, now - (self._ended if self._steady == rows else began), blind)
         self._ended, self._steady = now, rows if told.up_to_date else 0
 
-    def _follow(self, spans: Sequence[Span], results: tuple[SpanResult, ...], model: KeepsStates) -> None:
+    def _follow(self, spans: Sequence[Span], results: Sequence[SpanResult], model: KeepsStates) -> None:
         """Show the drafter the states of a step, if they are of all its spans: after a failure they are not."""
         hidden, model.hidden = model.hidden, None
-        if hidden is not None and len(hidden) == sum(span.count for span in spans):
-            try:
-                self._drafter.follow(Seen.of(spans, results, hidden))
-                return
-            except Exception:
-                logger.exception("no drafts go on from this step")
-        if self._pages is not None and spans:
-            slots, starts, counts = (np.array(column) for column in list(zip(*spans, strict=True))[:3])
-            self._pages.note(slots, starts, counts, computed=False)
+        if hidden is None or len(hidden) != sum(span.count for span in spans):
+            return
+        try:
+            self._drafter.follow(Seen.of(spans, results, hidden))
+        except Exception:
+            logger.exception("no drafts go on from this step")
 
-    def _extend(self, spans: Sequence[Span], results: tuple[SpanResult, ...]) -> _Told:
+    def _extend(self, spans: Sequence[Span], results: Sequence[SpanResult]) -> _Told:
         """Add what the step brought to the history."""
         history, able = self._history, self._able
         if all(span.count == 1 and result.tokens for span, result in zip(spans, results, strict=True)):
@@ -112,8 +105,8 @@ class Speculator:
         return told
 
     def _with_guesses(
-        self, spans: Sequence[Span], results: tuple[SpanResult, ...], able: list[int]
-    ) -> tuple[SpanResult, ...]:
+        self, spans: Sequence[Span], results: Sequence[SpanResult], able: list[int]
+    ) -> Sequence[SpanResult]:
         """The results, those with index `able` with what the drafter says. One that fails is not worth a request."""
         if not able:
             return results

@@ -150,8 +150,7 @@ class Worker:
         history = History(slots.num_slots, slots.width)
         governor = Governor() if wanted.adaptive else None
         drafter = self._drafter(wanted, history, slots, sampler)
-        pages = drafter.pages if isinstance(drafter, NextLayerDrafter) else None
-        return Speculator(history, drafter, governor, self._states, pages)
+        return Speculator(history, drafter, governor, self._states)
 
     def _drafter(self, wanted: Speculation, history: History, slots: Slots, sampler: Sampler) -> Drafter:
         setup, draft, device = self._setup, self._draft, self._device
