@@ -1,12 +1,13 @@
 """Experts: many gated feed-forward blocks, of which each row uses a few. Knows nothing of models or routers.
 
-Rows are sorted by expert, each expert computes its rows in one product, and each row adds its experts' outputs in the
-order of its own choice: what a row gets does not depend on the others. Where the device has one call for all of it, that
-is used.
+Where the device has one call for all of it, that is used. Elsewhere rows are sorted by expert, and each expert computes its
+rows in one product. Either way each row adds its experts' outputs in the order of its own choice, so that what a row gets
+does not depend on the others.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -46,24 +47,34 @@ class Experts(nn.Module):
         """x [T, size], chosen int64 [T, K] expert of each choice, weights [T, K] -> [T, size] in x's dtype."""
         if self.stack is not None:
             return self._ops.experts(x, chosen, weights, self.stack)
-        rows, choices = chosen.shape
-        flat = chosen.reshape(-1)
-        order = flat.argsort(stable=True)
-        counts = torch.bincount(flat, minlength=len(self.blocks)).tolist()
-        gathered = x.index_select(0, order // choices)
-        outputs = torch.empty_like(gathered)
-        start = 0
-        for block, count in zip(self.blocks, counts, strict=True):
-            if count:
-                outputs[start : start + count] = block.forward(gathered[start : start + count])
-                start += count
-        placed = torch.empty_like(outputs)
-        placed[order] = outputs
-        per_choice = placed.view(rows, choices, self.size)
-        total = torch.zeros(rows, self.size, dtype=torch.float32, device=x.device)
-        for choice in range(choices):
-            total.addcmul_(per_choice[:, choice].float(), weights[:, choice, None].float())
-        return total.to(x.dtype)
+        return mix(x, chosen, weights, len(self.blocks), lambda number, rows: self.blocks[number](rows))
+
+
+def mix(
+    x: torch.Tensor,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
+    count: int,
+    block: Callable[[int, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """The sum of weight times block(expert, rows of x), in float32. An expert number past the last adds nothing.
+
+    x [T, size], chosen int64 [T, K], weights [T, K] -> [T, size] in x's dtype.
+    """
+    rows, choices = chosen.shape
+    flat = chosen.reshape(-1)
+    order = flat.argsort(stable=True)
+    gathered = x.index_select(0, order // choices)
+    outputs = torch.zeros_like(gathered)
+    start = 0
+    for number, there in enumerate(torch.bincount(flat, minlength=count)[:count].tolist()):
+        if there:
+            outputs[order[start : start + there]] = block(number, gathered[start : start + there])
+            start += there
+    total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for choice, output in enumerate(outputs.view(rows, choices, -1).unbind(1)):
+        total.addcmul_(output.float(), weights[:, choice, None].float())
+    return total.to(x.dtype)
 
 
 def route(logits: torch.Tensor, choices: int, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,20 +1,21 @@
 """Experts of the library's mixture-of-experts models, through its experts interface, with packed weights.
 
-The library's modules keep their routers and their gating; only the grouped products are ours. Rows are sorted by
-expert, and each row adds its experts in the order of its own choice, so that what a row gets does not depend on others.
+The library's modules keep their routers. Blocks that are gated as ours are, plainly, take the device's one call for all of
+them, where it has one; those with a gating of their own, or a norm behind, keep it, and only the products are ours.
 """
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from quire.kernels.reference import PackedLinear
+from quire.kernels.reference import ACTIVATIONS, PackedLinear
 from quire.kernels.table import Ops
+from quire.layers.moe import mix
 from quire.layers.target import Target
 
 PACKED = "quire"
@@ -30,6 +31,7 @@ class PackedExperts:
         self.down: list[PackedLinear] = []
         self._parts: dict[str, torch.Tensor] = {}
         self._dtype: torch.dtype | None = None
+        self._activation = _activation_of(module)
         self.names = {name for name in (*_names(module, "up"), *_names(module, "down")) if name}
         self._up_names = _names(module, "up")
         self._down_names = _names(module, "down")
@@ -55,35 +57,41 @@ class PackedExperts:
             weight = weights[e].T if self._transposed else weights[e]
             packed.append(self._ops.pack_linear(weight, None if biases is None else biases[e], self._dtype))
 
+    @cached_property
+    def stack(self) -> Any:
+        """All blocks for one call, or None where there is no such call. To be asked for once the weights are there."""
+        return None if self._activation is None else self._ops.stack_experts(self.up, self.down, self._activation)
+
     def __call__(self, module: nn.Module, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """x [T, size], chosen [T, K], weights [T, K] -> [T, size]. An expert number past the last adds nothing."""
-        rows, choices = chosen.shape
-        flat = chosen.reshape(-1)
-        order = flat.argsort(stable=True)
-        counts = torch.bincount(flat, minlength=len(self.up)).tolist()
-        gathered = x.index_select(0, order // choices)
-        outputs: torch.Tensor | None = None
-        start = 0
-        linear = self._ops.linear
-        for expert, count in enumerate(counts[: len(self.up)]):
-            if not count:
-                continue
-            hidden = linear(gathered[start : start + count], self.up[expert])
-            hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
-            hidden = linear(hidden, self.down[expert])
-            if module.has_post_expert_norm:
-                hidden = module.post_expert_norm(hidden)
-            if outputs is None:
-                outputs = hidden.new_zeros(rows * choices, hidden.shape[-1])
-            outputs[order[start : start + count]] = hidden
-            start += count
-        if outputs is None:
-            return torch.zeros_like(x)
-        per_choice = outputs.view(rows, choices, -1)
-        total = torch.zeros(rows, outputs.shape[-1], dtype=torch.float32, device=x.device)
-        for choice in range(choices):
-            total.addcmul_(per_choice[:, choice].float(), weights[:, choice, None].float())
-        return total.to(x.dtype)
+        if self.stack is not None:
+            return self._ops.experts(x, chosen, weights, self.stack)
+        return mix(x, chosen, weights, len(self.up), partial(self._block, module))
+
+    def _block(self, module: nn.Module, number: int, rows: torch.Tensor) -> torch.Tensor:
+        hidden = self._ops.linear(rows, self.up[number])
+        hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
+        hidden = self._ops.linear(hidden, self.down[number])
+        return module.post_expert_norm(hidden) if module.has_post_expert_norm else hidden
+
+
+def _activation_of(module: nn.Module) -> str | None:
+    """The activation of a block that computes activation(gate) * up of halves side by side; None for any other block."""
+    if not module.has_gate or module.has_post_expert_norm:
+        return None
+    # Large numbers, too, because some gatings are cut off there.
+    both = torch.linspace(-50.0, 50.0, 2 * 211, device="cpu")[None].roll(173, 1)
+    gate, up = both.chunk(2, -1)
+    try:
+        output = module._apply_gate(both)
+    except Exception:  # it wants something else of its module: a gating that we do not know
+        return None
+    if not isinstance(output, torch.Tensor) or output.shape != gate.shape:
+        return None
+    for activation, function in ACTIVATIONS.items():
+        if torch.allclose(output, function(gate) * up, rtol=1e-5, atol=1e-5):
+            return activation
+    return None
 
 
 def _names(module: nn.Module, side: str) -> tuple[str, str]:

@@ -145,13 +145,16 @@ class TransformersModel:
             return module(**arguments)
 
     def opaque(self) -> list[Opaque]:
-        """Experts and mixers look at numbers while they run. Raises NotRecordableError for tier B."""
+        """Mixers, and experts without a call for all of them, look at numbers while they run. Raises NotRecordableError for
+        tier B."""
         if self._private is not None:
             raise NotRecordableError("some of its modules run one sequence at a time")
         found = []
         for module in self.model.modules():
             attached = module.__dict__
             if "quire_experts" in attached:
+                if attached["quire_experts"].stack is not None:
+                    continue
                 found.append(Opaque(attached, "quire_experts", without_step(attached["quire_experts"])))
             elif isinstance(attached.get("forward"), Mixer):
                 found.append(Opaque(attached, "forward", _within_step(attached["forward"])))
