@@ -22,8 +22,9 @@ class Entry:
     emitted: array[int] = field(default_factory=lambda: array("I"))
     prompt_logprobs: int = 0  # handed out so far
     cached_tokens: int = 0  # as told with the first token
-    blame: int = 0  # what the deaths weigh that it was in since its last token; see suspects.py
-    kills_alone: int = 0  # of these deaths: kills while nobody else was computed
+    deaths: int = 0  # of engines, since its last token; see suspects.py
+    blame: int = 0  # those of them in which it was computed
+    kills_alone: int = 0  # kills among these, while nobody else was computed
     restarts: int = 0  # times it was given to another engine
     repeated: int = 0  # prompt log-probabilities that will come again, since its restart
 
@@ -43,8 +44,12 @@ class Entry:
                 self.cached_tokens = event.cached_tokens
         if event.tokens:
             self.emitted.extend(event.tokens)
-            self.blame = self.kills_alone = 0
+            self.clear()
         return event
+
+    def clear(self) -> None:
+        """No death is held against the request any more."""
+        self.deaths = self.blame = self.kills_alone = 0
 
     def restart(self) -> None:
         """Note that the request begins again, behind what it has emitted."""

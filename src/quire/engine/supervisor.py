@@ -24,7 +24,7 @@ from quire.engine.child import Child, ChildProcess, came_from_outside, ending
 from quire.engine.coming import Coming, Gate, add_waiting
 from quire.engine.journal import Entry, Journal
 from quire.engine.spare import Spare
-from quire.engine.suspects import CRASH, KILLED, QUARANTINED, Suspects
+from quire.engine.suspects import QUARANTINED, Suspects
 from quire.engine.totals import Totals
 from quire.errors import EngineDeadError, EngineError, QuireError, ValidationError
 
@@ -186,7 +186,7 @@ class Supervisor:
             if child is not None:
                 child.kill()
                 child.connection.close()  # what it sent is not asked for any more
-                self._bury(child, "was not understood and ", CRASH)
+                self._bury(child, "was not understood and ", crashed=True)
 
     def stats(self) -> Stats:
         """Counters over all engine processes; gauges as of the latest step, with the requests on their way."""
@@ -363,7 +363,7 @@ class Supervisor:
         elif self._is_up and 0 < self._patience.silence <= self._silent:
             logger.error("the engine process %d has said nothing for %.1f s; it is ended", child.pid, self._silent)
             child.kill()
-            self._bury(child, "said nothing and ", CRASH)
+            self._bury(child, "said nothing and ", crashed=True)
         elif self._is_up:
             self._spare.prepare()
 
@@ -382,8 +382,11 @@ class Supervisor:
         child.begin(self._options)
         return child
 
-    def _bury(self, child: Child, how: str, blame: int | None = None) -> None:
-        """The engine process is gone: everything that it sent is taken in, everything else will be done again."""
+    def _bury(self, child: Child, how: str, crashed: bool = False) -> None:
+        """The engine process is gone: everything that it sent is taken in, everything else will be done again.
+
+        `crashed`: it was ended from here for what it did, so that its status tells nothing.
+        """
         while not child.connection.ended:
             self._listen()
         was_up, self._is_up = self._is_up, False
@@ -401,9 +404,7 @@ class Supervisor:
         for entry in self._journal:
             entry.restart()
         self._vain_deaths += 1
-        if blame is None:
-            blame = KILLED if came_from_outside(status) else CRASH
-        culprit = self._suspects.died(in_flight, blame)
+        culprit = self._suspects.died(in_flight, crashed or not came_from_outside(status))
         if culprit is not None:
             self._quarantine(culprit)
         if self._vain_deaths > self._patience.vain_deaths:

@@ -1,8 +1,9 @@
 """Suspects: which request kills the engine, found in few deaths and without making the others pay for it.
 
-Blame is what the deaths weigh that a request was computed in since its last token. Those with enough of it are tried:
-group by group, each by itself, until each of its members has got a token, which clears it at once. Only what dies alone is
-the culprit. A step is short and a death is dear, so groups are small and many. Knows journal entries; starts nothing.
+After a crash the requests that were computed are tried: group by group, each by itself, until each of its members has got
+a token, which clears it at once. A kill from outside is evidence only against who was alone; but whoever has been without
+a token over two deaths goes first, all together, and a death of that group counts. Only what dies alone is the culprit. A
+step is short and a death is dear, so groups are small and many. Knows journal entries; starts nothing.
 """
 
 from __future__ import annotations
@@ -16,11 +17,9 @@ from quire.engine.journal import Entry, Journal
 QUARANTINED = (
     "This request ended the engine more than once, the last time while it ran alone. It will not be tried again."
 )
-CRASH = 2  # the blame for a death by the process's own doing: a fault, an exception, a standstill
-KILLED = 1  # for one that may well have come from outside: somebody's kill, the system short of memory
-SUSPECTED = 2  # the blame from which on a request is tried: one crash, or two kills
-CERTAIN = 4  # two crashes are proof, where the request was alone in the last one
+CERTAIN = 2  # deaths that a request was computed in: proof, where it was alone in the last one and that was a crash
 CERTAIN_KILLS = 3  # of a request that was alone each time, until nobody would call it chance
+LATE = 2  # deaths since its last token, from which on a request goes before the others
 GROUPS = 8  # that suspects are parted into; each death leaves the members of one
 
 
@@ -41,24 +40,31 @@ class Suspects:
         """Whether the request may be given to the engine now."""
         return not self.on_trial or entry in self.on_trial
 
-    def died(self, in_flight: Sequence[int], blame: int) -> Entry | None:
-        """Note a death while these tickets were computed. Returns the culprit if there can be no doubt."""
+    def died(self, in_flight: Sequence[int], crashed: bool) -> Entry | None:
+        """Note a death while these tickets were computed. Returns the culprit if there can be no doubt.
+
+        `crashed`: by the process's own doing, a fault, an exception, a standstill; else it may have come from outside, by
+        somebody's kill, or from the system short of memory.
+        """
         here = [entry for entry in map(self._journal.get, in_flight) if entry is not None]
+        for entry in self._journal:
+            entry.deaths += 1
         for entry in here:
-            entry.blame += blame
+            entry.blame += 1
         if len(in_flight) == 1 and here:
             culprit = here[0]
-            culprit.kills_alone += blame == KILLED
-            if culprit.kills_alone >= CERTAIN_KILLS or (blame == CRASH and culprit.blame >= CERTAIN):
+            culprit.kills_alone += not crashed
+            if culprit.kills_alone >= CERTAIN_KILLS or (crashed and culprit.blame >= CERTAIN):
                 for entry in self._journal:
-                    entry.blame = entry.kills_alone = 0  # these deaths are explained
+                    entry.clear()  # these deaths are explained
                 return culprit
-        if self.on_trial:
-            suspected = [entry for entry in here if entry in self.on_trial]
+        if self.on_trial or crashed:
+            suspected = [entry for entry in here if self.may_run(entry)]
+            if suspected:
+                self._try(suspected)
         else:
-            suspected = [entry for entry in here if entry.blame >= SUSPECTED]
-        if suspected:
-            self._try(suspected)
+            # Who has not begun waits for a place as it did before.
+            self.on_trial = [e for e in self._journal if e.deaths >= LATE and (e.emitted or e.blame)]
         return None
 
     def _try(self, suspected: Sequence[Entry]) -> None:
