@@ -11,11 +11,12 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from served import Running, Setup, refused, served, until
+from served import Running, Setup, refused, served
 
 from quire.config import ServeOptions
 from quire.errors import NotFoundError
 from quire.serve.store import Store, Stored
+from waiting import until
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +146,65 @@ def test_in_the_background(server: Running) -> None:
     assert server.client.responses.cancel(response.id).status == "completed"
 
 
+def test_followed_in_the_background(server: Running) -> None:
+    """Events go on without their reader, and are told again from any of them on."""
+    with create(server, input="no end", max_output_tokens=20, background=True, stream=True) as events:
+        first = next(iter(events))  # whoever reads leaves after it
+    assert first.type == "response.created" and first.response.status == "queued"
+    key = first.response.id
+    told = list(server.client.responses.retrieve(key, stream=True))
+    kinds = [event.type.removeprefix("response.") for event in told]
+    assert kinds[:2] == ["created", "in_progress"] and kinds[-1] == "incomplete"
+    assert [event.sequence_number for event in told] == list(range(len(told)))
+    assert told[-1].response.output_text == "abcdefghij" * 2
+    assert server.client.responses.retrieve(key).output_text == "abcdefghij" * 2
+    later = list(server.client.responses.retrieve(key, stream=True, starting_after=7))
+    assert [event.to_dict() for event in later] == [event.to_dict() for event in told[8:]]
+    refused(server.http.get(f"/v1/responses/{key}?stream=true&starting_after=1000"))
+    refused(server.http.get(f"/v1/responses/{create(server, background=True).id}?stream=true"))
+    refused(server.http.get("/v1/responses/resp_none?stream=true"), 404)
+    failed = list(create(server, input="crash;", background=True, stream=True))
+    assert [event.type.removeprefix("response.") for event in failed] == ["created", "failed"]
+    with create(server, input="no end", background=True, stream=True) as events:
+        key = next(iter(events)).response.id
+        assert server.client.responses.cancel(key).status == "cancelled"
+        assert all(event.type not in ("response.completed", "response.failed") for event in events)
+
+
+def test_what_was_sent_can_be_read_again(server: Running) -> None:
+    first = create(server, input="say:one;")
+    [item] = server.client.responses.input_items.list(first.id)
+    assert (item.type, item.role, item.content[0].text) == ("message", "user", "say:one;") and item.id
+    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+    talk = [
+        {"role": "user", "content": [{"type": "input_text", "text": "call it"}]},
+        {"role": "assistant", "content": "so be it"},
+        call,
+        {"type": "function_call_output", "call_id": "c", "output": "done"},
+        {"role": "user", "content": "say:two;"},
+    ]
+    second = create(server, input=talk, previous_response_id=first.id)
+    found = list(server.client.responses.input_items.list(second.id, order="asc", limit=2))  # page by page
+    kinds = ["message", "message", "function_call", "function_call_output", "message"]
+    assert [item.type for item in found] == kinds and found[1].content[0].type == "output_text"
+    assert list(server.client.responses.input_items.list(second.id)) == found[::-1]
+    page = server.http.get(f"/v1/responses/{second.id}/input_items?limit=2&after={found[1].id}").json()
+    assert [item["id"] for item in page["data"]] == [found[0].id] and not page["has_more"]
+    for query in ("limit=0", "limit=x", "order=up", "after=nobody"):
+        refused(server.http.get(f"/v1/responses/{second.id}/input_items?{query}"))
+    other = {"Authorization": "Bearer second"}
+    refused(server.http.get(f"/v1/responses/{second.id}/input_items", headers=other), 404)
+
+
+def test_tokens_of_an_input(server: Running) -> None:
+    first = create(server, input="say:one;")
+    for fields in ({"input": "hello"}, {"input": "and?", "previous_response_id": first.id, "instructions": "be kind"}):
+        counted = server.client.responses.input_tokens.count(model="parrot", **fields)
+        assert counted.object == "response.input_tokens"
+        assert counted.input_tokens == create(server, **fields).usage.input_tokens
+    refused(server.http.post("/v1/responses/input_tokens", json={"input": []}))
+
+
 def test_a_cancelled_one(server: Running) -> None:
     for wait in (False, True):
         response = create(server, input="no end", background=True)
@@ -193,7 +253,6 @@ def test_what_fails_in_a_stream_says_so(server: Running) -> None:
         ({"conversation": "x"}, "conversation"),
         ({"include": ["file_search_call.results"]}, "include"),
         ({"background": True, "store": False}, "background"),
-        ({"background": True, "stream": True}, "background"),
         ({"previous_response_id": "resp_none"}, "response_id"),
         ({"temperature": 5}, "temperature"),
         ({"repetition_penalty": 0}, "repetition_penalty"),

@@ -12,7 +12,7 @@ from starlette.responses import Response
 import quire
 from quire.config import ServeOptions
 from quire.errors import ConfigError
-from quire.serve import admin, chats, completions, errors, messages, page, requests, responses
+from quire.serve import admin, chats, completions, errors, kept_responses, messages, page, requests, responses
 from quire.serve.auth import KeyCheck
 from quire.serve.document import ERRORS, Limits, described
 from quire.serve.layers import BodyLimit, ErrorShield, HeaderLimit, RequestIds, SameRoute
@@ -26,7 +26,7 @@ def create_app(service: Service, keys: Sequence[str] = ()) -> FastAPI:
     options = service.options
     app = FastAPI(title="quire", version=quire.__version__, redirect_slashes=False)
     app.state.service = service
-    for module in (completions, chats, responses, messages, requests, admin, page):
+    for module in (completions, chats, responses, kept_responses, messages, requests, admin, page):
         app.include_router(module.router, responses=ERRORS)
     settings = service.engine.engine.settings
     logprobs = settings.vocab_size if settings.max_logprobs < 0 else settings.max_logprobs

@@ -1,6 +1,7 @@
-"""/v1/responses: OpenAI's newer protocol over the same conversations as chat, with its events, its store, background.
+"""POST /v1/responses: OpenAI's newer protocol over the same conversations as chat, with its events, and in the background.
 
-What the body means is in responses_body.py, the items of an answer are in response_items.py, what is kept in store.py.
+What the body means is in responses_body.py, the items of an answer are in response_items.py; what can be done with an
+answer later is in kept_responses.py.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,32 +17,23 @@ from starlette.responses import Response
 
 from quire.engine.outputs import CompletionOutput, RequestOutput
 from quire.errors import ValidationError
-from quire.serve.anywhere import anywhere, topic
+from quire.serve.anywhere import anywhere
 from quire.serve.blocks import Growth
 from quire.serve.caller import caller_of
-from quire.serve.errors import Failure, failure_of
+from quire.serve.errors import failure_of
+from quire.serve.kept_responses import STYLE, follow, kept_response
 from quire.serve.layers import JsonRoute
 from quire.serve.logprobs import TokenNames, chat_logprobs
 from quire.serve.response_items import Items
 from quire.serve.responses_body import ResponsesRequest
 from quire.serve.service import Service, new_id
-from quire.serve.sse import EventStyle, event, json_response, named_event, stream, until_left
+from quire.serve.sse import json_response, named_event, stream, until_left
 from quire.serve.store import Stored
 from quire.serve.talk import Talk
 from quire.text.speech import AnswerReader, tool_wish
 
 logger = logging.getLogger(__name__)
 router = APIRouter(route_class=JsonRoute)
-
-
-def _failed(failure: Failure) -> bytes:
-    """An error before there was a response; later ones are events of the response."""
-    return b"event: error\n" + event(
-        {"type": "error", "code": str(failure.status), "message": failure.message, "param": failure.param}
-    )
-
-
-STYLE = EventStyle(last=b"", failed=_failed)
 
 
 @router.post("/v1/responses")
@@ -62,58 +53,25 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
         if service.options.max_stored_responses < 1:
             raise ValidationError("This server keeps no responses, so none can run in the background.", "background")
         await service.check_ready()
-        return json_response(answer.in_background())
+        stored = answer.in_background()
+        if not body.stream:
+            return json_response(stored.body)
+        following = follow(service, own_id, 0, caller.tenant)
+        return await stream(request, following, STYLE, service.options.sse_keep_alive_interval)
     if not body.stream:
         return json_response(await until_left(request, answer.whole()))
-    return await stream(request, answer.events(), STYLE, service.options.sse_keep_alive_interval)
+    return await stream(request, answer.events, STYLE, service.options.sse_keep_alive_interval)
 
 
-@router.get("/v1/responses/{response_id}")
-async def retrieve_response(response_id: str, request: Request) -> Response:
-    """A kept response as it is now."""
-    found = await anywhere(kept_response, request.app.state.service, response_id, caller_of(request).tenant)
-    return json_response(found["body"])
-
-
-@router.delete("/v1/responses/{response_id}")
-async def delete_response(response_id: str, request: Request) -> dict[str, Any]:
-    """Forget a kept response."""
-    return await anywhere(forget_response, request.app.state.service, response_id, caller_of(request).tenant)
-
-
-@router.post("/v1/responses/{response_id}/cancel")
-async def cancel_response(response_id: str, request: Request) -> Response:
-    """End a response that runs in the background; one that has ended stays as it is."""
-    found = await anywhere(end_response, request.app.state.service, response_id, caller_of(request).tenant)
-    return json_response(found)
-
-
-@topic
-async def kept_response(service: Service, response_id: str, tenant: str) -> dict[str, Any]:
-    """A response that this process keeps, and the conversation that led to it."""
-    stored = service.store.get(response_id, tenant)
-    return {"body": stored.body, "messages": stored.messages}
-
-
-@topic
-async def forget_response(service: Service, response_id: str, tenant: str) -> dict[str, Any]:
-    """Forget a response that this process keeps."""
-    service.store.remove(response_id, tenant)
-    return {"id": response_id, "object": "response", "deleted": True}
-
-
-@topic
-async def end_response(service: Service, response_id: str, tenant: str) -> dict[str, Any]:
-    """End a response that this process makes in the background, and return it."""
-    stored = service.store.get(response_id, tenant)
-    if stored.body["background"] is not True:
-        raise ValidationError("Only a response that was created with background can be cancelled.", "response_id")
-    if stored.task is not None and not stored.task.done():
-        stored.task.cancel()
-        await asyncio.gather(stored.task, return_exceptions=True)
-        if stored.body["status"] == "queued":  # it had not begun, so it could not say so itself
-            stored.body = stored.body | {"status": "cancelled"}
-    return service.store.get(response_id, tenant).body
+@router.post("/v1/responses/input_tokens")
+async def count_input_tokens(body: ResponsesRequest, request: Request) -> dict[str, Any]:
+    """How many tokens the input has, with all that comes before it."""
+    service: Service = request.app.state.service
+    service.check_model(body.model)
+    caller = caller_of(request)
+    chat = body.chat(await _earlier(service, body.previous_response_id, caller.tenant))
+    text = await Talk(service, chat, "", service.card.defaults, caller).render()
+    return {"object": "response.input_tokens", "input_tokens": len(await service.ids_of(text, special=False))}
 
 
 async def _earlier(service: Service, previous: str | None, tenant: str) -> list[dict[str, Any]]:
@@ -139,6 +97,7 @@ class _Answer:
     talk: Talk
     kept: list[dict[str, Any]]
     items: Items = field(default_factory=Items)
+    stored: Stored | None = None  # where it is made in the background
     reader: AnswerReader | None = None  # known with the first output
     created: int = field(default_factory=lambda: int(time.time()))
     number: int = -1  # of the latest event
@@ -147,62 +106,73 @@ class _Answer:
 
     async def whole(self) -> dict[str, Any]:
         """The response as one object."""
-        output: RequestOutput | None = None
-        async for found in self.talk.outputs():
-            output = found
-        assert output is not None, "the engine ends every request with an output"
+        output = await self.talk.whole()
         completion = output.outputs[0]
         self._grow(completion)
         self.items.logprobs = self._logprobs(completion)
         return self._ended(completion, self._usage(output, len(completion.token_ids)))
 
-    def in_background(self) -> dict[str, Any]:
-        """Start it, and say that it is queued."""
-        stored = Stored(self.talk.caller.tenant, self._frame("queued"))
-        stored.task = asyncio.ensure_future(self._run(stored))
+    def in_background(self) -> Stored:
+        """Start it, and keep it, queued at first."""
+        events: list[bytes] | None = [] if self.body.stream else None
+        stored = Stored(self.talk.caller.tenant, self._frame("queued"), items=self.body.input_items(), events=events)
+        self.stored = stored
+        stored.run(self._run(stored))
         self.service.store.put(stored)
-        return stored.body
+        return stored
 
     async def _run(self, stored: Stored) -> None:
+        if stored.events is not None:
+            stored.tell(self._event("created", {"response": stored.body}))
         stored.body = self._frame("in_progress")
         try:
-            await self.whole()
+            if stored.events is None:
+                await self.whole()
+            else:
+                async for content in self.events():
+                    stored.tell(content)
         except asyncio.CancelledError:
             stored.body = self._frame("cancelled")
             raise
         except Exception as error:
-            stored.body = self._frame("failed") | {"error": _error_of(error)}
+            stored.body = self._failed(error)
+            if stored.events is not None:
+                stored.tell(self._event("failed", {"response": stored.body}))
 
-    async def events(self) -> AsyncGenerator[bytes]:
+    async def events(self, send: Emit) -> None:
         """The response as events."""
         tokens = 0
         last: RequestOutput | None = None
+
+        def take(output: RequestOutput) -> None:
+            nonlocal tokens, last
+            if last is None:
+                for kind in ("created", "in_progress"):
+                    send(self._event(kind, {"response": self._frame("in_progress")}))
+            last = output
+            for new in output.outputs:
+                tokens += len(new.token_ids)
+                found = self._logprobs(new)
+                self.items.logprobs += found
+                for growth in self._grow(new):
+                    for kind, content in self.items.grown(growth, found):
+                        send(self._event(kind, content))
+
         try:
-            async for output in self.talk.outputs():
-                if last is None:
-                    for kind in ("created", "in_progress"):
-                        yield self._event(kind, {"response": self._frame("in_progress")})
-                last = output
-                for new in output.outputs:
-                    tokens += len(new.token_ids)
-                    found = self._logprobs(new)
-                    self.items.logprobs += found
-                    for growth in self._grow(new):
-                        for kind, content in self.items.grown(growth, found):
-                            yield self._event(kind, content)
+            await self.talk.answer(take)
         except Exception as error:
             if last is None:
                 raise
             response = self._frame("failed") | {"error": _error_of(error)}
-            yield self._event("failed", {"response": response})
+            send(self._event("failed", {"response": response}))
             return
         assert last is not None, "the engine ends every request with an output"
         response = self._ended(last.outputs[0], self._usage(last, tokens))
         items = response["output"]
         for kind, content in self.items.closed(len(items) - 1, items[-1]["status"]):
-            yield self._event(kind, content)
+            send(self._event(kind, content))
         status = response["status"]
-        yield self._event(status if status in ("completed", "incomplete") else "failed", {"response": response})
+        send(self._event(status if status in ("completed", "incomplete") else "failed", {"response": response}))
 
     def _event(self, kind: str, content: dict[str, Any]) -> bytes:
         self.number += 1
@@ -228,9 +198,15 @@ class _Answer:
         if status == "completed":
             response["completed_at"] = int(time.time())
         if self.body.stores and self.service.options.max_stored_responses > 0:
-            messages = [*self.kept, self.items.message()]
-            self.service.store.put(Stored(self.talk.caller.tenant, response, messages))
+            stored = self.stored or Stored(self.talk.caller.tenant, response, items=self.body.input_items())
+            stored.body, stored.messages = response, [*self.kept, self.items.message()]
+            self.service.store.put(stored)
         return response
+
+    def _failed(self, error: Exception) -> dict[str, Any]:
+        failure = failure_of(error)
+        code = "invalid_prompt" if failure.status < 500 else "server_error"
+        return self._frame("failed") | {"error": {"code": code, "message": failure.message}}
 
     def _frame(self, status: str) -> dict[str, Any]:
         return {
@@ -267,8 +243,3 @@ class _Answer:
             return []
         names = TokenNames(self.service.engine.tokenizer)
         return chat_logprobs(completion.token_ids, completion.logprobs, self.talk.body.top, names)["content"]
-
-
-def _error_of(error: Exception) -> dict[str, str]:
-    failure = failure_of(error)
-    return {"code": "invalid_prompt" if failure.status < 500 else "server_error", "message": failure.message}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from quire.serve.response_items import chat_call
 
 _KINDS = ("input_text", "output_text", "text", "refusal")
 _ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
+_PREFIXES = {"message": "msg", "function_call": "fc", "function_call_output": "fco", "reasoning": "rs"}
 _LOGPROBS = "message.output_text.logprobs"
 # Known, and impossible here so far, with the values that ask for nothing.
 _REFUSED: dict[str, tuple[Any, ...]] = {
@@ -84,8 +86,6 @@ class ResponsesRequest(ApiRequest):
                 raise refuse("include", f" It can include {_LOGPROBS}.")
         if self.background and self.store is False:
             raise ValidationError("background needs store: nobody could ask for the answer.", "background")
-        if self.background and self.stream:
-            raise refuse("background", " A response in the background is not streamed; ask for it by its id.")
 
     @property
     def stores(self) -> bool:
@@ -114,6 +114,11 @@ class ResponsesRequest(ApiRequest):
         )
         body.check()
         return body
+
+    def input_items(self) -> list[dict[str, Any]]:
+        """The input as items with ids, to be asked for later. It must have been checked by chat()."""
+        given = [{"role": "user", "content": self.input}] if isinstance(self.input, str) else self.input
+        return [_kept_item(item) for item in given]
 
     def kept_messages(self, earlier: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """What a later response goes on from, less this one's answer."""
@@ -218,6 +223,15 @@ def _take_item(item: object, place: str, found: list[dict[str, Any]]) -> None:
             f"{place} has the type {str(kind)[:40]!r}, which is not supported yet by this server. It takes {kinds}.",
             f"{place}.type",
         )
+
+
+def _kept_item(item: dict[str, Any]) -> dict[str, Any]:
+    kind = item.get("type", "message")
+    kept = {"id": f"{_PREFIXES[kind]}_{uuid.uuid4().hex}", "type": kind, "status": "completed"} | item
+    if kind == "message" and isinstance(item["content"], str):
+        said = {"type": "output_text", "annotations": []} if item["role"] == "assistant" else {"type": "input_text"}
+        kept["content"] = [said | {"text": item["content"]}]
+    return kept
 
 
 def _assistant(found: list[dict[str, Any]]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Knows no shape of an answer.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,8 +33,8 @@ class Talk:
     wish: ToolWish | None = None  # of a route that reads calls and thoughts out of the text; None leaves it as it is
     speech: Speech = field(default_factory=Speech)  # how to read the answers, known with the first output
 
-    async def outputs(self) -> AsyncGenerator[RequestOutput]:
-        """What the engine says. Leaving the iterator ends the request."""
+    async def render(self) -> str:
+        """The conversation as the model reads it."""
         body = self.body
         options = ChatOptions(
             tools=body.tools,
@@ -44,15 +44,26 @@ class Talk:
             template=body.chat_template,
             template_kwargs={**self.service.chat_template_kwargs, **body.template_variables()},
         )
-        self.prompt = await self.service.render(body.messages, options)
+        return await self.service.render(body.messages, options)
+
+    async def answer(self, take: Callable[[RequestOutput], None]) -> None:
+        """Call take() with each thing that the engine says, until it has said all. Cancelling it ends the request."""
+        body = self.body
+        self.prompt = await self.render()
         if self.wish is not None:
             self.speech = self._speech(self.wish)
             self.params = self.speech.params(self.params)
         special = bool(body.add_special_tokens)
         job = await self.service.encode(self.prompt, body, special, self.params.max_tokens or 1)
-        found = self.service.outputs(self.id, [job], self.params, body, special, self.caller, self.account)
-        async for _, output in found:
-            yield output
+        await self.service.answer(
+            self.id, [job], self.params, body, special, lambda _, output: take(output), self.caller, self.account
+        )
+
+    async def whole(self) -> RequestOutput:
+        """The one output of a request that wants no stream."""
+        outputs: list[RequestOutput] = []
+        await self.answer(outputs.append)
+        return outputs[-1]
 
     def _speech(self, wish: ToolWish) -> Speech:
         options = self.service.options
