@@ -24,7 +24,7 @@ from quire.models import latent, rewrite
 from quire.models.assemble import build_transformers
 from quire.models.hub import find_model
 from quire.models.probe import examine, find_class
-from quire.models.recorded import with_program
+from quire.models.recorded import Plan, with_program
 from quire.models.trial import PagedLoop
 
 PAGE = 16
@@ -61,7 +61,7 @@ def build(folder: Path, kept: bool, pages: int) -> PagedLoop:
     loop = PagedLoop(model, ops, PAGE, pages, torch.bfloat16)
     for cache in loop.caches:
         cache.data.zero_()
-    loop.model = with_program(model, [PAGE], pages, loop.caches, ops)
+    loop.model = with_program(model, Plan([PAGE], pages, loop.caches), ops)
     return loop
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from quire.kernels.programs import NotRecordableError
 from quire.kernels.table import Ops, load_ops, ops_of
 from quire.models.build import build_model
 from quire.models.hub import find_model
-from quire.models.recorded import RecordedModel, with_program
+from quire.models.proofs import Proofs
+from quire.models.recorded import Plan, RecordedModel, with_program
 from quire.models.served import ServedModel
 from quire.models.trial import PagedLoop
 from quire.resolve import activation_bytes
@@ -40,9 +42,9 @@ CASES: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "gemma3, two ropes": ("transformers", "gemma3_text", {}, 0),
     "gpt2, positions from a table": ("transformers", "gpt2", {}, 6),
     "youtu, latents": ("transformers", "youtu", {}, 0),
-    "deepseek_v3, latents and experts": ("transformers", "deepseek_v3", {}, 28),
-    "mixtral": ("transformers", "mixtral", {}, 15),
-    "qwen3_next, recurrent mixers": ("transformers", "qwen3_next", {}, 28),
+    "deepseek_v3, latents and experts": ("transformers", "deepseek_v3", {}, 26),
+    "mixtral": ("transformers", "mixtral", {}, 12),
+    "qwen3_next, recurrent mixers": ("transformers", "qwen3_next", {}, 24),
 }
 
 
@@ -58,7 +60,7 @@ def build(folder: Path, path: str, ops: Ops, dtype: torch.dtype = torch.float32)
 
 def recorded(model: ServedModel, loop: PagedLoop, ops: Ops) -> ServedModel:
     sizes = [0 if group in loop._states else PAGE for group in range(loop._groups)]
-    return with_program(model, sizes, PAGES, loop.caches, ops)
+    return with_program(model, Plan(sizes, PAGES, loop.caches), ops)
 
 
 def conversation(model: ServedModel, ops: Ops, dtype: torch.dtype, program: bool) -> torch.Tensor:
@@ -214,7 +216,7 @@ def test_tables_grow_with_the_sequences(tmp_path: Path) -> None:
     for program in (False, True):
         loop = PagedLoop(model, ops, 64, 64)
         if program:
-            loop.model = with_program(model, [64], 64, loop.caches, ops)
+            loop.model = with_program(model, Plan([64], 64, loop.caches), ops)
             assert isinstance(loop.model, RecordedModel)
         sequence = loop.start(0, tokens)
         found.append(torch.cat([*loop.step([(sequence, 2040)]), *loop.step([(sequence, 60)], all_rows=True)]))
@@ -253,3 +255,37 @@ def test_a_number_that_follows_from_no_size_is_refused() -> None:
     assert joining.number(21, 33) == Scaled(0, 3) and joining.number(6, 8) == Scaled(1, 2) and joining.number(5, 5) == 5
     with pytest.raises(NotRecordableError, match="follows from no size"):
         joining.number(8, 12)
+
+
+def test_what_was_proved_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUIRE_CACHE", str(tmp_path / "cache"))
+    proved = []
+    prove = RecordedModel.prove
+    monkeypatch.setattr(RecordedModel, "prove", lambda self, plan: (proved.append(1), prove(self, plan)))
+    folder = write_tiny(tmp_path / "model", "llama", tokenizer=False)
+    files = find_model(ModelOptions(model=str(folder)))
+    ops = load_ops("cpu")
+
+    def proofs_of_a_start(threads: int = 1, dtype: torch.dtype = torch.float32) -> int:
+        proved.clear()
+        model = build(folder, "native", ops)
+        plan = Plan([PAGE], PAGES, PagedLoop(model, ops, PAGE, PAGES, dtype).caches)
+        assert isinstance(with_program(model, plan, ops, Proofs(files, (dtype,), threads, ops)), RecordedModel)
+        return len(proved)
+
+    assert [proofs_of_a_start() for _ in range(3)] == [1, 0, 0]
+    assert proofs_of_a_start(threads=2) == 1
+    assert proofs_of_a_start(dtype=torch.bfloat16) == 1
+    assert proofs_of_a_start() == 0
+    records = list((tmp_path / "cache" / "programs").iterdir())
+    assert len(records) == 3
+    for record in records:
+        record.write_text(record.read_text()[:-1] + "x")
+    assert proofs_of_a_start() == 1, "a damaged record counts as none"
+    for record in records:
+        record.chmod(0o666)
+    assert proofs_of_a_start() == 1, "nor does one that others may write"
+    assert proofs_of_a_start() == 0
+    weights = folder / "model.safetensors"
+    os.utime(weights, (1, 1))
+    assert proofs_of_a_start() == 1, "these may be other weights"

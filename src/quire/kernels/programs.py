@@ -69,6 +69,10 @@ class Program(Protocol):
         """How many calls it makes, for the log."""
         ...
 
+    def text(self) -> str | None:
+        """All that it does, the same for the same program in any process; None where it calls functions without a name."""
+        ...
+
 
 class Recorder(Protocol):
     """Makes programs for one backend."""

@@ -25,6 +25,7 @@ from quire.kernels.table import Ops
 from quire.kernels.weights import KeptLinear, PackedLinear, Parts, QuantizedLinear
 from quire.models.hub import ModelFiles
 from quire.models.packed_file import PackedFile, write_packed
+from quire.models.remembered import weight_identity
 from quire.quant.checkpoints import StoredWeight
 from quire.quant.format import QuantizedOps
 
@@ -122,21 +123,12 @@ def packed_cache(
         "implementation": impl,
         "dtype": str(dtype),
         "quantization": files.rounding,
-        "files": [_identity(path) for path in files.weights],
+        "files": [weight_identity(path) for path in files.weights],
     }
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     path = env.cache_folder() / "packed" / f"{name}.packed"
     least = WORTH_BYTES if wanted == "auto" else 0
     return PackedCache(ops, path, int(options.packed_cache_gb * 1e9), least)
-
-
-def _identity(path: Path) -> list[str | int]:
-    """What tells a weight file from another, or from itself before it was changed."""
-    real = path.resolve()
-    stat = real.stat()
-    with real.open("rb") as file:
-        head = hashlib.sha256(file.read(1 << 16)).hexdigest()
-    return [str(real), stat.st_size, stat.st_mtime_ns, head]
 
 
 def source_of(weight: Parts, bias: torch.Tensor | None, dtype: torch.dtype | None) -> str:

@@ -30,6 +30,7 @@ from typing import Any, BinaryIO
 import torch
 
 from quire.kernels.weights import KeptLinear
+from quire.models.remembered import check_owner
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class PackedFile:
         """The file, or None where there is none, or none that can be used: a line in the log says why."""
         try:
             with path.open("rb") as file:
-                _check_owner(file)
+                check_owner(file)
                 entries = _read_header(file)
                 memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             for entry in entries:
@@ -103,13 +104,6 @@ class PackedFile:
             data=data,
             bias=bias.view(dtype) if bias_nbytes else None,
         )
-
-
-def _check_owner(file: BinaryIO) -> None:
-    """Weights decide what a model says: nobody else may have put them there."""
-    stat = os.fstat(file.fileno())
-    if stat.st_uid != os.geteuid() or stat.st_mode & 0o022:
-        raise ValueError("the file belongs to another user, or others may write to it")
 
 
 def _read_header(file: BinaryIO) -> list[dict[str, Any]]:

@@ -10,10 +10,8 @@ import copy
 import hashlib
 import inspect
 import logging
-import tempfile
 import time
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +36,7 @@ from quire.models.hub import ModelFiles
 from quire.models.interface import SPEC
 from quire.models.latent import with_latents
 from quire.models.prove import prove
+from quire.models.remembered import own_source, recall, remember
 from quire.models.report import FORMAT, ProbeReport
 from quire.models.twin import build, shrink
 
@@ -56,7 +55,7 @@ def probe(files: ModelFiles, dtype: torch.dtype | None = None) -> ProbeReport:
         began = time.perf_counter()
         report = examine(model_class, config, dtype)
         logger.info("probed %s in %.1f s: tier %s", files.architecture, time.perf_counter() - began, report.layout.tier)
-        _remember(path, report)
+        remember(path, report.to_json())
     for note in report.layout.notes:
         logger.log(logging.WARNING if report.layout.tier in ("B", "C") else logging.INFO, "%s: %s", files.name, note)
     return report
@@ -141,36 +140,15 @@ def report_key(model_class: type, config: Any, dtype: torch.dtype) -> str:
     return digest.hexdigest()[:32]
 
 
-@cache
-def own_source() -> str:
-    """A hash of the files that make and read reports, so that a report never outlives the code that made it."""
-    digest = hashlib.sha256()
-    package = Path(__file__).parent.parent
-    for folder in ("models", "layers", "kernels"):
-        for path in sorted((package / folder).glob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
 def _source(model_class: type) -> str:
     path = inspect.getsourcefile(model_class)
     return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
 
 
 def _remembered(path: Path) -> ProbeReport | None:
-    """A report from disk; a file that cannot be read counts as none."""
+    """A report from disk; one that cannot be read counts as none."""
+    text = recall(path)
     try:
-        return ProbeReport.from_json(path.read_text())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None if text is None else ProbeReport.from_json(text)
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
-
-
-def _remember(path: Path, report: ProbeReport) -> None:
-    """Write a report in one move, so that another process never reads half of it. A read-only disk is no error."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
-            file.write(report.to_json())
-        Path(file.name).replace(path)
-    except OSError as error:
-        logger.info("the probe's report is not remembered: %s", error)

@@ -19,6 +19,7 @@ from quire.kernels.programs import NotRecordableError, Opaque, Program, Recorder
 from quire.kernels.table import Ops
 from quire.layers.batch import Batch, GroupInputs
 from quire.layers.spec import ModelLayout
+from quire.models.proofs import Proofs
 from quire.models.served import ServedModel
 
 logger = logging.getLogger(__name__)
@@ -61,10 +62,10 @@ class HostOnly:
 class Plan:
     """Where a made-up step may keep keys, values and states: as GroupSpec and KVStore have it."""
 
-    page_sizes: tuple[int, ...]  # 0 for a group of states
+    page_sizes: Sequence[int]  # of the groups, 0 for one of states
     pages: int  # of the smallest group
     caches: list[Any]
-    state: torch.Tensor | None  # of one position, where the model reads states beside tokens
+    state: torch.Tensor | None = None  # [size], like one position of batch.states, for a model that reads them
 
     def clean(self, kind: Kind) -> list[torch.Tensor]:
         """The pages of a made-up step, with zeros in them: what lies there by chance may hide a difference."""
@@ -76,15 +77,11 @@ class Plan:
         return found
 
 
-def with_program(
-    model: ServedModel, page_sizes: Sequence[int], pages: int, caches: list[Any], ops: Ops,
-    state: torch.Tensor | None = None,
-) -> ServedModel:  # fmt: skip
+def with_program(model: ServedModel, plan: Plan, ops: Ops, proofs: Proofs | None = None) -> ServedModel:
     """The model with its steps as a program where that can be, else the model itself.
 
-    `page_sizes` are those of the groups, 0 for one of states; each group has at least `pages` pages. To be called before
-    anything is kept in `caches`, because made-up steps write to them. Model and caches must stay where they are as long
-    as the result is used. `state` [size] is like one position of batch.states, for a model that reads them.
+    To be called before anything is kept in the plan's caches, because made-up steps write to them. Model and caches must
+    stay where they are as long as the result is used. A program that `proofs` know is not proved again.
     """
     began = time.perf_counter()
     name = type(model).__name__
@@ -94,9 +91,12 @@ def with_program(
             raise NotRecordableError("this device has no programs")
         if not isinstance(model, Recordable):
             raise NotRecordableError("it is not made for recording")
-        plan = Plan(tuple(page_sizes), pages, caches, state)
         recorded = RecordedModel(model, _record(model, recorder, plan))
-        recorded.prove(plan)
+        known = proofs is not None and proofs.known(recorded.program)
+        if not known:
+            recorded.prove(plan)
+            if proofs is not None:
+                proofs.note(recorded.program)
     except NotRecordableError as reason:
         logger.info("%s runs step by step in Python: %s", name, reason)
         return model
@@ -104,10 +104,11 @@ def with_program(
         logger.warning("%s runs step by step in Python: recording it failed", name, exc_info=True)
         return model
     logger.info(
-        "steps of %s are a program of %s, made in %.2f s",
+        "steps of %s are a program of %s, made in %.2f s%s",
         name,
         recorded.program.describe(),
         time.perf_counter() - began,
+        ", proved before" if known else "",
     )
     return recorded
 
@@ -154,9 +155,11 @@ def _same_bits(one: torch.Tensor, two: torch.Tensor) -> bool:
 
 def _record(model: Recordable, recorder: Recorder, plan: Plan) -> Program:
     takes = []
+    opaque = model.opaque()
     for kind, width in zip(TAKES, WIDTHS, strict=True):
         batch = made_up(kind, plan, width)
-        plan.clean(kind)
+        if opaque:  # else nothing is computed in a take
+            plan.clean(kind)
         hidden = replace(batch)
         for name in ("starts_host", "lengths_host", "rows_host", "rows", "prompt_lengths"):
             setattr(hidden, name, HostOnly(name))
@@ -164,7 +167,7 @@ def _record(model: Recordable, recorder: Recorder, plan: Plan) -> Program:
         names[1] = "positions"
         inputs = dict(zip(names, inputs_of(batch), strict=True))
         takes.append(Take(_runs(model, hidden), inputs, tuple(sizes_of(batch)), hidden, batch))
-    return recorder.program((takes[0], takes[1]), model.opaque())
+    return recorder.program((takes[0], takes[1]), opaque)
 
 
 def _runs(model: ServedModel, batch: Batch) -> Callable[[], torch.Tensor]:

@@ -10,7 +10,7 @@ import torch
 
 from quire.core.plan import Admission, StepPlan
 from quire.kernels.table import Ops
-from quire.models.recorded import with_program
+from quire.models.recorded import Plan, with_program
 from quire.models.served import ServedModel
 from quire.worker.batch import Rows
 from quire.worker.device import Device
@@ -38,7 +38,7 @@ class ModelDrafter:
         self._max_tokens = max_tokens  # positions computed at once, at most
         self._device = device
         self._pages = pages = DraftPages(model.layout, slots, count, dtype, ops, device)
-        self._model = with_program(model, [pages.size] * pages.groups, pages.num_pages, pages.caches, ops)
+        self._model = with_program(model, Plan([pages.size] * pages.groups, pages.num_pages, pages.caches), ops)
         # When a row was last asked about: its tokens then, the guesses, and the positions whose pages were granted.
         self._asked = np.zeros(slots.num_slots, dtype=np.int64)
         self._guesses = np.zeros((slots.num_slots, count), dtype=np.int64)

@@ -14,7 +14,7 @@ from quire.kernels.table import Ops
 from quire.layers.batch import Batch
 from quire.models.medusa import MedusaHeads
 from quire.models.nextlayer import Head
-from quire.models.recorded import with_program
+from quire.models.recorded import Plan, with_program
 from quire.worker.batch import Rows
 from quire.worker.device import Device
 from quire.worker.draft_pages import DraftPages
@@ -95,7 +95,7 @@ class NextLayerDrafter:
         self._states = torch.zeros(rows, size, dtype=dtype, device=device.torch_device)
         self._scored = torch.zeros_like(self._states)
         sizes = [pages.size] * pages.groups
-        self._steps = with_program(layer, sizes, pages.num_pages, pages.caches, ops, self._states[0])
+        self._steps = with_program(layer, Plan(sizes, pages.num_pages, pages.caches, self._states[0]), ops)
         # Of each row, the positions whose keys and values are there: from the beginning of a page up to an end.
         self._firsts = np.zeros(rows, dtype=np.int64)
         self._ends = np.zeros(rows, dtype=np.int64)

@@ -26,7 +26,8 @@ from quire.models.hub import ModelFiles
 from quire.models.medusa import MedusaHeads
 from quire.models.nextlayer import Head, NextLayer
 from quire.models.open import KeepsStates, OpenModel
-from quire.models.recorded import with_program
+from quire.models.proofs import Proofs
+from quire.models.recorded import Plan, with_program
 from quire.models.served import ServedModel
 from quire.worker.device import Device, DeviceMemory
 from quire.worker.draft import ModelDrafter
@@ -111,14 +112,15 @@ class Worker:
         with self._device.stream():
             speculator = self._speculator(slots, sampler)
         sizes = [0 if group.kind == "state" else group.page_size for group in groups]
-        pages = min((group.num_pages for group in groups), default=0)
+        plan = Plan(sizes, min((group.num_pages for group in groups), default=0), store.caches)
+        proofs = Proofs(setup.files, (setup.dtype, setup.cache_dtype), setup.threads, self._ops)
         model = self._model
         if self._states is None:
-            model = with_program(model, sizes, pages, store.caches, self._ops)
+            model = with_program(model, plan, self._ops, proofs)
         else:
             states = self._states
-            states.body = with_program(states.states_only, sizes, pages, store.caches, self._ops)
-            states.whole = with_program(states.model, sizes, pages, store.caches, self._ops)
+            states.body = with_program(states.states_only, plan, self._ops, proofs)
+            states.whole = with_program(states.model, plan, self._ops, proofs)
         self._runner = Runner(model, slots, store, sampler, self._device, setup.max_num_batched_tokens, speculator)
 
     def _load_draft(self, draft: DraftModel, where: torch.device) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from quire.kernels.cpu.native import Library
-from quire.kernels.cpu.program_draft import fill, join, run_eager, strided, tabulate, value
+from quire.kernels.cpu.program_draft import fill, join, run_eager, strided, tabulate, text_of, value
 from quire.kernels.cpu.program_fuse import fuse, fuse_rounding
 from quire.kernels.cpu.program_layout import CALL, LINE, Arena, Code, Native
 from quire.kernels.cpu.program_lower import lower
@@ -98,6 +98,10 @@ class CpuProgram:
         """See Program."""
         eager = sum(isinstance(part, Eager) for part in self._code.parts)
         return f"{len(self._code.calls)} native calls" + (f" and {eager} of Python" if eager else "")
+
+    def text(self) -> str | None:
+        """See Program."""
+        return text_of(self._draft)
 
     def _locate(self, inputs: Sequence[torch.Tensor], sizes: Sequence[int], made: dict[int, torch.Tensor]) -> None:
         """Note where this step's tensors lie, and make the result."""

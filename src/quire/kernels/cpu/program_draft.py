@@ -5,6 +5,7 @@ Here too: running the parts of a draft that stay with PyTorch, and finding what 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -75,6 +76,18 @@ class Draft:
     result: View
     tables: list[Table] = field(default_factory=list)
     table_lines: list[Instruction] = field(default_factory=list)  # these fill the tables
+
+
+def text_of(draft: Draft) -> str | None:
+    """All of a draft but where its constants lie and what is in them; None where a function in it has no name."""
+    blocks = [(block.kind, block.nbytes, block.name) for block in draft.blocks]
+    lines = [[(line.calls, line.eager) for line in part] for part in (draft.lines, draft.table_lines)]
+    text = repr((draft.sizes, blocks, lines, draft.result, draft.tables))
+    if " at 0x" in text:
+        return None
+    # Addresses of weights are numbers like others, only larger: each is called by when it came first.
+    names: dict[str, str] = {}
+    return re.sub(r"\d{11,}", lambda found: names.setdefault(found[0], f"address {len(names)}"), text)
 
 
 # ---------------------------------------------------------------- from two takes to one draft
