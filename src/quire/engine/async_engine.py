@@ -10,9 +10,9 @@ import contextlib
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable
-from dataclasses import dataclass, field
-from typing import TypeVar
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from quire.config import EngineOptions
 from quire.core.params import SamplingParams
@@ -36,31 +36,36 @@ _Answer = TypeVar("_Answer")
 
 
 @dataclass(slots=True)
-class _Waiter:
-    """The coroutine behind a request, for which outputs, or the error that ended it, are kept until it takes them.
+class _Taker:
+    """Who is handed the outputs of a request: `take` is called in the event loop with each of them.
 
-    What asyncio.Queue does, for one taker and without a limit; it is passed once per token.
+    `done` is set behind the last output, or with the error that ended the request; one that take() raised is such an error.
     """
 
     loop: asyncio.AbstractEventLoop
-    items: deque[RequestOutput | Exception] = field(default_factory=deque)
-    wanted: asyncio.Future[None] | None = None  # what the coroutine waits for
+    take: Callable[[RequestOutput], None]
+    done: asyncio.Future[None]
 
     def put(self, item: RequestOutput | Exception) -> None:
-        """Keep an item. In the event loop alone."""
-        self.items.append(item)
-        if self.wanted is not None and not self.wanted.done():
-            self.wanted.set_result(None)
+        """Hand over an output, unless nobody waits any more. In the event loop alone."""
+        if self.done.done():
+            return
+        try:
+            if isinstance(item, Exception):
+                raise item
+            self.take(item)
+            if item.finished:
+                self.done.set_result(None)
+        except Exception as error:
+            self.done.set_exception(error)
 
-    async def take(self) -> RequestOutput | Exception:
-        """The next item."""
-        while not self.items:
-            self.wanted = self.loop.create_future()
-            await self.wanted
-        return self.items.popleft()
+    @property
+    def has_all(self) -> bool:
+        """Whether the last output was taken."""
+        return self.done.done() and not self.done.cancelled() and self.done.exception() is None
 
 
-_Mail = deque[tuple[_Waiter, "RequestOutput | Exception"]]  # for one event loop, which empties it from the left
+_Mail = deque[tuple[_Taker, "RequestOutput | Exception"]]  # for one event loop, which empties it from the left
 
 
 @dataclass(slots=True)
@@ -83,7 +88,7 @@ class AsyncEngine:
         self._engine = engine
         self._wake = threading.Condition()
         self._commands: list[_Command] = []  # guarded by _wake; run by the engine's thread between steps
-        self._waiters: dict[str, _Waiter] = {}  # the engine's thread alone
+        self._takers: dict[str, _Taker] = {}  # the engine's thread alone
         # What is on its way out, kept here so that nothing is lost when a step raises in its middle.
         self._outputs: deque[RequestOutput] = deque()
         self._mail: dict[asyncio.AbstractEventLoop, _Mail] = {}  # filled by the engine's thread
@@ -168,27 +173,62 @@ class AsyncEngine:
 
         `tenant` and `timeout` are as in Engine.prepare. A request that is not done in time ends like one that failed.
         """
+        prepared = await self.prepare(prompt, params, request_id, priority, add_special_tokens, tenant, timeout)
+        outputs: deque[RequestOutput] = deque()
+        news = asyncio.Event()
+
+        def take(output: RequestOutput) -> None:
+            outputs.append(output)
+            news.set()
+
+        with self._asked(prepared, take) as done:
+            done.add_done_callback(lambda _: news.set())
+            while not done.done() or outputs:
+                await news.wait()
+                news.clear()
+                while outputs:
+                    yield outputs.popleft()
+            done.result()
+
+    async def prepare(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        request_id: str,
+        priority: int = 0,
+        add_special_tokens: bool = True,
+        tenant: str = "",
+        timeout: float | None = None,
+    ) -> Prepared:
+        """As Engine.prepare, in a thread where it takes long."""
         arguments = (request_id, prompt, params, priority, add_special_tokens, tenant, timeout)
         compiles = params is not None and params.structured_outputs is not None
         if compiles or (isinstance(prompt, str) and len(prompt) > LONG_TEXT):
-            prepared = await asyncio.to_thread(self._engine.prepare, *arguments)
-        else:
-            prepared = self._engine.prepare(*arguments)
-        waiter = _Waiter(asyncio.get_running_loop())
-        self._command(lambda: self._admit(prepared, waiter), lambda error: self._put([(waiter, error)]))
-        ended = False
+            return await asyncio.to_thread(self._engine.prepare, *arguments)
+        return self._engine.prepare(*arguments)
+
+    async def deliver(self, prepared: Prepared, take: Callable[[RequestOutput], None]) -> None:
+        """Call take() with each output of a request in the event loop, as soon as it is there, and return behind the last.
+
+        This is what generate() does without waking a coroutine for each token. Cancelling it ends the request, and so does
+        a take() that raises; what it raised is raised here.
+        """
+        with self._asked(prepared, take) as done:
+            await done
+
+    @contextlib.contextmanager
+    def _asked(self, prepared: Prepared, take: Callable[[RequestOutput], None]) -> Iterator[asyncio.Future[None]]:
+        """Give the engine a request, and end it there when the block is left before its end."""
+        loop = asyncio.get_running_loop()
+        taker = _Taker(loop, take, loop.create_future())
+        self._command(lambda: self._admit(prepared, taker), lambda error: self._put([(taker, error)]))
         try:
-            while not ended:
-                item = await waiter.take()
-                if isinstance(item, Exception):
-                    ended = True
-                    raise item
-                ended = item.finished
-                yield item
+            yield taker.done
         finally:
-            if not ended:
+            if not taker.has_all:
+                taker.done.cancel()
                 with contextlib.suppress(EngineDeadError):  # then it has ended already
-                    self._command(lambda: self._abandon(request_id, waiter), _ignore)
+                    self._command(lambda: self._abandon(prepared.request_id, taker), _ignore)
 
     async def abort(self, request_ids: str | Iterable[str]) -> None:
         """End requests; whoever iterates them gets a last output with finish_reason "abort". Unknown ids pass."""
@@ -259,7 +299,7 @@ class AsyncEngine:
                     if not self._engine.resumable or failures > MOST_FAILURES:
                         raise
                     logger.exception("a step failed; the engine goes on")
-            self._engine.abort(list(self._waiters))
+            self._engine.abort(list(self._takers))
             self._outputs.extend(self._engine.step())
             self._deliver()
         except BaseException as error:
@@ -279,29 +319,29 @@ class AsyncEngine:
                 command.fail(error)
         return not self._closing
 
-    def _admit(self, prepared: Prepared, waiter: _Waiter) -> None:
+    def _admit(self, prepared: Prepared, taker: _Taker) -> None:
         self._engine.submit(prepared)
-        self._waiters[prepared.request_id] = waiter
+        self._takers[prepared.request_id] = taker
 
-    def _abandon(self, request_id: str, waiter: _Waiter) -> None:
+    def _abandon(self, request_id: str, taker: _Taker) -> None:
         """Nobody listens any more. The id may belong to somebody else by now."""
-        if self._waiters.get(request_id) is waiter:
-            del self._waiters[request_id]
+        if self._takers.get(request_id) is taker:
+            del self._takers[request_id]
             self._engine.abort(request_id)
 
     def _deliver(self) -> None:
         """Send outputs on their way to their coroutines. What could not be handed over goes next time."""
         while self._outputs:
             output = self._outputs[0]
-            waiter = self._waiters.get(output.request_id)
-            if waiter is not None:
-                self._mail.setdefault(waiter.loop, deque()).append((waiter, output))
+            taker = self._takers.get(output.request_id)
+            if taker is not None:
+                self._mail.setdefault(taker.loop, deque()).append((taker, output))
                 if output.finished:
-                    del self._waiters[output.request_id]
+                    del self._takers[output.request_id]
             self._outputs.popleft()
         self._send()
 
-    def _put(self, items: list[tuple[_Waiter, RequestOutput | Exception]]) -> None:
+    def _put(self, items: list[tuple[_Taker, RequestOutput | Exception]]) -> None:
         for item in items:
             self._mail.setdefault(item[0].loop, deque()).append(item)
         self._send()
@@ -315,13 +355,13 @@ class AsyncEngine:
                 loop.call_soon_threadsafe(_fill, mail)
             except RuntimeError:  # that event loop is closed: nobody waits there
                 del self._mail[loop]
-                for waiter, _ in mail:
-                    self._forget(waiter)
+                for taker, _ in mail:
+                    self._forget(taker)
 
-    def _forget(self, waiter: _Waiter) -> None:
-        gone = [request_id for request_id, known in self._waiters.items() if known is waiter]
+    def _forget(self, taker: _Taker) -> None:
+        gone = [request_id for request_id, known in self._takers.items() if known is taker]
         for request_id in gone:
-            del self._waiters[request_id]
+            del self._takers[request_id]
         self._engine.abort(gone)
 
     def _die(self, error: BaseException) -> None:
@@ -330,16 +370,26 @@ class AsyncEngine:
             self._dead = error
             commands, self._commands = self._commands, []
         reason = EngineDeadError(f"The engine has stopped: {type(error).__name__}: {error}")
-        self._put([(waiter, reason) for waiter in self._waiters.values()])
-        self._waiters.clear()
+        self._put([(taker, reason) for taker in self._takers.values()])
+        self._takers.clear()
         for command in commands:
             command.fail(reason)
 
 
+async def together(works: Iterable[Coroutine[Any, Any, _Answer]]) -> list[_Answer]:
+    """The results of all, in their order; where one raises, the others are cancelled."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
 def _fill(mail: _Mail) -> None:
     while mail:
-        waiter, item = mail[0]
-        waiter.put(item)
+        taker, item = mail[0]
+        taker.put(item)
         mail.popleft()
 
 

@@ -6,9 +6,8 @@ its asyncio driver; the rules of the search are those of beams.py.
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -16,7 +15,7 @@ from typing import Literal
 from quire.core.params import RequestOutputKind, SamplingParams
 from quire.core.plan import FinishReason
 from quire.engine.admission import LATE
-from quire.engine.async_engine import AsyncEngine
+from quire.engine.async_engine import AsyncEngine, together
 from quire.engine.beams import BeamSearch, BeamSearchParams, BeamSearchSequence
 from quire.engine.engine import EngineSettings, Prepared
 from quire.engine.outputs import CompletionOutput, RequestOutput
@@ -138,7 +137,7 @@ async def beam_output(
             _next(engine, request_id, _tokens_prompt(beam.tokens, prompt), score, wishes, end)
             for request_id, beam in zip(ids, search.running, strict=False)
         ]
-        outputs = await _together(rounds)
+        outputs = await together(rounds)
         cached = outputs[0].num_cached_tokens if cached is None else cached
         ended = next((found.outputs[0] for found in outputs if not found.outputs[0].logprobs), None)
         if ended is not None:  # by an abort, a failure, or the end of its time
@@ -174,16 +173,6 @@ def _tokens_prompt(tokens: list[int], like: TextPrompt | TokensPrompt) -> Tokens
     """A prompt of these tokens, which shares pages with those of the same salt."""
     salt = like.get("cache_salt")
     return {"prompt_token_ids": tokens} if salt is None else {"prompt_token_ids": tokens, "cache_salt": salt}
-
-
-async def _together(rounds: Iterable) -> list[RequestOutput]:
-    """The results of all; where one raises, the others are ended."""
-    tasks = [asyncio.ensure_future(one) for one in rounds]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
 
 
 def _completion(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +15,7 @@ from quire.serve.layers import JsonRoute
 from quire.serve.logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from quire.serve.protocol import ChatRequest
 from quire.serve.service import Service, new_id
-from quire.serve.sse import Frame, json_response, stream, until_left
+from quire.serve.sse import Emit, Frame, json_response, stream, until_left
 from quire.serve.talk import Talk
 from quire.serve.usage import Usage
 from quire.text.speech import AnswerReader, tool_wish
@@ -44,7 +43,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     )
     if not body.stream:
         return json_response(await until_left(request, answer.whole()))
-    return await stream(request, answer.events(), patience=service.options.sse_keep_alive_interval)
+    return await stream(request, answer.events, patience=service.options.sse_keep_alive_interval)
 
 
 @dataclass(slots=True)
@@ -59,10 +58,7 @@ class _Answer:
 
     async def whole(self) -> dict[str, Any]:
         """The answer as one object."""
-        output: RequestOutput | None = None
-        async for found in self.talk.outputs():
-            output = found  # the last one has everything
-        assert output is not None, "the engine ends every request with an output"
+        output = await self.talk.whole()
         usage = Usage(self.service.options.enable_prompt_tokens_details)
         usage.add_prompt(0, len(output.prompt_token_ids), output.num_cached_tokens)
         usage.completion_tokens = sum(len(completion.token_ids) for completion in output.outputs)
@@ -77,7 +73,7 @@ class _Answer:
             "prompt_text": self.talk.prompt if self.body.return_prompt_text else None,
         }
 
-    async def events(self) -> AsyncGenerator[bytes]:
+    async def events(self, send: Emit) -> None:
         """The answer as server-sent events, without the closing [DONE]. Each choice begins with its role."""
         forced = self.service.options.enable_force_include_usage
         continuous = forced or self.body.continuous_usage
@@ -93,21 +89,24 @@ class _Answer:
                 content["usage"] = usage.body()
             return content
 
-        async for output in self.talk.outputs():
+        def take(output: RequestOutput) -> None:
+            nonlocal begun
             if not begun or output.finished:
                 usage.add_prompt(0, len(output.prompt_token_ids), output.num_cached_tokens)
             if not begun:
                 begun = True
                 for number in range(self.talk.params.n):
-                    yield frame.event(chunk(self._opening(number)) | self._prompt_ids(output))
+                    send(frame.event(chunk(self._opening(number)) | self._prompt_ids(output)))
             for completion in output.outputs:
                 usage.completion_tokens += len(completion.token_ids)
                 delta = self._delta(completion)
                 if delta is not None:
-                    yield frame.event(chunk(delta, completion.finish_reason is not None))
+                    send(frame.event(chunk(delta, completion.finish_reason is not None)))
+
+        await self.talk.answer(take)
         if forced or self.body.include_usage:
             told = usage.body() | self.talk.told()
-            yield frame.event({"choices": [], "system_fingerprint": fingerprint, "usage": told})
+            send(frame.event({"choices": [], "system_fingerprint": fingerprint, "usage": told}))
 
     def _frame(self, kind: str) -> dict[str, Any]:
         return {"id": self.talk.id, "object": kind, "created": self.created, "model": self.service.card.names[0]}

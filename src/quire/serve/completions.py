@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +17,8 @@ from quire.serve.caller import Caller, caller_of
 from quire.serve.layers import JsonRoute
 from quire.serve.logprobs import TokenNames, completion_logprobs, prompt_logprobs
 from quire.serve.protocol import CompletionRequest
-from quire.serve.service import LONG_TEXT, NOBODY, Job, Service, new_id
-from quire.serve.sse import Frame, json_response, stream, until_left
+from quire.serve.service import LONG_TEXT, NOBODY, Job, Service, Take, new_id
+from quire.serve.sse import Emit, Frame, json_response, stream, until_left
 from quire.serve.usage import Usage
 from quire.text.infill import infill_prompt
 
@@ -43,7 +42,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     )
     if not body.stream:
         return json_response(await until_left(request, answer.whole()))
-    return await stream(request, answer.events(), patience=service.options.sse_keep_alive_interval)
+    return await stream(request, answer.events, patience=service.options.sse_keep_alive_interval)
 
 
 @dataclass(slots=True)
@@ -70,8 +69,7 @@ class _Answer:
     async def whole(self) -> dict[str, Any]:
         """The answer as one object."""
         outputs: dict[int, RequestOutput] = {}
-        async for index, output in self._outputs():
-            outputs[index] = output
+        await self._answer(outputs.__setitem__)
         usage = Usage(self.service.options.enable_prompt_tokens_details)
         choices = []
         for index, output in sorted(outputs.items()):
@@ -86,7 +84,7 @@ class _Answer:
             "usage": usage.body() | self.service.told(self.body, self.account),
         }
 
-    async def events(self) -> AsyncGenerator[bytes]:
+    async def events(self, send: Emit) -> None:
         """The answer as server-sent events, without the closing [DONE]."""
         forced = self.service.options.enable_force_include_usage
         continuous = forced or self.body.continuous_usage
@@ -94,7 +92,8 @@ class _Answer:
         usage = Usage(self.service.options.enable_prompt_tokens_details)
         states: dict[int, _Choice] = {}
         counts = not self.body.only_echo
-        async for index, output in self._outputs():
+
+        def take(index: int, output: RequestOutput) -> None:
             for completion in output.outputs:
                 number = index * self.params.n + completion.index
                 state = states.get(number)
@@ -108,20 +107,19 @@ class _Answer:
                     usage.completion_tokens += len(completion.token_ids)
                 if continuous:
                     chunk["usage"] = usage.body()
-                yield frame.event(chunk)
+                send(frame.event(chunk))
+
+        await self._answer(take)
         if forced or self.body.include_usage:
             told = usage.body() | self.service.told(self.body, self.account)
-            yield frame.event({"choices": [], "system_fingerprint": fingerprint, "usage": told})
+            send(frame.event({"choices": [], "system_fingerprint": fingerprint, "usage": told}))
 
-    async def _outputs(self) -> AsyncGenerator[tuple[int, RequestOutput]]:
+    async def _answer(self, take: Take) -> None:
         special = self.body.add_special_tokens is not False
         prompts = self.body.prompts()
         in_thread = sum(map(len, prompts)) > LONG_TEXT
         jobs = [await self._job(prompt, special, in_thread) for prompt in prompts]
-        async for item in self.service.outputs(
-            self.id, jobs, self.params, self.body, special, self.caller, self.account
-        ):
-            yield item
+        await self.service.answer(self.id, jobs, self.params, self.body, special, take, self.caller, self.account)
 
     async def _job(self, prompt: str | list[int], special: bool, in_thread: bool) -> Job:
         room = max(self.body.output_tokens, 1)

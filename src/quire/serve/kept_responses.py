@@ -6,7 +6,7 @@ Whichever API process keeps it. Making one is in responses.py.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -18,7 +18,7 @@ from quire.serve.caller import caller_of
 from quire.serve.errors import Failure
 from quire.serve.layers import JsonRoute
 from quire.serve.service import Service
-from quire.serve.sse import EventStyle, event, json_response, stream
+from quire.serve.sse import Emit, EventStyle, event, json_response, stream
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -48,7 +48,7 @@ async def retrieve_response(
     if not stream_it:
         found = await anywhere(kept_response, service, response_id, tenant)
         return json_response(found["body"])
-    events = follow(service, response_id, starting_after + 1, tenant)
+    events = partial(follow, service, response_id, starting_after + 1, tenant)
     return await stream(request, events, STYLE, service.options.sse_keep_alive_interval)
 
 
@@ -90,7 +90,7 @@ async def cancel_response(response_id: str, request: Request) -> Response:
     return json_response(found)
 
 
-async def follow(service: Service, response_id: str, number: int, tenant: str) -> AsyncGenerator[bytes]:
+async def follow(service: Service, response_id: str, number: int, tenant: str, send: Emit) -> None:
     """The events of a response from this number on, as they come, until it is over."""
     begun, runs = False, True
     while runs:
@@ -101,7 +101,7 @@ async def follow(service: Service, response_id: str, number: int, tenant: str) -
         begun = True
         number += len(found["events"])
         for content in found["events"]:
-            yield content
+            send(content)
 
 
 @topic

@@ -6,7 +6,6 @@ What the bodies mean is in messages_body.py; only the shape of the answer is mad
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +20,7 @@ from quire.serve.errors import Failure
 from quire.serve.layers import JsonRoute
 from quire.serve.messages_body import MessagesRequest, TokensRequest
 from quire.serve.service import Service, new_id
-from quire.serve.sse import EventStyle, event, json_response, named_event, stream, until_left
+from quire.serve.sse import Emit, EventStyle, event, json_response, named_event, stream, until_left
 from quire.serve.talk import Talk
 from quire.text import ChatOptions
 from quire.text.speech import AnswerReader, tool_wish
@@ -56,7 +55,7 @@ async def create_message(body: MessagesRequest, request: Request) -> Response:
     answer = _Answer(service, Talk(service, chat, own_id, params, caller_of(request), wish=wish))
     if not body.stream:
         return json_response(await until_left(request, answer.whole()))
-    return await stream(request, answer.events(), STYLE, service.options.sse_keep_alive_interval)
+    return await stream(request, answer.events, STYLE, service.options.sse_keep_alive_interval)
 
 
 @router.post("/v1/messages/count_tokens")
@@ -87,10 +86,7 @@ class _Answer:
 
     async def whole(self) -> dict[str, Any]:
         """The answer as one object."""
-        output: RequestOutput | None = None
-        async for found in self.talk.outputs():
-            output = found
-        assert output is not None, "the engine ends every request with an output"
+        output = await self.talk.whole()
         completion = output.outputs[0]
         _raise_ended(completion)
         self._grow(completion)
@@ -98,26 +94,30 @@ class _Answer:
         content = [_block(block, block.text) for block in self.blocks.found]
         return self._message(usage) | {"content": content, **self._stopped(completion)}
 
-    async def events(self) -> AsyncGenerator[bytes]:
+    async def events(self, send: Emit) -> None:
         """The answer as events."""
         tokens, begun = 0, False
-        async for output in self.talk.outputs():
+
+        def take(output: RequestOutput) -> None:
+            nonlocal tokens, begun
             if not begun:
                 begun = True
-                yield named_event({"type": "message_start", "message": self._message(self._usage(output))})
-                yield named_event({"type": "ping"})
+                send(named_event({"type": "message_start", "message": self._message(self._usage(output))}))
+                send(named_event({"type": "ping"}))
             for completion in output.outputs:
                 tokens += len(completion.token_ids)
                 _raise_ended(completion)
                 for growth in self._grow(completion):
                     for content in self._growth_events(growth):
-                        yield content
+                        send(content)
                 if completion.finish_reason is not None:
                     for content in self._closed(len(self.blocks.found) - 1):
-                        yield content
+                        send(content)
                     usage = self._usage(output) | {"output_tokens": tokens} | self.talk.told()
-                    yield named_event({"type": "message_delta", "delta": self._stopped(completion), "usage": usage})
-        yield named_event({"type": "message_stop"})
+                    send(named_event({"type": "message_delta", "delta": self._stopped(completion), "usage": usage}))
+
+        await self.talk.answer(take)
+        send(named_event({"type": "message_stop"}))
 
     def _grow(self, completion: CompletionOutput) -> list[Growth]:
         """What the new text adds to the blocks."""

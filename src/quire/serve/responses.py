@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -27,7 +28,7 @@ from quire.serve.logprobs import TokenNames, chat_logprobs
 from quire.serve.response_items import Items
 from quire.serve.responses_body import ResponsesRequest
 from quire.serve.service import Service, new_id
-from quire.serve.sse import json_response, named_event, stream, until_left
+from quire.serve.sse import Emit, json_response, named_event, stream, until_left
 from quire.serve.store import Stored
 from quire.serve.talk import Talk
 from quire.text.speech import AnswerReader, tool_wish
@@ -56,7 +57,7 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
         stored = answer.in_background()
         if not body.stream:
             return json_response(stored.body)
-        following = follow(service, own_id, 0, caller.tenant)
+        following = partial(follow, service, own_id, 0, caller.tenant)
         return await stream(request, following, STYLE, service.options.sse_keep_alive_interval)
     if not body.stream:
         return json_response(await until_left(request, answer.whole()))
@@ -129,8 +130,7 @@ class _Answer:
             if stored.events is None:
                 await self.whole()
             else:
-                async for content in self.events():
-                    stored.tell(content)
+                await self.events(stored.tell)
         except asyncio.CancelledError:
             stored.body = self._frame("cancelled")
             raise
@@ -140,14 +140,15 @@ class _Answer:
                 stored.tell(self._event("failed", {"response": stored.body}))
 
     async def events(self, send: Emit) -> None:
-        """The response as events."""
+        """The response as events; of one in the background it is told already that it was created."""
         tokens = 0
         last: RequestOutput | None = None
+        first = ("created", "in_progress") if self.stored is None else ("in_progress",)
 
         def take(output: RequestOutput) -> None:
             nonlocal tokens, last
             if last is None:
-                for kind in ("created", "in_progress"):
+                for kind in first:
                     send(self._event(kind, {"response": self._frame("in_progress")}))
             last = output
             for new in output.outputs:
@@ -163,8 +164,7 @@ class _Answer:
         except Exception as error:
             if last is None:
                 raise
-            response = self._frame("failed") | {"error": _error_of(error)}
-            send(self._event("failed", {"response": response}))
+            send(self._event("failed", {"response": self._failed(error)}))
             return
         assert last is not None, "the engine ends every request with an output"
         response = self._ended(last.outputs[0], self._usage(last, tokens))

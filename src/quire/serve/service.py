@@ -11,9 +11,9 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -21,7 +21,7 @@ from prometheus_client import CollectorRegistry
 from quire.config import ServeOptions
 from quire.core.params import SamplingParams
 from quire.engine.admission import LATE
-from quire.engine.async_engine import AsyncEngine
+from quire.engine.async_engine import AsyncEngine, together
 from quire.engine.beam_requests import Wishes, beam_output
 from quire.engine.beams import BeamSearchParams
 from quire.engine.metrics import Counted
@@ -84,6 +84,8 @@ class Job:
 
 
 NOBODY = Caller()
+TakeOutput = Callable[[RequestOutput], None]
+Take = Callable[[int, RequestOutput], None]  # the index of the prompt, and its output
 
 
 @dataclass(slots=True)
@@ -237,17 +239,19 @@ class Service:
         most = max(1, limit - room) if most == -1 else most
         return ids[:most] if body.truncation_side == "right" else ids[-most:]
 
-    async def outputs(
+    async def answer(
         self,
         request_id: str,
         jobs: Sequence[Job],
         params: SamplingParams,
         body: GenerationRequest,
         special: bool,
+        take: Take,
         caller: Caller = NOBODY,
         account: Account | None = None,
-    ) -> AsyncGenerator[tuple[int, RequestOutput]]:
-        """(index of the prompt, output) as they come. Leaving the iterator aborts what still runs.
+    ) -> None:
+        """Call take() with (index of the prompt, output) as they come, until all is said. Cancelling it aborts what still
+        runs, and so does a take() that raises, which raises here.
 
         `caller`: whose request it is; a tenant finds only its own cached prompts, unless they are shared. A completion
         that failed raises RequestFailedError, and the reason is only logged; one whose time is over raises
@@ -268,19 +272,15 @@ class Service:
                 body.priority or 0, special, caller.tenant, caller.timeout if body.timeout is None else body.timeout
             )
             beams = body.beams(params, self.card.max_model_len)
-            salted = [_salted(job, salt) for job in jobs]
-            if beams is None:
-                sources = [self._one(live, index, job, params, wishes) for index, job in enumerate(salted)]
-            else:
-                sources = [self._search(live, index, job, beams, wishes) for index, job in enumerate(salted)]
-            async with aclosing(merged(sources)) as found:
-                async for item in found:
-                    account.note(item[1])
-                    live.note(account.output_tokens)
-                    for completion in item[1].outputs:
-                        if completion.finish_reason == "error":
-                            raise _failure_of(item[1].request_id, completion)
-                    yield item
+            works = []
+            for index, job in enumerate(jobs):
+                told = partial(_told, take, index, account, live)
+                salted = _salted(job, salt)
+                if beams is None:
+                    works.append(self._one(live, index, salted, params, wishes, told))
+                else:
+                    works.append(self._search(live, index, salted, beams, wishes, told))
+            await together(works)
         except BaseException as error:
             account.fail(error)
             raise
@@ -303,34 +303,42 @@ class Service:
         logger.info("%s arrived: %d prompts, %d tokens in, %s%s", request_id, len(jobs), known, params, shown)
 
     async def _one(
-        self, live: LiveRequest, index: int, job: Job, params: SamplingParams, wishes: Wishes
-    ) -> AsyncGenerator[tuple[int, RequestOutput]]:
+        self, live: LiveRequest, index: int, job: Job, params: SamplingParams, wishes: Wishes, take: TakeOutput
+    ) -> None:
         """The outputs of one prompt, several tokens at a time where that is wanted."""
         engine_id = f"{live.id}-{index}-{uuid.uuid4().hex[:8]}"
         if params.stream_interval is None and self.options.stream_interval > 1:
             params = replace(params, stream_interval=self.options.stream_interval)
         live.engine_ids.add(engine_id)
         try:
-            generation = self.engine.generate(
+            prepared = await self.engine.prepare(
                 job.prompt, params, engine_id, wishes.priority, wishes.special, wishes.tenant, wishes.timeout
             )
-            async with aclosing(generation) as outputs:
-                async for output in outputs:
-                    yield index, output
+            await self.engine.deliver(prepared, take)
         finally:
             live.engine_ids.discard(engine_id)
 
     async def _search(
-        self, live: LiveRequest, index: int, job: Job, beams: BeamSearchParams, wishes: Wishes
-    ) -> AsyncGenerator[tuple[int, RequestOutput]]:
+        self, live: LiveRequest, index: int, job: Job, beams: BeamSearchParams, wishes: Wishes, take: TakeOutput
+    ) -> None:
         """The one output of a beam search over one prompt."""
         name = f"{live.id}-{index}-{uuid.uuid4().hex[:8]}"
         ids = [f"{name}-{beam}" for beam in range(beams.beam_width)]
         live.engine_ids.update(ids)
         try:
-            yield index, await beam_output(self.engine, job.prompt, beams, ids, wishes)
+            take(await beam_output(self.engine, job.prompt, beams, ids, wishes))
         finally:
             live.engine_ids.difference_update(ids)
+
+
+def _told(take: Take, index: int, account: Account, live: LiveRequest, output: RequestOutput) -> None:
+    """An output came: count it, and pass it on."""
+    account.note(output)
+    live.note(account.output_tokens)
+    for completion in output.outputs:
+        if completion.finish_reason == "error":
+            raise _failure_of(output.request_id, completion)
+    take(index, output)
 
 
 def _failure_of(request_id: str, completion: CompletionOutput) -> RequestFailedError | TimeOverError:
@@ -341,42 +349,6 @@ def _failure_of(request_id: str, completion: CompletionOutput) -> RequestFailedE
     if completion.error == QUARANTINED:
         return RequestFailedError(QUARANTINED)
     return RequestFailedError("This request failed while it was running. The server's log says why.")
-
-
-_Numbered = tuple[int, RequestOutput]  # with the index of its prompt
-
-
-def merged(sources: Sequence[AsyncGenerator[_Numbered]]) -> AsyncGenerator[_Numbered]:
-    """All outputs of all sources as they come. The first error ends everything."""
-    return sources[0] if len(sources) == 1 else _merged(sources)
-
-
-async def _merged(sources: Sequence[AsyncGenerator[_Numbered]]) -> AsyncGenerator[_Numbered]:
-    queue: asyncio.Queue[_Numbered | Exception | None] = asyncio.Queue()
-
-    async def pump(source: AsyncGenerator[_Numbered]) -> None:
-        try:
-            async for item in source:
-                queue.put_nowait(item)
-            queue.put_nowait(None)
-        except Exception as error:
-            queue.put_nowait(error)
-
-    tasks = [asyncio.create_task(pump(source)) for source in sources]
-    try:
-        open_sources = len(tasks)
-        while open_sources:
-            item = await queue.get()
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
-                open_sources -= 1
-            else:
-                yield item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def new_id(prefix: str, header: str | None, field_value: str | None) -> str:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 import msgspec
@@ -90,46 +89,93 @@ class EventStyle:
 OPENAI = EventStyle()
 
 
-async def stream(
-    request: Request, events: AsyncGenerator[bytes], style: EventStyle = OPENAI, patience: float = 0.0
-) -> Response:
+Emit = Callable[[bytes], None]
+Making = Callable[[Emit], Coroutine[Any, Any, None]]  # what makes the events of an answer and returns behind the last
+
+
+class Pipe:
+    """The way of events from what makes them to the connection.
+
+    Where there is a short way, they go straight into it. Otherwise, and while the client reads too slowly, they wait here.
+    """
+
+    def __init__(self) -> None:
+        self._straight: Chunks | None = None
+        self._waiting: list[bytes] = []
+        self._news = asyncio.Event()
+
+    def put(self, event: bytes) -> None:
+        """The next event. In the event loop alone."""
+        if self._straight is None:
+            self._waiting.append(event)
+            self._news.set()
+        elif self._straight.write(event):
+            self._straight = None
+            self._news.set()
+
+    def wake(self, _: object = None) -> None:
+        """There is something else to tell whoever waits."""
+        self._news.set()
+
+    async def wait(self, patience: float = 0.0) -> bool:
+        """Until events wait, the client reads too slowly, or wake() was called; False after `patience` seconds, if any."""
+        try:
+            await asyncio.wait_for(self._news.wait(), patience or None)
+        except TimeoutError:
+            return False
+        self._news.clear()
+        return True
+
+    @property
+    def has_waiting(self) -> bool:
+        """Whether some wait."""
+        return bool(self._waiting)
+
+    def waiting(self) -> list[bytes]:
+        """The events that wait, which are the caller's from now on."""
+        found, self._waiting = self._waiting, []
+        return found
+
+    def go_straight(self, chunks: Chunks) -> None:
+        """From now on events need not wait. None may be left that does."""
+        assert not self._waiting, "events keep their order"
+        self._straight = chunks
+
+
+async def stream(request: Request, make: Making, style: EventStyle = OPENAI, patience: float = 0.0) -> Response:
     """Events as an answer. What goes wrong before the first one raises, so that it gets its proper status.
 
     `patience`: seconds after which a silent stream says that it is still there, from the beginning on; 0 for never.
     A stream that says so before its first event has begun, and reports what goes wrong from then on as an event.
     """
-    events = events if patience <= 0 else _kept_alive(events, patience)
-    return EventStream(await until_left(request, anext(events)), events, style)
-
-
-async def _kept_alive(events: AsyncGenerator[bytes], patience: float) -> AsyncGenerator[bytes]:
-    """The events, and comments while there are none."""
-    async with aclosing(events):
-        task: asyncio.Future[bytes] | None = None
-        try:
-            while True:
-                task = asyncio.ensure_future(anext(events))
-                while not (await asyncio.wait((task,), timeout=patience))[0]:
-                    yield KEEP_ALIVE
-                try:
-                    chunk = task.result()
-                except StopAsyncIteration:
-                    return
-                yield chunk
-        finally:
-            if task is not None and not task.done():
-                await _cancel(task)
+    pipe = Pipe()
+    making = asyncio.ensure_future(make(pipe.put))
+    making.add_done_callback(pipe.wake)
+    try:
+        if not await until_left(request, pipe.wait(patience)):
+            pipe.put(KEEP_ALIVE)
+        first = pipe.waiting()
+        if not first:
+            making.result()
+    except BaseException:
+        await _cancel(making)
+        raise
+    return EventStream(first, pipe, making, style, patience)
 
 
 class EventStream(StreamingResponse):
-    """Events as they come. An error becomes an event; a client that leaves ends the iterator."""
+    """Events as they come. An error becomes an event; a client that leaves ends what makes them."""
 
-    def __init__(self, first: bytes, rest: AsyncGenerator[bytes], style: EventStyle = OPENAI) -> None:
+    def __init__(
+        self, first: list[bytes], pipe: Pipe, making: asyncio.Future[None], style: EventStyle, patience: float
+    ) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(rest, headers=headers, media_type="text/event-stream")
+        super().__init__((), headers=headers, media_type="text/event-stream")
         self._first = first
-        self._rest = rest
+        self._pipe = pipe
+        self._making = making
         self._style = style
+        self._patience = patience
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send everything, unless the client leaves."""
@@ -140,18 +186,15 @@ class EventStream(StreamingResponse):
             if task.done():
                 task.result()
         finally:
-            await _cancel(task, left)
+            await _cancel(task, left, self._making)
 
     async def _send(self, send: Send, chunks: Chunks | None) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        await _body(send, self._first)
+        for event in self._first:
+            await _body(send, event)
         try:
-            async with aclosing(self._rest) as rest:
-                async for chunk in rest:
-                    if chunks is None:
-                        await _body(send, chunk)
-                    elif chunks.write(chunk):
-                        await chunks.drain()
+            await self._pass_on(send, chunks)
+            await self._making
         except Exception as error:
             if chunks is not None:
                 chunks.flush()
@@ -161,6 +204,26 @@ class EventStream(StreamingResponse):
         if self._style.last:
             await _body(send, self._style.last)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _pass_on(self, send: Send, chunks: Chunks | None) -> None:
+        """Send events until no more will come."""
+        pipe, patience = self._pipe, self._patience
+        while True:
+            for event in pipe.waiting():
+                if chunks is None:
+                    await _body(send, event)
+                else:
+                    chunks.write(event)
+            if chunks is not None:
+                await chunks.drain()
+            if pipe.has_waiting:
+                continue
+            if self._making.done():
+                return
+            if chunks is not None and not patience:
+                pipe.go_straight(chunks)
+            if not await pipe.wait(patience):
+                pipe.put(KEEP_ALIVE)
 
 
 async def _body(send: Send, chunk: bytes) -> None:
