@@ -107,8 +107,8 @@ chat_template_kwargs           -        -        works
 return_prompt_text             -        -        works
 media_io_kwargs                -        refused  refused
 mm_processor_kwargs            -        refused  refused
-functions                      -        -        refused
-function_call                  -        -        refused
+functions                      -        -        works
+function_call                  -        -        works
 audio                          -        -        refused
 modalities                     -        -        refused
 web_search_options             -        -        refused

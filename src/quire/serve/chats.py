@@ -12,6 +12,7 @@ from starlette.responses import Response
 from quire.engine.outputs import CompletionOutput, RequestOutput
 from quire.serve.caller import caller_of
 from quire.serve.layers import JsonRoute
+from quire.serve.legacy_calls import in_old_form
 from quire.serve.logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from quire.serve.protocol import ChatRequest
 from quire.serve.service import Service, new_id
@@ -160,7 +161,7 @@ class _Answer:
         }
         if said.calls:
             message["tool_calls"] = [{key: call[key] for key in ("id", "type", "function")} for call in said.calls]
-        return {
+        choice = {
             "index": completion.index,
             "message": message,
             "logprobs": self._logprobs(completion),
@@ -168,6 +169,7 @@ class _Answer:
             "stop_reason": completion.stop_reason,
             "token_ids": list(completion.token_ids) if self.body.return_token_ids else None,
         }
+        return in_old_form(choice, "message") if self.body.functions else choice
 
     def _opening(self, number: int) -> dict[str, Any]:
         """The first chunk of a choice."""
@@ -198,4 +200,4 @@ class _Answer:
             choice["stop_reason"] = new.stop_reason
         if self.body.return_token_ids:
             choice["token_ids"] = list(new.token_ids)
-        return choice
+        return in_old_form(choice, "delta") if self.body.functions else choice

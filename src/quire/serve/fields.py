@@ -41,8 +41,6 @@ REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "audio": ((None,), "Models here write text only."),
     "modalities": ((None, ["text"]), "Models here write text only."),
     "web_search_options": ((None,), "There are no built-in tools; offer a function."),
-    "functions": ((None, []), "Use tools."),
-    "function_call": ((None, "none"), "Use tool_choice."),
 }
 # Known, and without any effect on the answer: notes for the operator, wishes about speed and billing, and columns of
 # log-probabilities, which JSON has no need of.

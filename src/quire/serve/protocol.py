@@ -17,6 +17,7 @@ from quire.engine.beams import BeamSearchParams
 from quire.errors import ValidationError
 from quire.serve.fields import ApiRequest
 from quire.serve.forms import wished_form
+from quire.serve.legacy_calls import choice_of, messages_of, tools_of
 
 MOST_PROMPTS = 1024
 MOST_COMPLETIONS = 16384  # prompts times n, in one request
@@ -269,6 +270,8 @@ class ChatRequest(GenerationRequest):
     tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
+    functions: list[dict[str, Any]] | None = None  # the old form of tools and tool_choice
+    function_call: Any = None
     documents: list[dict[str, Any]] | None = None
     reasoning_effort: str | None = None
     add_generation_prompt: bool | None = None
@@ -282,6 +285,7 @@ class ChatRequest(GenerationRequest):
     def check(self) -> None:
         """What one field cannot tell alone. Raises ValidationError."""
         super().check()
+        self._take_functions()
         if self.tools is not None and not self.tools:
             raise ValidationError("tools is an empty list. Leave it out, or name at least one tool.", "tools")
         check_schemas(self.tools, "tools", MOST_TOOLS)
@@ -291,6 +295,17 @@ class ChatRequest(GenerationRequest):
         if self.top_logprobs is not None and self.top_logprobs < -1:
             raise ValidationError("top_logprobs must be at least 0, or -1 for the whole vocabulary.", "top_logprobs")
         check_template_fields(self.add_generation_prompt, self.continue_final_message)
+
+    def _take_functions(self) -> None:
+        """Let functions be tools, of which one is called at a time."""
+        if self.functions is None and self.function_call not in (None, "none"):
+            raise ValidationError("function_call needs functions to choose from.", "function_call")
+        if self.functions is not None:
+            if self.tools is not None or self.tool_choice is not None:
+                raise ValidationError("functions is the old form of tools; they exclude each other.", "functions")
+            self.tools, self.tool_choice = tools_of(self.functions), choice_of(self.function_call)
+            self.parallel_tool_calls = False
+        self.messages = messages_of(self.messages)
 
     @property
     def top(self) -> int | None:
