@@ -1,6 +1,7 @@
 """Runs the real server loop, as a process of its own, over the engine of served.py: for tests of its end.
 
-Arguments: shutdown timeout in seconds, delay of each step in seconds, and, where wanted, seconds of the start and port.
+Arguments: shutdown timeout in seconds, delay of each step in seconds, and, where wanted, a file: the start goes on until
+it is there. Then a key is needed, and the address is printed before the start.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 from served import MAX_MODEL_LEN, Setup, engine_of, parrot
@@ -18,7 +20,7 @@ from quire.engine.async_engine import AsyncEngine
 from quire.engine.executor import FakeExecutor
 from quire.engine.metrics import Metrics
 from quire.errors import EngineError
-from quire.serve.listen import bind
+from quire.serve.listen import address_of, bind
 from quire.serve.progress import Progress
 from quire.serve.service import ModelCard, Service
 from quire.serve.serving import serve
@@ -26,8 +28,11 @@ from quire.serve.startup import StartReport
 
 
 def main() -> int:
-    start_seconds, port = (float(sys.argv[3]), int(sys.argv[4])) if len(sys.argv) > 3 else (0.0, 0)
-    options = ServeOptions(port=port, shutdown_timeout=float(sys.argv[1]))
+    awaited = Path(sys.argv[3]) if len(sys.argv) > 3 else None
+    options = ServeOptions(port=0, shutdown_timeout=float(sys.argv[1]))
+    listener = bind(options)
+    if awaited is not None:
+        print(address_of(options, listener), flush=True)
     env.set_up_logging()
     metrics = Metrics("parrot", MAX_MODEL_LEN)
     progress = Progress(metrics)
@@ -50,11 +55,12 @@ def main() -> int:
 
     def start() -> Service:
         report.add("pretending", None)
-        if stopped.wait(start_seconds):
-            raise EngineError("told to stop")
+        while awaited is not None and not awaited.exists():
+            if stopped.wait(0.01):
+                raise EngineError("told to stop")
         return service
 
-    return asyncio.run(serve(start, options, ("secret",) if port else (), bind(options), report, stopped.set))
+    return asyncio.run(serve(start, options, ("secret",) if awaited else (), listener, report, stopped.set))
 
 
 if __name__ == "__main__":

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import re
+import sys
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -40,6 +41,10 @@ from quire.serve.progress import Progress
 from quire.serve.service import ModelCard, Service
 from quire.text import Tokenizer
 from quire.text.library_tokenizer import of_library
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from waiting import until
 
 TEMPLATE = (
     "{% for message in messages %}<|turn|>{{ message.role }}:{{ message.content }}<|end|>{% endfor %}"
@@ -92,15 +97,9 @@ class Running:
     client: openai.OpenAI
     http: httpx.Client
 
-    def wait_idle(self, seconds: float = 5.0) -> None:
+    def wait_idle(self) -> None:
         """Wait until the engine has nothing to do, or fail."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            stats = self.metrics.stats
-            if not stats.running and not stats.waiting and not self.service.live:
-                return
-            time.sleep(0.01)
-        raise AssertionError(f"still at work: {self.metrics.stats}, {self.service.live}")
+        until(lambda: not (self.metrics.stats.running or self.metrics.stats.waiting or self.service.live))
 
     def figures(self) -> dict[str, float]:
         """What /metrics shows, by name and labels other than the model's and engine's."""
@@ -183,22 +182,20 @@ def served(setup: Setup | None = None) -> Iterator[Running]:
     server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(_until_stopped(server, service)), daemon=True)
     thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.005)
+    until(lambda: server.started or not thread.is_alive())
     port = server.servers[0].sockets[0].getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     key = setup.keys[0] if setup.keys else "none"
     headers = {"Authorization": f"Bearer {key}"} if setup.keys else {}
     try:
         with (
-            httpx.Client(base_url=url, headers=headers, timeout=30) as http,
-            openai.OpenAI(base_url=url + "/v1", api_key=key, max_retries=0, timeout=30) as client,
+            httpx.Client(base_url=url, headers=headers, timeout=60) as http,
+            openai.OpenAI(base_url=url + "/v1", api_key=key, max_retries=0, timeout=60) as client,
         ):
             yield Running(url, service, executor, metrics, client, http)
     finally:
         server.should_exit = True
-        thread.join(10)
+        thread.join(60)
 
 
 def refused(response: httpx.Response, status: int = 400) -> dict[str, Any]:
@@ -210,11 +207,3 @@ def refused(response: httpx.Response, status: int = 400) -> dict[str, Any]:
         word in error["message"] for word in ("Traceback", "/work", "/src", "0x", ".py")
     )
     return error
-
-
-def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
-    """Wait for a condition, or fail."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.005)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +16,7 @@ from quire.engine.async_engine import AsyncEngine
 from quire.serve.app import create_app
 from quire.serve.chunks import ShortWay
 from quire.serve.service import ModelCard, Service
+from waiting import until
 
 ENGINE: dict[str, Any] = {
     "device": "cpu",
@@ -45,13 +45,11 @@ def served_model(options: ServeOptions | None = None, **engine: Any) -> Iterator
 
     thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
     thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.005)
+    until(lambda: server.started or not thread.is_alive())
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
             yield client
     finally:
         server.should_exit = True
-        thread.join(10)
+        thread.join(60)

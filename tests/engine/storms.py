@@ -120,12 +120,12 @@ def storm(connections: int, seed: int = 0) -> Left:
         port = int(server.url.rpartition(":")[2])
         for _ in range(2):  # what stays open for good is opened now: processes that render, the clients' pools
             server.client.chat.completions.create(model="", messages=[{"role": "user", "content": "say:hello;"}])
-        server.wait_idle(30)
+        server.wait_idle()
         before, tasks = descriptors(), tasks_of(server)
         began = time.monotonic()
         asyncio.run(drops(port, connections, seed))
         ended = time.monotonic()
-        server.wait_idle(60)
+        server.wait_idle()
         settled = time.monotonic() - ended
         stats = server.metrics.stats
         assert stats.free_pages == stats.pages, stats

@@ -13,10 +13,11 @@ from typing import Any
 
 import openai
 import pytest
-from served import Running, Setup, refused, served, until
+from served import Running, Setup, refused, served
 from starlette.types import Message, Receive, Scope, Send
 
 from quire.serve.app import BodyLimit
+from waiting import until
 
 HELLO = "say:hello;|"
 CHAT = [{"role": "user", "content": "say:hello;"}]
@@ -61,17 +62,18 @@ def test_bodies_that_are_too_large() -> None:
 
 
 def test_a_full_queue() -> None:
-    with served(Setup(settings={"max_num_queued_reqs": 1}, max_num_seqs=1, delay=0.01)) as server:
-        body = {"prompt": "x|", "max_tokens": 100}
+    with served(Setup(settings={"max_num_queued_reqs": 1}, max_num_seqs=1, delay=0.02)) as server:
+        body = {"prompt": "x|", "max_tokens": 400}
         with ThreadPoolExecutor(2) as pool:
-            first = pool.submit(server.http.post, "/v1/completions", json=body)
+            first = pool.submit(server.http.post, "/v1/completions", json=body, headers={"X-Request-Id": "first"})
             until(lambda: server.metrics.stats.running == 1)
-            second = pool.submit(server.http.post, "/v1/completions", json=body)
+            second = pool.submit(server.http.post, "/v1/completions", json=body | {"max_tokens": 5})
             until(lambda: server.metrics.stats.waiting == 1)
             for stream in (False, True):
                 response = server.http.post("/v1/completions", json=body | {"stream": stream})
                 assert refused(response, 503)["type"] == "ServiceUnavailableError"
                 assert int(response.headers["retry-after"]) >= 1
+            assert server.http.delete("/v1/requests/first").is_success
             assert first.result().is_success and second.result().is_success
 
 
@@ -124,8 +126,8 @@ def test_an_engine_that_died() -> None:
     def die() -> list[Any]:
         raise MemoryError("the machine is gone")
 
-    with served(Setup(delay=0.01)) as server:
-        body = {"prompt": "x|", "max_tokens": 300, "stream": True}
+    with served(Setup(delay=0.02)) as server:
+        body = {"prompt": "x|", "max_tokens": 400, "stream": True}
         with server.http.stream("POST", "/v1/completions", json=body) as response:
             lines = response.iter_lines()
             next(lines)
@@ -143,7 +145,7 @@ def test_an_engine_that_died() -> None:
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("prompts", ["x|", ["x|", "y|", "z|"]])
 def test_a_client_that_leaves_ends_its_request(stream: bool, prompts: Any) -> None:
-    with served(Setup(delay=0.005)) as server:
+    with served(Setup(delay=0.02)) as server:
         body = json.dumps({"prompt": prompts, "max_tokens": 500, "stream": stream, "n": 2}).encode()
         port = int(server.url.rpartition(":")[2])
         with socket.create_connection(("127.0.0.1", port)) as connection:
@@ -153,7 +155,7 @@ def test_a_client_that_leaves_ends_its_request(stream: bool, prompts: Any) -> No
             )
             until(lambda: server.metrics.stats.running > 0)
             assert server.http.get("/load").json() == {"server_load": 1}
-        server.wait_idle(2.0)
+        server.wait_idle()
         figures = server.figures()
         assert figures["quire:request_success_total{finished_reason=abort}"] == (2 if prompts == "x|" else 6)
         assert figures["quire:kv_cache_usage_perc"] == 0

@@ -9,14 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
-from served import MAX_MODEL_LEN, Setup, engine_of, parrot, until
+from served import MAX_MODEL_LEN, Setup, engine_of, parrot
 
 from quire.config import EngineOptions, ServeOptions
 from quire.engine.async_engine import AsyncEngine
@@ -28,6 +27,7 @@ from quire.serve.run import run_server
 from quire.serve.service import ModelCard, Service
 from quire.serve.serving import serve
 from quire.serve.startup import StartReport
+from waiting import until
 
 HERE = Path(__file__).parent
 
@@ -61,77 +61,80 @@ def test_the_greeting_and_an_idle_end() -> None:
         assert curl.strip().startswith(f"curl {url}/v1/chat/completions")
         assert httpx.get(url + "/health").is_success
         server.send_signal(signal.SIGTERM)
-        assert server.wait(10) == 0
+        assert server.wait(60) == 0
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
 def test_running_requests_finish_after_the_signal(stop: signal.Signals) -> None:
     body = {"prompt": "x|", "max_tokens": 60, "stream": True}
-    with process(20, 0.02) as (server, url, _), httpx.stream("POST", url + "/v1/completions", json=body) as response:
+    with process(60, 0.02) as (server, url, _), httpx.stream("POST", url + "/v1/completions", json=body) as response:
         server.send_signal(stop)
         lines = lines_of(response)
         assert lines[-1] == "[DONE]"
         assert json.loads(lines[-2])["choices"][0]["finish_reason"] == "length"
         assert len(lines) == 61
-        assert server.wait(10) == 0
+        assert server.wait(60) == 0
 
 
 def test_late_requests_are_ended_properly_at_the_timeout() -> None:
     body = {"prompt": "x|", "max_tokens": 400, "stream": True}
     with process(0.3, 0.02) as (server, url, _), httpx.stream("POST", url + "/v1/completions", json=body) as response:
-        began = time.monotonic()
         server.send_signal(signal.SIGTERM)
         lines = lines_of(response)
         assert lines[-1] == "[DONE]"
         assert json.loads(lines[-2])["choices"][0]["finish_reason"] == "abort"
-        assert server.wait(10) == 0
-        assert 0.2 < time.monotonic() - began < 5
+        assert server.wait(60) == 0
 
 
 def test_no_connection_is_taken_while_it_drains() -> None:
     body = {"prompt": "x|", "max_tokens": 100, "stream": True}
-    with process(20, 0.02) as (server, url, _), httpx.stream("POST", url + "/v1/completions", json=body) as response:
-        server.send_signal(signal.SIGTERM)
-        time.sleep(0.5)
-        with pytest.raises(httpx.ConnectError):
+
+    def refuses() -> bool:
+        try:
             httpx.get(url + "/health")
-        assert lines_of(response)[-1] == "[DONE]"
+            return False
+        except httpx.ConnectError:
+            return True
+
+    with process(60, 0.02) as (server, url, _), httpx.stream("POST", url + "/v1/completions", json=body) as response:
+        server.send_signal(signal.SIGTERM)
+        until(refuses)
+        lines = lines_of(response)
+        assert lines[-1] == "[DONE]" and len(lines) == 101
 
 
 def test_an_engine_that_dies_ends_the_process_with_an_error() -> None:
     """So that whoever supervises it starts it again."""
     with process(5, 0) as (server, url, _):
         assert httpx.post(url + "/v1/completions", json={"prompt": "die"}).status_code == 503
-        assert server.wait(10) == 1
+        assert server.wait(60) == 1
 
 
 @contextmanager
-def starting(seconds: float) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server process whose start takes so long, and which wants a key, as soon as it answers."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, str(HERE / "serve_parrot.py"), "5", "0", str(seconds), str(port)]
+def starting(awaited: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server process that starts until this file is there, and which wants a key, as soon as it answers."""
+    command = [sys.executable, str(HERE / "serve_parrot.py"), "5", "0", str(awaited)]
     started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE)
-    url = f"http://127.0.0.1:{port}"
+    assert started.stdout is not None
+    url = started.stdout.readline().strip()
 
     def answers() -> bool:
         assert started.poll() is None
         try:
-            return httpx.get(url + "/livez").is_success
-        except httpx.ConnectError:
+            return httpx.get(url + "/livez").json().get("phase") == "pretending"
+        except httpx.TransportError:
             return False
 
     try:
-        until(answers, 30)
+        until(answers)
         yield started, url
     finally:
         started.kill()
         started.communicate()
 
 
-def test_a_server_that_starts_says_so() -> None:
-    with starting(3) as (_, url):
+def test_a_server_that_starts_says_so(tmp_path: Path) -> None:
+    with starting(tmp_path / "ready") as (_, url):
         live = httpx.get(url + "/livez").json()
         assert live["status"] == "starting" and live["phase"] == "pretending" and live["done"] == {"nothing": 0.0}
         ready = httpx.get(url + "/readyz")
@@ -143,16 +146,17 @@ def test_a_server_that_starts_says_so() -> None:
         answer = httpx.post(url + "/v1/completions", json=body, headers=key)
         assert answer.status_code == 503 and int(answer.headers["retry-after"]) > 0
         assert "starting: pretending" in answer.json()["error"]["message"]
-        until(lambda: httpx.get(url + "/readyz").is_success, 10)
+        (tmp_path / "ready").touch()
+        until(lambda: httpx.get(url + "/readyz").is_success)
         assert httpx.get(url + "/livez").json()["status"] == "ready"
         answer = httpx.post(url + "/v1/completions", json=body, headers=key)
         assert answer.json()["choices"][0]["text"] == "hello"
 
 
-def test_a_start_can_be_stopped() -> None:
-    with starting(60) as (server, _):
+def test_a_start_can_be_stopped(tmp_path: Path) -> None:
+    with starting(tmp_path / "never") as (server, _):
         server.send_signal(signal.SIGTERM)
-        assert server.wait(10) == 0
+        assert server.wait(60) == 0
 
 
 def test_an_address_in_use_is_known_at_once() -> None:
