@@ -391,6 +391,7 @@ class Engine:
             output = generation.failure(f"{type(error).__name__}: {error}")
         if generation.unfinished == 0:
             del self._generations[generation.request_id]
+            generation.completions.clear()  # each knows its parent: all are gone now, not with the next collection
         return output
 
     def _observe(self) -> None:
