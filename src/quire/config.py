@@ -93,6 +93,8 @@ class ModelOptions:
     def __post_init__(self) -> None:
         """Raise ConfigError for numbers that mean nothing."""
         refuse_nonsense(self)
+        if "" in self.served_model_name:
+            raise ConfigError("served_model_name is empty. Give a name that clients can ask for, or leave it out.")
 
 
 @dataclass(frozen=True, slots=True)

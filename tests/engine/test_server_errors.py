@@ -150,7 +150,7 @@ def test_wrong_fields_of_a_chat(server: Running, fields: dict[str, Any], param: 
         {"watermarking": True},
         {"prompt_logprob_token_ids": [1]},
         {"kv_transfer_params": {"a": 1}},
-        {"functions": [{"name": "f"}]},
+        {"logits_processors": ["a.b"]},
         {"modalities": ["text", "audio"]},
     ],
 )

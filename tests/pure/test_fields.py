@@ -107,8 +107,8 @@ chat_template_kwargs           -        -        works
 return_prompt_text             -        -        works
 media_io_kwargs                -        refused  refused
 mm_processor_kwargs            -        refused  refused
-functions                      -        -        works
-function_call                  -        -        works
+functions                      -        refused  works
+function_call                  -        refused  works
 audio                          -        -        refused
 modalities                     -        -        refused
 web_search_options             -        -        refused

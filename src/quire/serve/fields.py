@@ -40,6 +40,8 @@ REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "media_io_kwargs": ((None, {}), "Models here read text only."),
     "audio": ((None,), "Models here write text only."),
     "modalities": ((None, ["text"]), "Models here write text only."),
+    "functions": ((None, []), "It is a field of /v1/chat/completions."),
+    "function_call": ((None, "none"), "It is a field of /v1/chat/completions."),
     "web_search_options": ((None,), "There are no built-in tools; offer a function."),
 }
 # Known, and without any effect on the answer: notes for the operator, wishes about speed and billing, and columns of
