@@ -31,9 +31,9 @@ def now() -> int:
     return int(time.monotonic() / UNIT) % WRAP
 
 
-def age(token: int) -> float:
-    """Milliseconds since a token was made, if it is no older than UNIT * WRAP."""
-    return (now() - token) % WRAP * UNIT * 1000
+def age(token: int, at: float) -> float:
+    """Milliseconds from when a token was made until `at`, by time.monotonic(), if that is no longer than UNIT * WRAP."""
+    return (int(at / UNIT) - token) % WRAP * UNIT * 1000
 
 
 class SteadyExecutor:

@@ -360,13 +360,13 @@ def test_the_models_own_defaults() -> None:
     defaults = SamplingParams(temperature=0.6, repetition_penalty=1.3, top_k=7)
     with served(Setup(defaults=defaults)) as server:
         seen = []
-        keep = server.service.engine.generate
+        keep = server.service.engine.prepare
 
         def spy(prompt: Any, params: SamplingParams, *rest: Any) -> Any:
             seen.append(params)
             return keep(prompt, params, *rest)
 
-        server.service.engine.generate = spy  # type: ignore[method-assign, assignment]
+        server.service.engine.prepare = spy  # type: ignore[method-assign, assignment]
         server.client.completions.create(model="", prompt=HELLO)
         server.client.chat.completions.create(model="", messages=chat("say:x;"), temperature=0.5, top_p=0.9, seed=3)
     assert (seen[0].temperature, seen[0].repetition_penalty, seen[0].max_tokens) == (0.6, 1.3, 16)
@@ -407,13 +407,13 @@ def test_every_field_arrives() -> None:
     }
     with served() as server:
         seen: list[Any] = []
-        keep = server.service.engine.generate
+        keep = server.service.engine.prepare
 
         def spy(*given: Any) -> Any:
             seen.append(given)
             return keep(*given)
 
-        server.service.engine.generate = spy  # type: ignore[method-assign, assignment]
+        server.service.engine.prepare = spy  # type: ignore[method-assign, assignment]
         extra = {"logit_bias": {"7": 200.0}, "priority": 3, "cache_salt": "me", "logprobs": 1}
         repetition = {"repetition_detection": {"max_pattern_size": 20, "min_pattern_size": 10, "min_count": 5}}
         response = server.http.post("/v1/completions", json={"prompt": HELLO, **fields, **extra, **repetition})

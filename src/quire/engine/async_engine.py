@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -91,7 +91,7 @@ class AsyncEngine:
         self._takers: dict[str, _Taker] = {}  # the engine's thread alone
         # What is on its way out, kept here so that nothing is lost when a step raises in its middle.
         self._outputs: deque[RequestOutput] = deque()
-        self._mail: dict[asyncio.AbstractEventLoop, _Mail] = {}  # filled by the engine's thread
+        self._mail: defaultdict[asyncio.AbstractEventLoop, _Mail] = defaultdict(deque)  # filled by the engine's thread
         self._closing = False
         self._dead: BaseException | None = None
         self._thread: threading.Thread | None = None
@@ -335,7 +335,7 @@ class AsyncEngine:
             output = self._outputs[0]
             taker = self._takers.get(output.request_id)
             if taker is not None:
-                self._mail.setdefault(taker.loop, deque()).append((taker, output))
+                self._mail[taker.loop].append((taker, output))
                 if output.finished:
                     del self._takers[output.request_id]
             self._outputs.popleft()
@@ -343,7 +343,7 @@ class AsyncEngine:
 
     def _put(self, items: list[tuple[_Taker, RequestOutput | Exception]]) -> None:
         for item in items:
-            self._mail.setdefault(item[0].loop, deque()).append(item)
+            self._mail[item[0].loop].append(item)
         self._send()
 
     def _send(self) -> None:
