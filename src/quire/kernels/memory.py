@@ -1,7 +1,8 @@
 """The machine's memory: how much of it is free, and a large piece for weights that is touched ahead of need. No torch.
 
 The first touch of a page makes the system clear it, and a virtual machine may have to ask its host for it: that takes
-longer than packing weights into it. While torch is imported only one core works, so a thread touches the pages meanwhile.
+longer than packing weights into it. A mapped file's pages must be found one by one. While torch is imported only one core
+works, so a thread touches the pages meanwhile.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 CGROUP = Path("/sys/fs/cgroup")
 MEMINFO = Path("/proc/meminfo")
@@ -76,39 +79,77 @@ def fresh_memory(nbytes: int) -> mmap.mmap:
     return memory
 
 
+def mapped_file(file: BinaryIO) -> mmap.mmap:
+    """The whole file, in huge pages where the file system has them. What is written to it stays in this process."""
+    memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    for advice in ("MADV_HUGEPAGE", "MADV_WILLNEED"):
+        with contextlib.suppress(AttributeError, OSError):  # not every system or file system has it
+            memory.madvise(getattr(mmap, advice))
+    return memory
+
+
 class Ahead:
-    """One piece of memory at a time that a thread touches until somebody takes it."""
+    """Memory that a thread touches until somebody takes it: a fresh piece for weights, or a file of packed ones."""
 
     def __init__(self) -> None:
         self._memory: mmap.mmap | None = None
+        self._file: os.stat_result | None = None  # of the file, where it is one
         self._wanted = threading.Event()
         self._thread: threading.Thread | None = None
 
     def begin(self, nbytes: int) -> None:
-        """Touch so many bytes from now on, in a thread; a piece that nobody took is given back."""
-        self.take()
-        self._wanted.clear()
-        self._memory = fresh_memory(nbytes + nbytes // 16)  # weights are padded a little when they are packed
-        self._thread = threading.Thread(target=self._touch, args=(self._memory, nbytes), name="memory", daemon=True)
-        self._thread.start()
+        """Touch so many fresh bytes from now on; what nobody took before is given back."""
+        # Weights are padded a little when they are packed.
+        self._start(fresh_memory(nbytes + nbytes // 16), nbytes, None)
+
+    def begin_file(self, path: Path) -> None:
+        """Read a file from now on. Raises OSError or ValueError where it cannot be mapped."""
+        with path.open("rb") as file:
+            memory = mapped_file(file)
+            self._start(memory, len(memory), os.fstat(file.fileno()))
 
     def take(self) -> mmap.mmap | None:
-        """The piece, if there is one; what was not touched of it by now is not touched any more."""
+        """The fresh piece, if there is one; what was not touched of it by now is not touched any more."""
+        return None if self._file is not None else self._stop()
+
+    def take_file(self, file: BinaryIO) -> mmap.mmap:
+        """The mapped file: as it was begun, or mapped now."""
+        if self._file is not None and os.path.samestat(self._file, os.fstat(file.fileno())):
+            return self._stop() or mapped_file(file)
+        return mapped_file(file)
+
+    def give_back(self) -> None:
+        """Nothing of it is needed any more."""
+        self._stop()
+
+    def _start(self, memory: mmap.mmap, nbytes: int, file: os.stat_result | None) -> None:
+        self._stop()
+        self._wanted.clear()
+        self._memory, self._file = memory, file
+        self._thread = threading.Thread(target=self._touch, args=(memory, nbytes), name="memory", daemon=True)
+        self._thread.start()
+
+    def _stop(self) -> mmap.mmap | None:
         self._wanted.set()
         if self._thread is not None:
             self._thread.join()
-        memory, self._memory, self._thread = self._memory, None, None
+        memory, self._memory, self._file, self._thread = self._memory, None, None, None
         return memory
 
     def _touch(self, memory: mmap.mmap, nbytes: int) -> None:
         start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        start += -start % HUGE
+        start += -start % (HUGE if self._file is None else 1)
+        copy = ctypes.create_string_buffer(0 if self._file is None else SLICE)
         for offset in range(0, nbytes, SLICE):
             if self._wanted.is_set():
                 return
-            # Plain writes, which lock nothing: an madvise that populates would hold up every mmap of torch's import.
-            # Called through ctypes, so that other threads of Python run meanwhile.
-            ctypes.memset(start + offset, 0, min(SLICE, nbytes - offset))
+            # Plain writes and reads, which lock nothing: an madvise that populates would hold up every mmap of torch's
+            # import. Called through ctypes, so that other threads of Python run meanwhile.
+            here, size = start + offset, min(SLICE, nbytes - offset)
+            if self._file is None:
+                ctypes.memset(here, 0, size)
+            else:
+                ctypes.memmove(copy, here, size)
 
 
 AHEAD = Ahead()

@@ -25,6 +25,7 @@ from quire.kernels.table import Ops
 from quire.kernels.weights import KeptLinear, PackedLinear, Parts, QuantizedLinear
 from quire.models.hub import ModelFiles
 from quire.models.packed_file import PackedFile, write_packed
+from quire.models.packed_folder import note_file, packed_folder
 from quire.models.remembered import weight_identity
 from quire.quant.checkpoints import StoredWeight
 from quire.quant.format import QuantizedOps
@@ -126,7 +127,8 @@ def packed_cache(
         "files": [weight_identity(path) for path in files.weights],
     }
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
-    path = env.cache_folder() / "packed" / f"{name}.packed"
+    path = packed_folder() / f"{name}.packed"
+    note_file(options, path)
     least = WORTH_BYTES if wanted == "auto" else 0
     return PackedCache(ops, path, int(options.packed_cache_gb * 1e9), least)
 

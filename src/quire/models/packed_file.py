@@ -12,7 +12,6 @@ models: who asks for entry i says what it must have been made of.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import json
@@ -29,6 +28,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from quire.kernels.memory import AHEAD
 from quire.kernels.weights import KeptLinear
 from quire.models.remembered import check_owner
 
@@ -65,7 +65,7 @@ class PackedFile:
             with path.open("rb") as file:
                 check_owner(file)
                 entries = _read_header(file)
-                memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                memory = AHEAD.take_file(file)
             for entry in entries:
                 _check_entry(entry, len(memory))
             os.utime(path)  # what was used longest ago goes first when room is needed
@@ -74,9 +74,6 @@ class PackedFile:
         except (OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("the packed weights in %s cannot be used, weights are packed again: %s", path, error)
             return None
-        for advice in ("MADV_HUGEPAGE", "MADV_WILLNEED"):
-            with contextlib.suppress(AttributeError, OSError):  # not every system or file system has it
-                memory.madvise(getattr(mmap, advice))
         return cls(path, memory, entries, checksum)
 
     def entry(self, index: int, source: str) -> KeptLinear | None:

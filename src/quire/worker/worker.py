@@ -17,6 +17,7 @@ from quire.config import ModelOptions, Speculation
 from quire.core.plan import GroupSpec, StepPlan, StepResult
 from quire.errors import EngineError
 from quire.grammar.compiler import Grammars
+from quire.kernels import memory
 from quire.kernels.table import Ops, load_ops
 from quire.layers.spec import ModelLayout
 from quire.models.build import build_model
@@ -85,6 +86,7 @@ class Worker:
             self._model = build_model(setup.files, setup.options, setup.dtype, where, self._ops)
             if setup.draft is not None:
                 self._load_draft(setup.draft, where)
+        memory.AHEAD.give_back()
         logger.info("loaded %s in %.2f s", setup.files.name, time.perf_counter() - began)
         return self._model.layout
 
