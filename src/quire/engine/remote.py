@@ -7,7 +7,6 @@ ids only, no text and no engine process.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from dataclasses import replace
 
 from quire.core.picture import Picture
@@ -15,23 +14,19 @@ from quire.core.plan import Event
 from quire.core.request import CoreRequest
 from quire.core.stats import Queue, Stats
 from quire.engine import wire
-from quire.engine.bell import Bell
-from quire.engine.coming import Coming, Gate
-from quire.engine.supervisor import start_error
+from quire.engine.coming import Coming
+from quire.engine.far import TICK, FarCore, OnPhase, OnTokenizer
 from quire.errors import EngineDeadError, EngineError, ValidationError
 
-TICK = 0.5  # seconds after which a step without news ends
 
-
-class Remote:
-    """One API process's view. Not thread-safe, except for interrupt() and the figures: one thread calls it.
+class Remote(FarCore):
+    """One API process's view.
 
     `life` numbers the API processes of a server; no two have the same, a restarted one included.
     """
 
-    resumable = True  # what has arrived is kept until it is handed out
-
     def __init__(self, connection: wire.Connection[wire.FromEngine], life: int) -> None:
+        super().__init__()
         self._connection = connection
         self._ticket = wire.first_ticket(life)
         self._ids: dict[int, str] = {}  # live requests by ticket
@@ -41,29 +36,16 @@ class Remote:
         self._coming = Coming()
         self._stats = Stats()
         self._picture: Picture | None = None
-        self._answers: dict[int, bool | Queue | None] = {}
-        self._calls = 0
-        self._bell = Bell()
 
-    def start(
-        self,
-        on_phase: Callable[[str, float | None], None] | None = None,
-        on_tokenizer: Callable[[wire.Tokenizing], None] | None = None,
-    ) -> wire.Ready:
+    def start(self, on_phase: OnPhase | None = None, on_tokenizer: OnTokenizer | None = None) -> wire.Ready:
         """Wait until the engine is ready. Raises what the engine could not be started for."""
         while True:
             self._wait()
             for message in self._connection.receive():
-                if isinstance(message, wire.Tokenizing) and on_tokenizer is not None:
-                    on_tokenizer(message)
-                elif isinstance(message, wire.Phase) and on_phase is not None:
-                    on_phase(message.name, message.seconds)
-                elif isinstance(message, wire.Failed):
-                    raise start_error(message)
-                elif isinstance(message, wire.Ready):
-                    self._gate = Gate(message.scheduler)
-                    self._stats = message.stats
-                    return message
+                ready = self.heard_at_start(message, on_phase, on_tokenizer)
+                if ready is not None:
+                    self._stats = ready.stats
+                    return ready
             if self._connection.ended:
                 raise EngineError("the parent process has ended")
 
@@ -71,13 +53,7 @@ class Remote:
 
     def add(self, request: CoreRequest) -> Event | None:
         """Take in a request. Raises ValidationError or CapacityError when it could never run."""
-        if request.request_id in self._tickets:
-            raise ValidationError(
-                "A request with this id is running; choose another, or wait for its end",
-                "request_id",
-                request.request_id,
-            )
-        self._gate.refuse(request)
+        self.refuse(request, request.request_id in self._tickets)
         ticket = self._ticket + 1
         try:
             message = self._connection.encode(wire.add_message(ticket, request))
@@ -100,14 +76,6 @@ class Remote:
         self.interrupt()  # the caller may have something to tell, too
         return Event(request_id, finish_reason="abort")
 
-    def has_work(self) -> bool:
-        """True: even without requests there is something to hear."""
-        return True
-
-    def interrupt(self) -> None:
-        """Let a step() that waits return. May be called from any thread."""
-        self._bell.ring()
-
     def step(self) -> list[Event]:
         """Wait for news, an interruption or half a second; return what changed.
 
@@ -125,22 +93,10 @@ class Remote:
         self._coming.count_in(stats)
         return stats
 
-    def before(self, request_id: str) -> Queue | None:
-        """What has its turn before a request that waits; None for one that does not."""
-        ticket = self._tickets.get(request_id)
-        if ticket is None:
-            return None
-        found = self._ask("before", ticket, request_id)
-        return found if isinstance(found, Queue) else None
-
     def picture(self) -> Picture | None:
         """How the pages lay a moment ago; pictures come for some seconds after each call."""
         self._connection.send(wire.Look())
         return self._picture
-
-    def reset_prefix_cache(self) -> bool:
-        """Forget all cached pages. False when requests still hold some."""
-        return bool(self._ask("reset_prefix_cache"))
 
     def close(self) -> None:
         """Leave the engine to the others. A second call changes nothing."""
@@ -149,9 +105,11 @@ class Remote:
 
     # ---------------------------------------------------------------- inside
 
+    def _ticket_of(self, request_id: str) -> int | None:
+        return self._tickets.get(request_id)
+
     def _ask(self, name: wire.CallName, ticket: int = 0, request_id: str = "") -> bool | Queue | None:
-        self._calls += 1
-        number = self._calls
+        number = next(self._calls)
         self._connection.send(wire.Call(number, name, ticket, request_id))
         while number not in self._answers:
             self._wait()

@@ -12,25 +12,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quire import errors
 from quire.config import EngineOptions
 from quire.core.picture import Picture
 from quire.core.plan import Event
 from quire.core.request import CoreRequest
 from quire.core.stats import Queue, Stats, joined
 from quire.engine import wire
-from quire.engine.bell import Bell
 from quire.engine.child import Child, ChildProcess, came_from_outside, ending
-from quire.engine.coming import Coming, Gate, add_waiting
+from quire.engine.coming import Coming, add_waiting
+from quire.engine.far import TICK, FarCore, OnPhase, OnTokenizer
 from quire.engine.journal import Entry, Journal
 from quire.engine.spare import Spare
 from quire.engine.suspects import QUARANTINED, Suspects
 from quire.engine.totals import Totals
-from quire.errors import EngineDeadError, EngineError, QuireError, ValidationError
+from quire.errors import EngineDeadError, EngineError, ValidationError
 
 logger = logging.getLogger(__name__)
-
-TICK = 0.5  # seconds after which a step without news ends, so that silence is noticed
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +42,8 @@ class Patience:
     spare_after: float | None = 10.0  # after a start, until a spare process is made ready; None: never
 
 
-class Supervisor:
-    """One engine process at a time. Not thread-safe, except for interrupt() and the figures: one thread calls it."""
-
-    resumable = True  # the journal knows what was handed out
+class Supervisor(FarCore):
+    """One engine process at a time."""
 
     def __init__(
         self,
@@ -57,6 +52,7 @@ class Supervisor:
         patience: Patience | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        super().__init__()
         self.phase = "starting"  # what the engine is doing, for people: the phase of its start, "ready", "stopped"
         self.restarts = 0
         self.beside: list[wire.Connection[Any]] = []  # others that a waiting step() listens to, and returns for
@@ -78,10 +74,7 @@ class Supervisor:
         self._vain_deaths = 0
         self._start_at = 0.0  # when to start the next child
         self._failure: wire.Failed | None = None
-        self._answers: dict[int, bool | Queue | None] = {}
-        self._calls = 0
         self._picture: Picture | None = None
-        self._bell = Bell()
 
     # ---------------------------------------------------------------- the first start
 
@@ -90,11 +83,7 @@ class Supervisor:
         if self._child is None:
             self._child = self._new_child()
 
-    def start(
-        self,
-        on_phase: Callable[[str, float | None], None] | None = None,
-        on_tokenizer: Callable[[wire.Tokenizing], None] | None = None,
-    ) -> wire.Ready:
+    def start(self, on_phase: OnPhase | None = None, on_tokenizer: OnTokenizer | None = None) -> wire.Ready:
         """Wait for the engine's start, having launched it. Raises what the engine could not be started for."""
         self.launch()
         child = self._child
@@ -103,16 +92,10 @@ class Supervisor:
             while True:
                 wire.wait_for([child.connection.fileno()], [], None)
                 for message in child.connection.receive():
-                    if isinstance(message, wire.Tokenizing) and on_tokenizer is not None:
-                        on_tokenizer(message)
-                    elif isinstance(message, wire.Phase) and on_phase is not None:
-                        on_phase(message.name, message.seconds)
-                    elif isinstance(message, wire.Failed):
-                        raise start_error(message)
-                    elif isinstance(message, wire.Ready):
-                        self._gate = Gate(message.scheduler)
-                        self._come_up(message)
-                        return message
+                    ready = self.heard_at_start(message, on_phase, on_tokenizer)
+                    if ready is not None:
+                        self._come_up(ready)
+                        return ready
                 if child.connection.ended:
                     raise EngineError(f"the engine process {ending(child.close())} while it was starting")
         except BaseException:
@@ -123,13 +106,7 @@ class Supervisor:
 
     def add(self, request: CoreRequest) -> Event | None:
         """Take in a request. Raises ValidationError or CapacityError when it could never run."""
-        if request.request_id in self._journal:
-            raise ValidationError(
-                "A request with this id is running; choose another, or wait for its end",
-                "request_id",
-                request.request_id,
-            )
-        self._gate.refuse(request)
+        self.refuse(request, request.request_id in self._journal)
         entry = self._journal.open(request)
         try:
             if self._is_up and self._suspects.may_run(entry):
@@ -153,14 +130,6 @@ class Supervisor:
         self._end(entry)
         self.interrupt()  # the caller may have something to tell, too
         return Event(request_id, finish_reason="abort")
-
-    def has_work(self) -> bool:
-        """True: even without requests there is a process to look after."""
-        return True
-
-    def interrupt(self) -> None:
-        """Let a step() that waits return. May be called from any thread."""
-        self._bell.ring()
 
     def step(self) -> list[Event]:
         """Wait for the engine's next step, an interruption or half a second; return what changed.
@@ -201,28 +170,19 @@ class Supervisor:
         self._coming.count_in(stats)
         return stats
 
-    def before(self, request_id: str) -> Queue | None:
-        """What has its turn before a request that waits; None for one that does not, or while there is no engine."""
-        entry = self._journal.find(request_id)
-        if entry is None or not self._is_up or entry.ticket not in self._running:
-            return None
-        found = self._ask("before", entry.ticket, request_id)
-        return found if isinstance(found, Queue) else None
-
     def picture(self) -> Picture | None:
         """How the pages lay a moment ago; the engine sends pictures for some seconds after each call."""
         if self._is_up and self._child is not None:
             self._child.connection.send(wire.Look())
         return self._picture
 
-    def reset_prefix_cache(self) -> bool:
-        """Forget all cached pages. False when requests still hold some."""
-        return bool(self._ask("reset_prefix_cache"))
+    def _ticket_of(self, request_id: str) -> int | None:
+        entry = self._journal.find(request_id)
+        return entry.ticket if entry is not None and self._is_up and entry.ticket in self._running else None
 
     def _ask(self, name: wire.CallName, ticket: int = 0, request_id: str = "") -> bool | Queue | None:
-        """Call a method of the core and wait for its answer; an engine that dies meanwhile is followed by another."""
-        self._calls += 1
-        number = self._calls
+        """An engine that dies meanwhile is followed by another."""
+        number = next(self._calls)
         asked: Child | None = None
         while number not in self._answers:
             if self._is_up and self._child is not None and self._child is not asked:
@@ -442,11 +402,3 @@ class Supervisor:
     def _give_up(self, why: str) -> None:
         self.phase = "stopped"
         raise EngineDeadError(f"The engine is beyond repair: {why}.")
-
-
-def start_error(message: wire.Failed) -> Exception:
-    """What the engine could not be started for, as the exception that it was, where it is one of quire's."""
-    kind = getattr(errors, message.kind, None)
-    if isinstance(kind, type) and issubclass(kind, QuireError):
-        return kind(message.message)
-    return EngineError(f"The engine could not be started: {message.kind}: {message.message}")
