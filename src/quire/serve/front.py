@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     def start() -> Service:
         return start_service(begin.engine, options, open_engine)
 
-    place = Place(begin.index, Neighbours(parent))
+    place = Place(begin.index, Neighbours(parent), begin.again)
     return asyncio.run(serve(start, options, begin.keys, listener, report, connection.close, place))
 
 

@@ -160,7 +160,8 @@ class Fronts:
             engine_end.close()
         seat.front = Front(life, process, wire.Connection(ours, ToParent), time.monotonic())
         setup = self._setup
-        begin = Begin(life, index, len(self._seats), setup.engine, setup.serve, setup.keys, setup.began)
+        again = self._has_greeted
+        begin = Begin(life, index, len(self._seats), again, setup.engine, setup.serve, setup.keys, setup.began)
         seat.front.connection.send(begin)
         self._supervisor.beside.append(seat.front.connection)
         self._relay.join(life, wire.Connection(relay_end, wire.ToEngine))

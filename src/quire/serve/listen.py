@@ -6,6 +6,7 @@ Knows the options of the server; imports no web framework.
 from __future__ import annotations
 
 import re
+import resource
 import socket
 import ssl
 import sys
@@ -17,6 +18,7 @@ from quire.serve.auth import check_bind, read_keys
 from quire.text.speech import check_formats
 
 BACKLOG = 2048  # connections that may wait to be taken
+MOST_FILES = 65_536  # open at once, where the system sets no bound
 
 
 def checked_keys(options: ServeOptions) -> tuple[str, ...]:
@@ -105,6 +107,14 @@ def _cannot_listen(address: object, error: Exception) -> ConfigError:
         f"Cannot listen on {address}: {error}. Choose another address with --host and --port (0 takes a free one), or "
         "stop what uses it."
     )
+
+
+def make_room() -> None:
+    """Let this process, and those that it starts, have as many open files as the system allows: shells allow 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _remove_stale(path: str) -> None:

@@ -30,11 +30,14 @@ NOTE_SECONDS = 0.25  # between two notes of what was counted
 
 
 class Begin(msgspec.Struct, tag="begin", frozen=True):
-    """The first message to an API process. `life` is its number, `index` which of `count` places it has."""
+    """The first message to an API process. `life` is its number, `index` which of `count` places it has, `again`: after
+    one that died.
+    """
 
     life: int
     index: int
     count: int
+    again: bool
     engine: EngineOptions
     serve: ServeOptions
     keys: tuple[str, ...]

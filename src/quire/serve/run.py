@@ -17,7 +17,7 @@ from quire.config import EngineOptions, ServeOptions
 from quire.engine.child import Child, ChildProcess
 from quire.engine.supervisor import Patience
 from quire.serve.fronts import run_fronts
-from quire.serve.listen import bind, checked_keys
+from quire.serve.listen import bind, checked_keys, make_room
 from quire.serve.setup import Processes, Setup
 from quire.text.chat import read_template
 
@@ -46,6 +46,7 @@ def run_server(
     patience = Patience(silence=options.engine_timeout)
     if not options.engine_spare:
         patience = replace(patience, spare_after=None)
+    make_room()
     listener = bind(options)
     processes = Processes(new_process)
     try:

@@ -24,6 +24,7 @@ from quire.serve.anywhere import answer
 from quire.serve.app import create_app
 from quire.serve.auth import KeyCheck
 from quire.serve.chunks import ShortWay
+from quire.serve.connection import Connection
 from quire.serve.listen import address_of
 from quire.serve.neighbours import NOTE_SECONDS, Neighbours
 from quire.serve.progress import Progress
@@ -39,10 +40,11 @@ LAST_WORDS_SECONDS = 5.0  # that aborted requests get to send their ends
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Which of several API processes this is."""
+    """Which of several API processes this is. `again`: it follows one that died, and its clients can wait a moment."""
 
     index: int
     neighbours: Neighbours
+    again: bool = False
 
 
 class _Server(uvicorn.Server):
@@ -106,7 +108,7 @@ async def serve(
     raised, and what is wrong with options that only the routes understand.
     """
     waiting = NotYet(report)
-    door = Doorway(KeyCheck(waiting, keys) if keys else waiting)
+    door = Doorway(None if place is not None and place.again else KeyCheck(waiting, keys) if keys else waiting)
     server = _Server(_uvicorn_config(door, options), has_parent=place is not None)
     if place is not None:
         server.config.backlog = 1  # connections that are taken at once, for others may take from the same queue
@@ -142,7 +144,7 @@ def _uvicorn_config(app: ASGIApp, options: ServeOptions) -> uvicorn.Config:
         access_log=options.uvicorn_log_level in ("info", "debug", "trace"),
         lifespan="off",
         root_path=options.root_path,
-        http="h11",  # whose limits are known, whatever else is installed
+        http=Connection,  # over h11, whose limits are known, whatever else is installed
         h11_max_incomplete_event_size=options.h11_max_incomplete_event_size,
         ssl_keyfile=options.ssl_keyfile,
         ssl_certfile=options.ssl_certfile,

@@ -5,6 +5,7 @@ Knows the phases of a start by name only, no engine and no route but those of he
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import dataclass, field
 
@@ -63,17 +64,24 @@ class StartReport:
 
 
 class Doorway:
-    """The ASGI application of a server that may not be ready yet. `waiting` answers until open() brings the routes."""
+    """The ASGI application of a server that may not be ready yet. `waiting` answers until open() brings the routes; where
+    there is none, requests wait for that.
+    """
 
-    def __init__(self, waiting: ASGIApp) -> None:
+    def __init__(self, waiting: ASGIApp | None) -> None:
         self._app = waiting
+        self._opened = asyncio.Event()
 
     def open(self, app: ASGIApp) -> None:
         """From now on this application answers."""
         self._app = app
+        self._opened.set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on."""
+        if self._app is None:
+            await self._opened.wait()
+        assert self._app is not None, "it is open"
         await self._app(scope, receive, send)
 
 

@@ -1,0 +1,86 @@
+"""Connections whose client owes the rest of a request are closed; nobody is hurried who waits for an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import resource
+from typing import Any
+
+import pytest
+import uvicorn
+
+from quire.serve import connection, listen
+
+HEAD = b"GET / HTTP/1.1\r\nHost: x\r\n"
+POST = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n"
+CLOSE = b"Connection: close\r\n\r\n"
+LONGEST = 60.0
+
+
+def test_who_says_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "OWED_SECONDS", 0.3)
+    go_on = asyncio.Event()
+    reached = asyncio.Event()
+
+    async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["path"] == "/slow":
+            reached.set()
+            await go_on.wait()
+        body = b""
+        while (message := await receive())["type"] == "http.request":
+            body += message["body"]
+            if not message["more_body"]:
+                headers = [(b"content-length", b"%d" % len(body))]
+                await send({"type": "http.response.start", "status": 200, "headers": headers})
+                await send({"type": "http.response.body", "body": body})
+                return
+
+    async def answer(port: int, *parts: bytes) -> bytes:
+        """What comes before the server closes the connection. All but the first part are sent one by one meanwhile."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(parts[0])
+        found = asyncio.create_task(asyncio.wait_for(reader.read(), LONGEST))
+        for part in parts[1:]:
+            if not found.done():
+                writer.write(part)
+                await asyncio.sleep(0.01)
+        try:
+            return await found
+        except ConnectionError:  # it was written to after it had been closed
+            return b""
+        finally:
+            writer.close()
+
+    async def main() -> None:
+        config = uvicorn.Config(app, port=0, http=connection.Connection, log_level="error", lifespan="off")
+        server = uvicorn.Server(config)
+        running = asyncio.create_task(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        waits = asyncio.create_task(answer(port, HEAD.replace(b"/", b"/slow", 1) + CLOSE))
+        await reached.wait()
+        for owed in (b"", HEAD, POST + b"\r\nab"):
+            assert await answer(port, owed) == b""
+        drops = itertools.repeat(b"a", 100_000)
+        assert await answer(port, HEAD + b"X-Long: ", *drops) == b"", "a byte now and then is no request"
+        for whole in (HEAD + CLOSE, POST + CLOSE + b"abcd"):
+            assert (await answer(port, whole)).startswith(b"HTTP/1.1 200")
+        assert not waits.done()
+        go_on.set()
+        assert (await waits).startswith(b"HTTP/1.1 200"), "an answer may take as long as it wants"
+        server.should_exit = True
+        await running
+
+    asyncio.run(main())
+
+
+def test_room_for_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As much as the system allows, and no less than there was."""
+    taken: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: taken.append(limits))
+    for limits in ((1024, 4096), (1024, resource.RLIM_INFINITY), (4096, 4096), (resource.RLIM_INFINITY, -1)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, limits=limits: limits)
+        listen.make_room()
+    assert taken == [(4096, 4096), (listen.MOST_FILES, resource.RLIM_INFINITY)]
