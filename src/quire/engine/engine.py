@@ -390,8 +390,7 @@ class Engine:
                 self._fail(completion, error, self._clock())
             output = generation.failure(f"{type(error).__name__}: {error}")
         if generation.unfinished == 0:
-            del self._generations[generation.request_id]
-            generation.completions.clear()  # each knows its parent: all are gone now, not with the next collection
+            self._generations.pop(generation.request_id).completions.clear()  # they know it: all are gone at once
         return output
 
     def _observe(self) -> None:
