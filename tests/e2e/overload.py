@@ -131,23 +131,24 @@ async def overload(server: StartedServer, seconds: float, rate: float) -> Load:
     return load
 
 
-async def two_tenants(server: StartedServer, seconds: float) -> list[int]:
-    """Tokens that two keys got, one of which asks for ten times as much as the other."""
-    loads = [Load(), Load()]
-    end = time.monotonic() + seconds
+async def crowd(server: StartedServer, clients: dict[str, int], answers: int, tokens: int = TOKENS) -> dict[str, Load]:
+    """So many clients of each key, each asking again at once whatever it got, until there are so many answers."""
+    loads = {key: Load() for key in clients}
 
-    async def client(key: int) -> None:
-        while time.monotonic() < end:
-            await generate(server, loads[key], f"key{key}", 20)
+    async def client(key: str) -> None:
+        while True:
+            await generate(server, loads[key], key, tokens)
 
-    counts = (10 * ROWS, ROWS)  # the lesser one alone fills the engine
-    clients = [asyncio.create_task(client(key)) for key, count in enumerate(counts) for _ in range(count)]
-    await asyncio.sleep(seconds)
-    got = [load.tokens for load in loads]
-    for task in clients:
+    tasks = [asyncio.create_task(client(key)) for key, count in clients.items() for _ in range(count)]
+    while sum(load.statuses[200] for load in loads.values()) < answers:
+        await asyncio.sleep(0.05)
+        assert not any(task.done() for task in tasks), "a client got no answer at all"
+        status, _, _ = await ask(server, "/health")
+        assert status == 200, status
+    for task in tasks:
         task.cancel()
-    await asyncio.gather(*clients, return_exceptions=True)
-    return got
+    await asyncio.gather(*tasks, return_exceptions=True)
+    return loads
 
 
 def jain(shares: list[int]) -> float:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from guesses import noted_guesses
 from safetensors.torch import save_file
 from test_speculation import BUNDLED, SETTINGS, TEXT, WAYS, ask, plain, told  # noqa: F401  plain is a fixture
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -16,7 +16,6 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from quire import LLM, SamplingParams
 from quire.errors import QuireError
-from quire.worker.heads import NextLayerDrafter
 
 SIZE, INNER, HEADS, KEPT, GUESSED, WORDS = 192, 64, 4, 2, 600, 4096
 LAYERS = (1, 2, 4)
@@ -139,16 +138,7 @@ def config_of(folder: Path) -> dict[str, object]:
 def test_guesses_are_those_of_the_plain_head(
     folders: dict[str, Path], form: str, impl: str, monkeypatch: pytest.MonkeyPatch
 ):
-    made: list[tuple[list[int], tuple[int, ...]]] = []
-    propose = NextLayerDrafter.propose
-
-    def noting(self: NextLayerDrafter, slots: np.ndarray) -> list[tuple[int, ...]]:
-        found = propose(self, slots)
-        for slot, guess in zip(slots.tolist(), found, strict=True):
-            made.append((self._history.tokens[slot, : self._history.lengths[slot]].tolist(), guess))
-        return found
-
-    monkeypatch.setattr(NextLayerDrafter, "propose", noting)
+    made = noted_guesses(monkeypatch)
     options = {
         **SETTINGS,
         "dtype": "float32",

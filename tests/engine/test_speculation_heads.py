@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from guesses import noted_guesses
 from safetensors.torch import load_file
 from test_speculation import BUNDLED, SETTINGS, TEXT, WAYS, ask, plain, told  # noqa: F401  plain is a fixture
 from transformers import AutoModelForCausalLM
@@ -27,7 +28,6 @@ from quire.resolve import resolve
 from quire.worker import draft_pages
 from quire.worker.device import Device
 from quire.worker.draft_pages import DraftPages
-from quire.worker.heads import NextLayerDrafter
 from quire.worker.kvstore import KVStore
 from quire.worker.slots import Slots
 
@@ -110,21 +110,13 @@ def guesses_over(content: float, way: str, monkeypatch: pytest.MonkeyPatch) -> l
             for cache in self.caches:
                 cache.data.fill_(content)
 
-    found: list[tuple[int, ...]] = []
-    propose = NextLayerDrafter.propose
-
-    def noting(self: NextLayerDrafter, slots: np.ndarray) -> list[tuple[int, ...]]:
-        guesses = propose(self, slots)
-        found.extend(guesses)
-        return guesses
-
     with monkeypatch.context() as patch:
         patch.setattr(draft_pages, "KVStore", Spoilt)
-        patch.setattr(NextLayerDrafter, "propose", noting)
+        made = noted_guesses(patch)
         with LLM(**{**SETTINGS, **WAYS[way]}, speculative_config=GOING_ON) as llm:
             ask(llm)
             ask(llm)
-    return found
+    return [guess for _, guess in made]
 
 
 def test_pages_that_were_filled_without_the_head_are_known():
@@ -159,16 +151,7 @@ def test_guesses_are_those_of_the_plain_head(monkeypatch: pytest.MonkeyPatch):
     """Every guess for chunked, preempted and drafted rows, beside the head computed over the whole text at once."""
     import train_heads
 
-    made: list[tuple[list[int], tuple[int, ...]]] = []
-    propose = NextLayerDrafter.propose
-
-    def noting(self: NextLayerDrafter, slots: np.ndarray) -> list[tuple[int, ...]]:
-        found = propose(self, slots)
-        for slot, guess in zip(slots.tolist(), found, strict=True):
-            made.append((self._history.tokens[slot, : self._history.lengths[slot]].tolist(), guess))
-        return found
-
-    monkeypatch.setattr(NextLayerDrafter, "propose", noting)
+    made = noted_guesses(monkeypatch)
     ways = {"max_num_batched_tokens": 13, "num_gpu_blocks_override": 11, "enable_prefix_caching": False}
     with LLM(**{**SETTINGS, **ways}, dtype="float32", speculative_config=GOING_ON) as llm:
         params = SamplingParams(max_tokens=40, ignore_eos=True, temperature=0.0)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tiny
 import torch
+from guesses import noted_guesses
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from quire import LLM, SamplingParams
-from quire.worker.heads import NextLayerDrafter
 
 LAYERS = 3
 GLM = {
@@ -91,16 +90,7 @@ def write_model(folder: Path, family: str) -> tuple[Path, nn.Module, PlainMtp]:
 def test_an_mtp_layer_guesses_as_the_librarys_own(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(tiny.FAMILIES, "glm4_moe", GLM)
     folder, target, plain = write_model(tmp_path / family, family)
-    made: list[tuple[list[int], tuple[int, ...]]] = []
-    propose = NextLayerDrafter.propose
-
-    def noting(self: NextLayerDrafter, slots: np.ndarray) -> list[tuple[int, ...]]:
-        found = propose(self, slots)
-        for slot, guess in zip(slots.tolist(), found, strict=True):
-            made.append((self._history.tokens[slot, : self._history.lengths[slot]].tolist(), guess))
-        return found
-
-    monkeypatch.setattr(NextLayerDrafter, "propose", noting)
+    made = noted_guesses(monkeypatch)
     params = [SamplingParams(max_tokens=20, ignore_eos=True, temperature=t, seed=3) for t in (0.0, 0.0, 0.8)]
     prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
     said = []

@@ -10,7 +10,6 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 
 from quire.kernels import reference
 from quire.kernels.cpu import CpuOps, native
@@ -39,8 +38,3 @@ def ops(request: pytest.FixtureRequest) -> Ops:
 @pytest.fixture
 def oracle() -> Ops:
     return ops_of(reference)
-
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(20)

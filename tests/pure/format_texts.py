@@ -8,6 +8,7 @@ from typing import Any
 SCHEMAS = {"get_weather": {"properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}}
 PARIS = ("get_weather", {"city": "Paris", "days": 3})
 ADD = ("add", {"a": 1, "b": [2, {"c": None}]})
+ARGUMENTS = (json.dumps(PARIS[1]), json.dumps(ADD[1]))
 
 
 def as_json(name: str, arguments: Any, key: str = "arguments") -> str:
@@ -27,19 +28,15 @@ BOTH = {
     "granite": f"<|tool_call|>[{WEATHER}, {SUM}]",
     "phi4_mini_json": f"functools[{WEATHER}, {SUM}]",
     "deepseek_v3": (
-        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n```json\n"
-        + json.dumps(PARIS[1])
-        + "\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>add<｜tool▁sep｜>"
-        + json.dumps(ADD[1])
-        + "<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
-    ),
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n```json\n{}"
+        "\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>add<｜tool▁sep｜>{}"
+        "<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
+    ).format(*ARGUMENTS),
     "kimi_k2": (
-        "<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>"
-        + json.dumps(PARIS[1])
-        + "<|tool_call_end|><|tool_call_begin|>functions.add:1<|tool_call_argument_begin|>"
-        + json.dumps(ADD[1])
-        + "<|tool_call_end|><|tool_calls_section_end|>"
-    ),
+        "<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>{}"
+        "<|tool_call_end|><|tool_call_begin|>functions.add:1<|tool_call_argument_begin|>{}"
+        "<|tool_call_end|><|tool_calls_section_end|>"
+    ).format(*ARGUMENTS),
     "glm45": (
         "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n<arg_key>days</arg_key>\n"
         "<arg_value>3</arg_value>\n</tool_call>\n<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n"
@@ -56,12 +53,10 @@ BOTH = {
         '<parameter name="b">[2, {"c": null}]</parameter>\n</invoke>\n</minimax:tool_call>'
     ),
     "openai": (
-        "<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>"
-        + json.dumps(PARIS[1])
-        + "<|call|><|start|>assistant to=functions.add<|channel|>commentary json<|message|>"
-        + json.dumps(ADD[1])
-        + "<|call|>"
-    ),
+        "<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{}"
+        "<|call|><|start|>assistant to=functions.add<|channel|>commentary json<|message|>{}"
+        "<|call|>"
+    ).format(*ARGUMENTS),
     "functiongemma": (
         "<start_function_call>call:get_weather{city:<escape>Paris<escape>,days:3}<end_function_call>"
         "<start_function_call>call:add{a:1,b:[2,{c:null}]}<end_function_call>"
