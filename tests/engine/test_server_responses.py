@@ -22,7 +22,7 @@ from waiting import until
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
     options = ServeOptions(enable_prompt_tokens_details=True)
-    with served(Setup(options=options, keys=("first", "second"), delay=0.002)) as running:
+    with served(Setup(options=options, keys=("first", "second"), delay=0.005)) as running:
         yield running
 
 
@@ -165,6 +165,10 @@ def test_followed_in_the_background(server: Running) -> None:
     refused(server.http.get("/v1/responses/resp_none?stream=true"), 404)
     failed = list(create(server, input="crash;", background=True, stream=True))
     assert [event.type.removeprefix("response.") for event in failed] == ["created", "failed"]
+    failed = list(create(server, input="crash after 3;", background=True, stream=True))
+    kinds = [event.type for event in failed if event.type.endswith((".created", ".failed", ".completed"))]
+    assert kinds == ["response.created", "response.failed"]
+    assert server.client.responses.retrieve(failed[0].response.id).status == "failed"
     with create(server, input="no end", background=True, stream=True) as events:
         key = next(iter(events)).response.id
         assert server.client.responses.cancel(key).status == "cancelled"

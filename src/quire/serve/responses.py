@@ -162,7 +162,7 @@ class _Answer:
         try:
             await self.talk.answer(take)
         except Exception as error:
-            if last is None:
+            if last is None or self.stored is not None:
                 raise
             send(self._event("failed", {"response": self._failed(error)}))
             return
