@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import random
-import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -105,6 +105,11 @@ def test_history_goes_on_where_the_span_began():
     assert history.tokens[0, : history.lengths[0]].tolist() == [1, 2, 3, 4, 5]
 
 
+def tell(governor: Governor, rows: int, tokens: float, seconds: float, blind: bool = False) -> None:
+    """A step that brought so many tokens, as many of each row."""
+    governor.note(range(rows), [tokens / rows] * rows, seconds, blind)
+
+
 @pytest.mark.parametrize("better", [True, False])
 def test_governor_takes_the_faster_way(better: bool):
     governor, drafted = Governor(), 0
@@ -113,7 +118,7 @@ def test_governor_takes_the_faster_way(better: bool):
         drafting = governor.wanted(4)
         drafted += drafting
         slow = step % 5 == 0  # another program
-        governor.note(4, 10 if drafting else 4, (0.002 if drafting == better else 0.02) * (9 if slow else 1))
+        tell(governor, 4, 10 if drafting else 4, (0.002 if drafting == better else 0.02) * (9 if slow else 1))
     assert (drafted > 0.8 * steps) == better
     assert better or drafted < 4 * (EARLY + 1), "trials that fail are short, and get rarer"
     assert 0 < drafted < steps, "the other way is tried from time to time"
@@ -129,7 +134,7 @@ def test_guesses_that_do_not_pay_cost_little(slowdown: float):
     for _ in range(steps):
         seconds = slowdown if governor.wanted(32) else 1.0
         taken += seconds
-        governor.note(32, 32, seconds)
+        tell(governor, 32, 32, seconds)
     assert taken / steps < 1 + COST + (TRIAL + 1) * slowdown / steps
     assert not governor.open() or governor.wanted(32)
 
@@ -138,13 +143,29 @@ def test_guesses_that_no_longer_pay_are_left_off_at_once():
     """Texts that copied themselves have ended, others have begun: nobody waits for the next trial."""
     governor = Governor()
     for _ in range(10 * LEAST_WAIT):
-        governor.note(32, 64 if governor.wanted(32) else 32, 1.1 if governor.wanted(32) else 1.0)
+        tell(governor, 32, 64 if governor.wanted(32) else 32, 1.1 if governor.wanted(32) else 1.0)
     assert governor.wanted(32)
     drafted = 0
     for _ in range(LEAST_WAIT):
         drafted += governor.wanted(32)
-        governor.note(32, 32, 1.1 if governor.wanted(32) else 1.0)
+        tell(governor, 32, 32, 1.1 if governor.wanted(32) else 1.0)
     assert drafted <= TRIAL
+
+
+def test_what_few_rows_gain_is_not_paid_by_all_others():
+    """A quarter of the rows copies four tokens a step: more tokens in all, but most rows wait longer for each."""
+    governor, drafted = Governor(), 0
+    for _ in range(3000):
+        drafting = governor.wanted(32)
+        drafted += drafting
+        governor.note(range(32), [4] * 8 + [1] * 24 if drafting else [1] * 32, 1.4 if drafting else 1.0)
+    assert drafted < 0.05 * 3000
+    for _ in range(3000):  # all rows copy, by turns
+        drafting = governor.wanted(32)
+        drafted += drafting
+        tokens = [4 if drafted % 4 == row % 4 else 1 for row in range(32)] if drafting else [1] * 32
+        governor.note(range(32), tokens, 1.4 if drafting else 1.0)
+    assert drafted > 1000
 
 
 def test_what_a_trial_takes_to_begin_counts():
@@ -156,7 +177,7 @@ def test_what_a_trial_takes_to_begin_counts():
         seconds = 1.0 if not drafting else 3.0 if before else 60.0
         before = drafting
         taken += seconds
-        governor.note(32, 32, seconds)
+        tell(governor, 32, 32, seconds)
     assert taken / steps < 1 + COST + 2 * (60 + 3 * TRIAL) / steps
 
 
@@ -165,7 +186,7 @@ def test_a_trial_without_anything_to_go_on_from_ends():
     for _ in range(5000):
         drafting = governor.wanted(8)
         tried += drafting
-        governor.note(8, 8, 1.02 if drafting else 1.0, blind=drafting)
+        tell(governor, 8, 8, 1.02 if drafting else 1.0, blind=drafting)
     assert BLIND <= tried < 5000 * COST / 0.02 + 2 * BLIND
 
 
@@ -215,20 +236,19 @@ class Notebook(Governor):
     def wanted(self, rows: int) -> bool:
         return False
 
-    def note(self, rows: int, tokens: int, seconds: float, blind: bool = False) -> None:
+    def note(self, rows: Sequence[int], tokens: Sequence[float], seconds: float, blind: bool = False) -> None:
         self.seconds.append(seconds)
 
 
-def test_steps_are_judged_with_what_lies_between_them():
+def test_steps_are_judged_with_what_lies_between_them(monkeypatch: pytest.MonkeyPatch):
     """A step of the same rows counts from the end of the one before; one behind a prompt from its own beginning."""
     notebook = Notebook()
     speculator = Speculator(history_of([1]), Parrot((5,)), notebook)
     speculator.admit(Admission(0, "a", (1, 2), 2, SamplingParams(), 0))
-    for span in (Span(0, 0, 2, True), Span(0, 2, 1, True), Span(0, 3, 1, True)):
-        speculator.propose([span], (SpanResult(0, (3,)),), time.perf_counter())
-        time.sleep(0.02)
-    assert len(notebook.seconds) == 2, "a prompt is no step to judge by"
-    assert notebook.seconds[0] < 0.01 <= notebook.seconds[1]
+    for end, span in ((10.0, Span(0, 0, 2, True)), (20.0, Span(0, 2, 1, True)), (30.0, Span(0, 3, 1, True))):
+        monkeypatch.setattr("quire.worker.speculate.time", SimpleNamespace(perf_counter=lambda end=end: end))
+        speculator.propose([span], (SpanResult(0, (3,)),), end - 1.0)
+    assert notebook.seconds == [1.0, 10.0], "a prompt is no step to judge by"
 
 
 def test_a_drafter_that_fails_harms_nobody():

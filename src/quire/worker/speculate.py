@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from quire.core.params import SamplingParams
-from quire.core.plan import Admission, Span, SpanResult, StepPlan
+from quire.core.plan import Admission, Singles, Span, SpanResult, StepPlan
 from quire.models.open import KeepsStates
 from quire.worker.drafter import Drafter, History, Seen
 from quire.worker.governor import Governor
@@ -65,18 +65,19 @@ class Speculator:
         if governor is not None:
             # Where the states of most rows are yet to be seen, there is nothing to judge.
             blind = drafting and self._model is not None and 2 * sum(bool(one.drafts) for one in found) < len(told.able)
-            self._note(governor, len(spans), told, began, blind)
+            self._note(governor, [span.slot for span in spans], told, began, blind)
             if self._model is not None:
                 self._model.open = governor.open()
         return found
 
-    def _note(self, governor: Governor, rows: int, told: _Told, began: float, blind: bool) -> None:
+    def _note(self, governor: Governor, slots: list[int], told: _Told, began: float, blind: bool) -> None:
         """Tell how long the step took: from the end of the one before it where nothing lay between, since drafts make
         work outside of the worker, too."""
         now = time.perf_counter()
-        if told.up_to_date and told.tokens:
-            governor.note(rows, told.tokens, now - (self._ended if self._steady == rows else began), blind)
-        self._ended, self._steady = now, rows if told.up_to_date else 0
+        if told.up_to_date and all(told.tokens):
+            seconds = now - (self._ended if self._steady == len(slots) else began)
+            governor.note(slots, told.tokens, seconds, blind)
+        self._ended, self._steady = now, len(slots) if told.up_to_date else 0
 
     def _follow(self, spans: Sequence[Span], results: Sequence[SpanResult], model: KeepsStates) -> None:
         """Show the drafter the states of a step, if they are of all its spans: after a failure they are not."""
@@ -91,15 +92,18 @@ class Speculator:
     def _extend(self, spans: Sequence[Span], results: Sequence[SpanResult]) -> _Told:
         """Add what the step brought to the history."""
         history, able = self._history, self._able
-        if all(span.count == 1 and result.tokens for span, result in zip(spans, results, strict=True)):
+        if isinstance(results, Singles) and all(span.count == 1 for span in spans):
             slots = np.array([span.slot for span in spans])  # the common case, in one go
-            history.append(slots, [span.start + 1 for span in spans], [result.tokens[0] for result in results])
-            return _Told(np.flatnonzero(able[slots]).tolist(), len(spans), True)
-        told = _Told([], 0, all(span.sample and span.count == 1 + len(span.drafts) for span in spans))
+            history.append(slots, [span.start + 1 for span in spans], results.tokens)
+            return _Told(np.flatnonzero(able[slots]).tolist(), [1] * len(spans), True)
+        told = _Told(
+            [],
+            [len(result.tokens) for result in results],
+            all(span.sample and span.count == 1 + len(span.drafts) for span in spans),
+        )
         for index, (span, result) in enumerate(zip(spans, results, strict=True)):
             if result.tokens:
                 history.extend(span.slot, span.start + span.count - len(span.drafts), result.tokens)
-                told.tokens += len(result.tokens)
                 if able[span.slot]:
                     told.able.append(index)
         return told
@@ -130,5 +134,5 @@ class _Told:
     """What a step brought."""
 
     able: list[int]  # indices of the spans that could use drafts
-    tokens: int
+    tokens: list[int]  # of each span
     up_to_date: bool  # every span reached the end of what was known, and computed nothing else

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from quire.core.params import SamplingParams
-from quire.core.plan import Admission, Span, SpanResult
+from quire.core.plan import Admission, Singles, Span, SpanResult
 from quire.errors import RequestFailedError
 from quire.grammar.compiler import Grammars
 from quire.grammar.constraint import Constraint, MaskFiller, MaskWish, mask_width
@@ -25,7 +25,8 @@ from quire.worker.slots import Slots
 NEVER = float("-inf")
 MOST_FORCED = 16  # tokens that a step verifies because nothing else may come
 PATIENCE = 8  # forced tokens that a row's model would write otherwise, until it is not asked any more
-# What eight tokens' bits, a byte of a mask, add to their scores: a look-up is ten times as fast as filling in by condition.
+# What eight tokens' bits, a byte of a mask, add to their scores: with take() a look-up is forty times as fast as filling in
+# by condition, and fifteen times as fast as with an index in brackets.
 BIASES = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0.0, NEVER).astype(
     np.float32
 )
@@ -113,7 +114,7 @@ class StructuredOutputs:
         """Fill the masks; on a CPU, turn them into what is added to scores."""
         self._filler.fill(masks.wishes, masks.mask)
         if self._device.torch_device.type == "cpu":
-            masks.biases = BIASES[masks.mask.view(np.uint8)].reshape(len(masks.using), -1)
+            masks.biases = BIASES.take(masks.mask.view(np.uint8), axis=0).reshape(len(masks.using), -1)
 
     def _biases(self, masks: _Masks, logits: torch.Tensor) -> torch.Tensor:
         """0 for tokens that may come and minus infinity for all others, float32 [rows, V]."""
@@ -127,20 +128,29 @@ class StructuredOutputs:
         """Take in what was chosen. Returns the results with drafts that the grammars allow, or even force."""
         if not self._rows:
             return results
-        found = list(results)
-        for index, (span, result) in enumerate(zip(spans, results, strict=True)):
+        lone = results.tokens if isinstance(results, Singles) else None
+        changed: dict[int, tuple[int, ...]] = {}
+        for index, span in enumerate(spans):
             followed = self._rows.get(span.slot)
-            if followed is None or not result.tokens:
+            if followed is None:
                 continue
+            tokens, proposed = (
+                ((lone[index],), ()) if lone is not None else (results[index].tokens, results[index].drafts)
+            )
             known = span.start + span.count - len(span.drafts)
-            if followed.end == known:
-                _take(followed, result.tokens)
-            if followed.end == known + len(result.tokens) and self.takes_drafts:
-                followed.patience -= len(span.drafts) - (len(result.tokens) - 1)
-                drafts = _drafts(followed, result.drafts)
-                if drafts != result.drafts:
-                    found[index] = result._replace(drafts=drafts)
-        return tuple(found)
+            if tokens and followed.end == known:
+                _take(followed, tokens)
+            if tokens and followed.end == known + len(tokens) and self.takes_drafts:
+                followed.patience -= len(span.drafts) - (len(tokens) - 1)
+                drafts = _drafts(followed, proposed)
+                if drafts != proposed:
+                    changed[index] = drafts
+        if not changed:
+            return results
+        return tuple(
+            result._replace(drafts=changed[index]) if index in changed else result
+            for index, result in enumerate(results)
+        )
 
     def _prepared(self, rows: Rows, using: list[int], vocab_size: int) -> _Masks:
         """Bring the constraints to where the rows are. Of several rows of a slot, the later ones hold drafts."""
