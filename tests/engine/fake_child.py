@@ -49,6 +49,8 @@ def model(setup: dict[str, Any]) -> NextToken:
         start = bytes(token for token in tokens[:40] if token < 256)
         if start.startswith(b"poison"):
             os.kill(os.getpid(), signal.SIGKILL)
+        if start.startswith(b"fault"):
+            os.kill(os.getpid(), signal.SIGSEGV)
         if start.startswith(b"hang"):
             flag = Path(setup["flag"])
             if b"always" in start or not flag.exists():
