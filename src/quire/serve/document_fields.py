@@ -149,6 +149,8 @@ FIELDS: dict[str, Schema] = {
             }
         ),
     ),
+    "functions": items(FUNCTION, MOST_TOOLS, 1),
+    "function_call": one_of(choice("none", "auto"), record({"name": NAME})),
     "prompt": PROMPT,
     "messages": items(TURN, LARGEST, 1),
     "tools": items(record({"type": choice("function"), "function": FUNCTION}), MOST_TOOLS, 1),
