@@ -1,7 +1,7 @@
 """Gathers the tensors of one step from the spans of its plan.
 
-Positions are known on the host, token values and page numbers only on the device: indices are computed with numpy,
-then one gather per tensor. No loop over positions, and a handful of operations however many rows there are.
+Positions and pages are known on the host, token values only on the device: all but the tokens is computed with numpy, whose
+operations on a few rows take a third of a tensor's. No loop over positions, however many rows there are.
 """
 
 from __future__ import annotations
@@ -70,20 +70,20 @@ def gather(spans: Sequence[Span], slots: Slots, caches: list[Any], device: Devic
         positions = np.arange(total) + np.repeat(firsts - starts[:-1], counts)
         row_of = np.repeat(rows, counts)
     wanted = _wanted_rows(spans, slots, starts, all(columns[3]), any(columns[4]))
-    device_rows = device.to_device(torch.from_numpy(rows))
+    device_rows = _put(rows, device)
     batch = Batch(
-        token_ids=_take(slots.tokens, row_of * slots.width + positions, device).long(),
-        positions=device.to_device(torch.from_numpy(positions)),
-        starts=device.to_device(torch.from_numpy(starts.astype(np.int32))),
-        lengths=device.to_device(torch.from_numpy(lengths.astype(np.int32))),
-        logit_rows=device.to_device(torch.from_numpy(wanted.logit_rows)),
+        token_ids=slots.tokens.view(-1).index_select(0, _put(row_of * slots.width + positions, device)).long(),
+        positions=_put(positions, device),
+        starts=_put(starts.astype(np.int32), device),
+        lengths=_put(lengths.astype(np.int32), device),
+        logit_rows=_put(wanted.logit_rows, device),
         rows=device_rows,
         starts_host=starts.tolist(),
         lengths_host=lengths.tolist(),
         rows_host=rows.tolist(),
-        groups=_groups(slots, device_rows, row_of, positions, int(lengths.max()), device),
+        groups=_groups(slots, rows, row_of, positions, int(lengths.max()), device),
         caches=caches,
-        prompt_lengths=device.to_device(torch.from_numpy(slots.prompt_lens[rows])),
+        prompt_lengths=_put(slots.prompt_lens[rows], device),
     )
     chosen = wanted.sampled
     everyone = len(chosen) == len(spans) and not wanted.drafts
@@ -99,8 +99,8 @@ def gather(spans: Sequence[Span], slots: Slots, caches: list[Any], device: Devic
             wanted.within if wanted.prompts else None,
             picked_rows,
             picked_positions,
-            device_rows if everyone else device.to_device(torch.from_numpy(picked_rows)),
-            device.to_device(torch.from_numpy(picked_positions)),
+            device_rows if everyone else _put(picked_rows, device),
+            _put(picked_positions, device),
             everyone,
         ),
         wanted.prompts,
@@ -153,22 +153,21 @@ def _prompt_rows(span: Span, slots: Slots) -> int:
 
 
 def _groups(
-    slots: Slots, rows: torch.Tensor, row_of: np.ndarray, positions: np.ndarray, longest: int, device: Device
+    slots: Slots, rows: np.ndarray, row_of: np.ndarray, positions: np.ndarray, longest: int, device: Device
 ) -> list[GroupInputs]:
+    """`rows`: the slot of each sequence; `row_of`: of each position; `longest`: positions of the longest sequence."""
     found = []
     for group, table in zip(slots.groups, slots.tables, strict=True):
-        width = table.shape[1]
         if group.kind == "state":
-            pages = table.index_select(0, rows)
-            found.append(GroupInputs(1, pages, _take(table, row_of, device).long()))
-            continue
-        size = group.page_size
-        page_slots = _take(table, row_of * width + positions // size, device).long()
-        page_slots.mul_(size).add_(device.to_device(torch.from_numpy(positions % size)))
-        used = -(-longest // size)
-        found.append(GroupInputs(size, table[:, :used].index_select(0, rows), page_slots))
+            size, used, places = 1, 1, table[row_of, 0].astype(np.int64)
+        else:
+            size, used = group.page_size, -(-longest // group.page_size)
+            pages, within = np.divmod(positions, size)
+            places = table[row_of, pages].astype(np.int64) * size + within
+        tables = table[:, :used].take(rows, axis=0)
+        found.append(GroupInputs(size, _put(tables, device), _put(places, device)))
     return found
 
 
-def _take(table: torch.Tensor, indices: np.ndarray, device: Device) -> torch.Tensor:
-    return table.view(-1).index_select(0, device.to_device(torch.from_numpy(indices)))
+def _put(array: np.ndarray, device: Device) -> torch.Tensor:
+    return device.to_device(torch.from_numpy(array))

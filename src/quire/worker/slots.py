@@ -1,7 +1,7 @@
 """Slots: one stable row per live request: its tokens and its page tables.
 
-Only the Runner writes here, following the plan. Tokens and tables live on the device, so that a step can read what the
-step before it chose without anybody waiting; what a loop reads (lengths of prompts, who wants what) stays on the host.
+Only the Runner writes here, following the plan. Tokens live on the device, so that a step can read what the step before it
+chose without anybody waiting; what the plan brings (page tables, lengths of prompts, who wants what) stays on the host.
 """
 
 from __future__ import annotations
@@ -27,10 +27,7 @@ class Slots:
         self.groups = tuple(groups)
         # Left as it comes: a position is written before any span reads it.
         self.tokens = torch.empty(num_slots, self.width, dtype=torch.int32, device=where)
-        self.tables = [
-            torch.zeros(num_slots, table_width(group, max_model_len), dtype=torch.int32, device=where)
-            for group in groups
-        ]
+        self.tables = [np.zeros((num_slots, table_width(group, max_model_len)), dtype=np.int32) for group in groups]
         self.granted = [np.zeros(num_slots, dtype=np.int64) for _ in groups]  # entries of each row's table
         self.prompt_lens = np.zeros(num_slots, dtype=np.int64)
         self.request_ids: list[str] = [""] * num_slots
@@ -55,21 +52,11 @@ class Slots:
         self.errors.pop(slot, None)
 
     def grant(self, grants: Sequence[PageGrant]) -> None:
-        """Enter pages into the tables: one write per group, however many grants there are."""
-        for group, table in enumerate(self.tables):
-            width = table.shape[1]
-            entries: list[int] = []
-            pages: list[int] = []
-            for item in grants:
-                if item.group == group:
-                    first = item.slot * width + item.index
-                    entries.extend(range(first, first + len(item.pages)))
-                    pages.extend(item.pages)
-                    self.granted[group][item.slot] = item.index + len(item.pages)
-            if entries:
-                where = self._device.to_device(torch.tensor(entries, dtype=torch.int64))
-                values = self._device.to_device(torch.tensor(pages, dtype=torch.int32))
-                table.view(-1).index_copy_(0, where, values)
+        """Enter pages into the tables."""
+        for item in grants:
+            end = item.index + len(item.pages)
+            self.tables[item.group][item.slot, item.index : end] = item.pages
+            self.granted[item.group][item.slot] = end
 
     def guess(self, spans: Sequence[Span]) -> None:
         """Write the drafts of the spans into their rows. A rejected one lies behind the row's end, where none reads."""
