@@ -2,7 +2,7 @@
 
 The options' `model` is a JSON object: `delay` of each step in seconds; `flag`, a file that says whether a prompt with
 "hang once" has hung already; `fail`, a kind of error that the start brings; `die`, whether it dies while starting;
-`pages` and `in_flight`. A prompt that begins with "clock" gets the time at which each token was made.
+`pages` and `in_flight`.
 """
 
 from __future__ import annotations
@@ -39,11 +39,6 @@ def scheduler_options(setup: dict[str, Any]) -> SchedulerOptions:
     )
 
 
-def microseconds() -> int:
-    """The time as a token: all processes of a machine share this clock."""
-    return int(time.monotonic() * 1e6) % 2**31
-
-
 def model(setup: dict[str, Any]) -> NextToken:
     def next_token(tokens: tuple[int, ...]) -> int:
         start = bytes(token for token in tokens[:40] if token < 256)
@@ -56,8 +51,6 @@ def model(setup: dict[str, Any]) -> NextToken:
             if b"always" in start or not flag.exists():
                 flag.touch()
                 time.sleep(1000)
-        if start.startswith(b"clock"):
-            return microseconds()
         if start.startswith(b"broken"):
             raise RuntimeError("broken by its prompt")
         return mixer(tokens)

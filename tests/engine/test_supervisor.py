@@ -11,6 +11,7 @@ import signal
 import statistics
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,20 +19,22 @@ from typing import Any
 
 import pytest
 from bytes_engine import ByteTokenizer, Shape, byte_engine, mixer
-from fake_child import MAX_MODEL_LEN, microseconds
+from fake_child import MAX_MODEL_LEN
 
 from quire.config import EngineOptions
 from quire.core.params import RequestOutputKind, SamplingParams
+from quire.engine import wire
 from quire.engine.async_engine import AsyncEngine
 from quire.engine.child import ChildProcess
 from quire.engine.engine import Engine
-from quire.engine.executor import FakeExecutor
 from quire.engine.supervisor import Patience, Supervisor
 from quire.engine.suspects import QUARANTINED
 from quire.errors import CapacityError, EngineDeadError, EngineError, ModelNotFoundError, ValidationError
+from waiting import when
 
 CHILD = (sys.executable, str(Path(__file__).parent / "fake_child.py"))
 DELTA = RequestOutputKind.DELTA
+SILENCE = 2.5  # seconds that an engine process with work needs for a step on no machine
 
 
 def supervisor(setup: dict[str, Any], patience: Patience | None = None) -> Supervisor:
@@ -75,16 +78,9 @@ def pid_of(core: Supervisor) -> int | None:
     return None if child is None or not core._is_up else child.pid
 
 
-async def until(condition, seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        await asyncio.sleep(0.005)
-
-
 @pytest.mark.parametrize("in_flight", [1, 2])
 def test_streams_go_on_over_kills_at_random_moments(in_flight: int, capsys: pytest.CaptureFixture[str]) -> None:
-    kills, count, length = (20, 64, 300) if in_flight == 1 else (3, 64, 100)
+    kills, count, length = (10, 64, 300) if in_flight == 1 else (3, 64, 100)
     draw = random.Random(7 + in_flight)
 
     async def main() -> tuple[list[Heard], list[float], int]:
@@ -101,15 +97,20 @@ def test_streams_go_on_over_kills_at_random_moments(in_flight: int, capsys: pyte
                 for index, h in enumerate(all_heard)
             ]
             for _ in range(kills):
-                restarts, before = core.restarts, sum(len(heard.tokens) for heard in all_heard)
-                await until(lambda so_far=before: sum(len(heard.tokens) for heard in all_heard) > so_far)
-                await asyncio.sleep(draw.uniform(0.0, 0.15))
-                await until(lambda: pid_of(core) is not None)
+                restarts = core.restarts
+                moment = sum(len(heard.tokens) for heard in all_heard) + draw.randint(1, 10 * count)
+                await when(
+                    lambda moment=moment: (
+                        sum(len(heard.tokens) for heard in all_heard) >= moment
+                        or all(reader.done() for reader in readers)
+                    )
+                )
+                await when(lambda: pid_of(core) is not None)
                 if all(reader.done() for reader in readers):
                     break
                 moments.append(time.monotonic())
                 os.kill(pid_of(core), signal.SIGKILL)
-                await until(lambda before=restarts: core.restarts > before)
+                await when(lambda before=restarts: core.restarts > before)
             await asyncio.gather(*readers)
         return all_heard, moments, core.restarts
 
@@ -127,7 +128,7 @@ def test_streams_go_on_over_kills_at_random_moments(in_flight: int, capsys: pyte
             f"\n{len(moments)} kills, {count} streams, tokens lost {lost}, pause median "
             f"{statistics.median(pauses):.2f} s, p99 {pauses[int(len(pauses) * 0.99)]:.2f} s ({in_flight} in flight)"
         )
-    assert restarts == len(moments) >= kills // 2
+    assert restarts == len(moments) >= 3
     for index, heard in enumerate(all_heard):
         assert heard.tokens == expected(f"stream {index}", length), f"stream {index} differs"
         assert heard.text.encode() == bytes(heard.tokens) and heard.reason == "length" and heard.error is None
@@ -135,7 +136,7 @@ def test_streams_go_on_over_kills_at_random_moments(in_flight: int, capsys: pyte
 
 def test_a_hang_is_noticed_and_ended(tmp_path: Path) -> None:
     async def main() -> None:
-        core = supervisor({"delay": 0.002, "flag": str(tmp_path / "hung")}, Patience(silence=1.5))
+        core = supervisor({"delay": 0.002, "flag": str(tmp_path / "hung")}, Patience(silence=SILENCE))
         async with engine_over(core) as engine:
             params = SamplingParams(max_tokens=40, output_kind=DELTA)
             names = ["hang once", "another", "third"]
@@ -145,8 +146,10 @@ def test_a_hang_is_noticed_and_ended(tmp_path: Path) -> None:
             for name, heard in zip(names, found, strict=True):
                 assert heard.tokens == expected(name, 40)
             # An idle engine is not taken for one that hangs.
-            await asyncio.sleep(2.0)
-            assert core.restarts == 1
+            await asyncio.sleep(SILENCE + 0.5)
+            heard = Heard()
+            await listen(engine, "later", params, "later", heard)
+            assert heard.tokens == expected("later", 40) and core.restarts == 1
 
     asyncio.run(main())
 
@@ -154,13 +157,13 @@ def test_a_hang_is_noticed_and_ended(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("poison", "most"), [("poison", 6), ("hang always", 8), ("fault", 2)])
 def test_a_poisonous_request_ends_alone(poison: str, most: int, tmp_path: Path) -> None:
     async def main() -> None:
-        core = supervisor({"delay": 0.002, "flag": str(tmp_path / "f")}, Patience(silence=1.0, first_pause=0.05))
+        core = supervisor({"delay": 0.002, "flag": str(tmp_path / "f")}, Patience(silence=SILENCE, first_pause=0.05))
         async with engine_over(core) as engine:
             params = SamplingParams(max_tokens=120, output_kind=DELTA)
             names = [f"innocent {index}" for index in range(7)]
             found = {name: Heard() for name in names}
             tasks = [asyncio.create_task(listen(engine, name, params, name, found[name])) for name in names]
-            await until(lambda: all(heard.tokens for heard in found.values()))
+            await when(lambda: all(heard.tokens for heard in found.values()))
             bad = Heard()
             await listen(engine, poison, params, "bad", bad)
             assert bad.reason == "error" and bad.error == QUARANTINED
@@ -229,7 +232,7 @@ def test_the_same_as_in_one_process() -> None:
             assert found[:-1] == wanted[: len(found) - 1] and found[-1] == "ValidationError"
             heard = Heard()
             reader = asyncio.create_task(listen(engine, "long", SamplingParams(max_tokens=390), "long", heard))
-            await until(lambda: heard.tokens)
+            await when(lambda: heard.tokens)
             assert (await engine.stats()).running == 1
             await engine.abort("long")
             await reader
@@ -250,7 +253,7 @@ def test_figures_go_on_over_a_death() -> None:
             await listen(engine, "one", params, "1", Heard())
             before = await engine.stats()
             os.kill(pid_of(core) or 0, signal.SIGKILL)
-            await until(lambda: core.restarts == 1 and core.phase == "ready")
+            await when(lambda: core.restarts == 1 and core.phase == "ready")
             await listen(engine, "two", params, "2", Heard())
             after = await engine.stats()
             assert before.generated_tokens == 50 and after.generated_tokens == 100
@@ -274,7 +277,7 @@ def test_an_engine_beyond_repair_tells_everybody(tmp_path: Path) -> None:
             heard = Heard()
             params = SamplingParams(max_tokens=390, output_kind=DELTA)
             reader = asyncio.create_task(listen(engine, "x", params, "x", heard))
-            await until(lambda: heard.tokens)
+            await when(lambda: heard.tokens)
             flag.touch()
             os.kill(pid_of(core) or 0, signal.SIGKILL)
             with pytest.raises(EngineDeadError, match="could not be started 3 times"):
@@ -307,17 +310,17 @@ def test_the_spare_process_takes_over(spare_dies: bool) -> None:
             heard = Heard()
             params = SamplingParams(max_tokens=390, output_kind=DELTA)
             reader = asyncio.create_task(listen(engine, "x", params, "x", heard))
-            await until(lambda: core._spare.process is not None and heard.tokens)
+            await when(lambda: core._spare.process is not None and heard.tokens)
             spare, before = core._spare.process, pid_of(core)
             assert spare is not None and spare.pid != before
             if spare_dies:
                 spare.kill()
             os.kill(before or 0, signal.SIGKILL)
-            await until(lambda: pid_of(core) not in (None, before))
+            await when(lambda: pid_of(core) not in (None, before))
             assert (pid_of(core) == spare.pid) is not spare_dies
             await reader
             assert heard.tokens == expected("x", 390) and core.restarts == 1
-            await until(lambda: core._spare.process is not None)
+            await when(lambda: core._spare.process is not None)
             last = core._spare.process
         assert last is not None and not last.is_alive
 
@@ -337,7 +340,7 @@ def test_a_server_with_many_connections_restarts_its_engine() -> None:
             reader = asyncio.create_task(
                 listen(engine, "x", SamplingParams(max_tokens=100, output_kind=DELTA), "x", heard)
             )
-            await until(lambda: heard.tokens)
+            await when(lambda: heard.tokens)
             os.kill(pid_of(core) or 0, signal.SIGKILL)
             await reader
             assert heard.tokens == expected("x", 100) and core.restarts == 1
@@ -350,35 +353,22 @@ def test_a_server_with_many_connections_restarts_its_engine() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-async def token_ages(engine: AsyncEngine, streams: int) -> float:
-    """Milliseconds from a token's making to its arrival at whoever asked, at the median."""
-    ages: list[int] = []
+def test_what_a_step_makes_crosses_the_boundary_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One message a step, however many streams it is for."""
+    receive, streams, tokens, crossed = wire.Connection.receive, 64, 100, Counter[str]()
 
-    async def read(index: int) -> None:
-        params = SamplingParams(max_tokens=100, output_kind=DELTA, detokenize=False)
-        async for output in engine.generate("clock", params, f"{streams}-{index}"):
-            now = microseconds()
-            ages.extend(now - token for token in output.outputs[0].token_ids)
+    def counted(connection: wire.Connection[Any]) -> list[Any]:
+        messages = receive(connection)
+        crossed.update(type(message).__name__ for message in messages)
+        return messages
 
-    await asyncio.gather(*(read(index) for index in range(streams)))
-    return statistics.median(ages) / 1000
-
-
-def test_the_boundary_costs_little(capsys: pytest.CaptureFixture[str]) -> None:
-    counts = (1, 64)
-
-    async def main() -> tuple[list[float], list[float]]:
-        executor = FakeExecutor(lambda tokens: microseconds(), delay=0.01)
-        shape = Shape(max_model_len=MAX_MODEL_LEN, num_pages=8000, max_num_seqs=64, max_num_batched_tokens=512)
-        async with AsyncEngine(byte_engine(executor, shape)) as engine:
-            within = [await token_ages(engine, count) for count in counts]
+    async def main() -> int:
         async with engine_over(supervisor({"delay": 0.01})) as engine:
-            return within, [await token_ages(engine, count) for count in counts]
+            params, found = SamplingParams(max_tokens=tokens, output_kind=DELTA), [Heard() for _ in range(streams)]
+            await asyncio.gather(*(listen(engine, "x", params, str(index), heard) for index, heard in enumerate(found)))
+            assert all(len(heard.tokens) == tokens for heard in found)
+            return (await engine.stats()).steps
 
-    for count, within, over in zip(counts, *asyncio.run(main()), strict=True):
-        with capsys.disabled():
-            print(
-                f"\n{count} streams: a token arrives {within:.2f} ms after it was made (step of 10 ms included) in one "
-                f"process, {over:.2f} ms over the boundary: {over - within:+.2f} ms at the median"
-            )
-        assert over - within < 25, "on a busy machine, too"
+    monkeypatch.setattr(wire.Connection, "receive", counted)
+    steps = asyncio.run(main())
+    assert crossed["Stepped"] <= steps + streams and sum(crossed.values()) < streams * tokens / 10, (steps, crossed)

@@ -51,11 +51,11 @@ class ThreadChild:
 
     def kill(self) -> None:
         self._theirs.shutdown(socket.SHUT_RDWR)
-        self._thread.join(10)
+        self._thread.join(60)
 
     def close(self) -> int:
         self.connection.close()
-        self._thread.join(10)
+        self._thread.join(60)
         assert not self._thread.is_alive(), "the engine's thread does not end"
         self.box.close()
         self._box.close()
