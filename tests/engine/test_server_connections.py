@@ -1,15 +1,20 @@
-"""Connections whose client owes the rest of a request are closed; nobody is hurried who waits for an answer."""
+"""Connections: who owes the rest of a request is left; sockets of several processes at one address; room for many."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
 import resource
+import select
+import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
 import uvicorn
 
+from quire.config import ServeOptions
+from quire.errors import ConfigError
 from quire.serve import connection, listen
 
 HEAD = b"GET / HTTP/1.1\r\nHost: x\r\n"
@@ -84,3 +89,30 @@ def test_room_for_many(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(resource, "getrlimit", lambda _, limits=limits: limits)
         listen.make_room()
     assert taken == [(4096, 4096), (listen.MOST_FILES, resource.RLIM_INFINITY)]
+
+
+def test_each_process_has_a_socket_at_the_one_address() -> None:
+    """Every connection waits at one of them; nobody else can have the address, even who took it at the same moment."""
+    first = listen.bind(ServeOptions(port=0))
+    port = first.getsockname()[1]
+    late = listen.bind(ServeOptions(port=port))  # neither of the two listens yet
+    found = listen.one_for_each(first, 3)
+    clients = [socket.create_connection(("127.0.0.1", port)) for _ in range(9)]
+    try:
+        assert len({one.fileno() for one in found}) == 3 and {one.getsockname()[1] for one in found} == {port}
+        with pytest.raises(ConfigError, match="Cannot listen"):
+            listen.one_for_each(late, 2)
+        with pytest.raises(ConfigError, match="Cannot listen"):
+            listen.bind(ServeOptions(port=port))
+        for _ in clients:
+            ready, _, _ = select.select(found, [], [], LONGEST)
+            ready[0].accept()[0].close()
+        assert not select.select(found, [], [], 0)[0]
+    finally:
+        for one in (*found, *clients, late):
+            one.close()
+
+
+def test_a_unix_socket_is_shared(tmp_path: Path) -> None:
+    with listen.bind(ServeOptions(uds=str(tmp_path / "quire.sock"))) as listener:
+        assert listen.one_for_each(listener, 3) == [listener] * 3
