@@ -24,7 +24,7 @@ for name in ("QUIRE_API_KEY", "VLLM_API_KEY", "QUIRE_LOG_LEVEL", "QUIRE_LOG_FORM
 @pytest.fixture(scope="session", autouse=True)
 def own_cache() -> Iterator[None]:
     """What quire remembers of models is remembered for this run alone."""
-    with tempfile.TemporaryDirectory(prefix="quire-tests-") as folder:
+    with tempfile.TemporaryDirectory(prefix="quire-tests-", ignore_cleanup_errors=True) as folder:
         os.environ["QUIRE_CACHE"] = folder
         yield
 
