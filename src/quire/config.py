@@ -246,6 +246,9 @@ class ServeOptions:
     allow_insecure: bool = option(False, help="allow a public address without an API key")
     share_prefix_cache: bool = option(False, help="let clients with different keys find each other's cached prompts")
     trust_request_chat_template: bool = option(False, help="accept chat templates from clients")
+    default_chat_template_kwargs: dict[str, Any] = option(
+        factory=dict, help="JSON object: variables for the chat template that requests leave out"
+    )
     template_timeout: float = option(5.0, help="seconds that a chat template may take for one request")
     max_request_bytes: int = option(16 * 2**20, help="largest body of a request", least=1)
     h11_max_incomplete_event_size: int = option(

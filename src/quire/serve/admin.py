@@ -155,7 +155,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
             add_generation_prompt=body.generation_prompt,
             continue_final_message=bool(body.continue_final_message),
             template=body.chat_template,
-            template_kwargs={**service.chat_template_kwargs, **(body.chat_template_kwargs or {})},
+            template_kwargs=body.chat_template_kwargs or {},
         )
         text, special = await service.render(body.messages or [], options), bool(body.add_special_tokens)
     ids = await service.ids_of(text, special)

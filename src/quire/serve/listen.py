@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 
 from quire.config import ServeOptions
-from quire.errors import ConfigError
+from quire.errors import ConfigError, ValidationError
 from quire.serve.auth import check_bind, read_keys
+from quire.text.chat import check_template_kwargs, own_variables
 from quire.text.speech import check_formats
 
 BACKLOG = 2048  # connections that may wait to be taken
@@ -26,6 +27,10 @@ def checked_keys(options: ServeOptions) -> tuple[str, ...]:
     keys = read_keys(options)
     check_tls(options)
     check_formats(options.tool_call_parser, options.reasoning_parser)
+    try:
+        check_template_kwargs(own_variables(options.default_chat_template_kwargs))
+    except ValidationError as error:
+        raise ConfigError(f"--default-chat-template-kwargs: {error.message}") from error
     if not re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", options.metrics_prefix):
         raise ConfigError("--metrics-prefix must be a word of letters, digits and _, such as quire or vllm.")
     if options.uds is None:

@@ -69,7 +69,7 @@ async def count_tokens(body: TokensRequest, request: Request) -> dict[str, int]:
         tools=body.chat_tools(),
         add_generation_prompt=not body.continues,
         continue_final_message=body.continues,
-        template_kwargs={**service.chat_template_kwargs, **body.template_kwargs()},
+        template_kwargs=body.template_kwargs(),
     )
     text = await service.render(messages, options)
     return {"input_tokens": len(await service.ids_of(text, special=False))}

@@ -96,7 +96,6 @@ class Service:
     card: ModelCard
     options: ServeOptions
     registry: CollectorRegistry | None = None
-    chat_template_kwargs: dict[str, object] = field(default_factory=dict)
     progress: Progress = field(default_factory=Progress)
     live: Live = field(default_factory=Live)
     draining: bool = False
@@ -189,7 +188,8 @@ class Service:
                 "trust_request_chat_template if you trust all who may call it.",
                 "chat_template",
             )
-        tokenizer = self.tokenizer
+        variables = {**self.options.default_chat_template_kwargs, **options.template_kwargs}
+        tokenizer, options = self.tokenizer, replace(options, template_kwargs=variables)
         if tokenizer.renders_itself and not is_clients:  # its own code, which came with the model
             return await asyncio.to_thread(prompt_text, tokenizer, messages, options)
         if sum(len(str(message)) for message in messages) > LONG_TEXT:

@@ -42,7 +42,7 @@ class Talk:
             add_generation_prompt=body.generation_prompt,
             continue_final_message=bool(body.continue_final_message),
             template=body.chat_template,
-            template_kwargs={**self.service.chat_template_kwargs, **body.template_variables()},
+            template_kwargs=body.template_variables(),
         )
         return await self.service.render(body.messages, options)
 

@@ -92,7 +92,7 @@ def render_job(tokenizer: Tokenizer, messages: Sequence[Any], options: ChatOptio
         "documents": list(options.documents) if options.documents else None,
         "add_generation_prompt": options.add_generation_prompt,
         "continue_final_message": options.continue_final_message,
-        "variables": tokenizer.template_tokens | _own_variables(options.template_kwargs),
+        "variables": tokenizer.template_tokens | own_variables(options.template_kwargs),
     }
 
 
@@ -110,7 +110,7 @@ def read_messages(tokenizer: Tokenizer, messages: Sequence[Any], options: ChatOp
     return [_message(message, f"messages[{index}]", as_parts) for index, message in enumerate(messages)]
 
 
-def _own_variables(given: Mapping[str, Any]) -> dict[str, Any]:
+def own_variables(given: Mapping[str, Any]) -> dict[str, Any]:
     """Variables of the template itself; those that decide how it is rendered raise ValidationError."""
     reserved = sorted(RESERVED_TEMPLATE_KWARGS.intersection(given))
     if reserved:
