@@ -10,13 +10,16 @@ import json
 import os
 import statistics
 import time
+from dataclasses import dataclass
 
+import psutil
 from server_process import StartedServer
 from serving_ttft import both, parser_of, prompt
 
 from quire import LLM, SamplingParams
 
 ROUNDS = 3
+IDS = b'"token_ids":['
 
 
 class Stream(asyncio.Protocol):
@@ -33,8 +36,9 @@ class Stream(asyncio.Protocol):
         transport.write(self._request)
 
     def data_received(self, data: bytes) -> None:
-        """Note the tokens."""
-        self.times += [time.perf_counter()] * data.count(b"data: {")
+        """Note the tokens, of which an event may bring several."""
+        for piece in data.split(IDS)[1:]:
+            self.times += [time.perf_counter()] * (piece.count(b",", 0, piece.find(b"]")) + 1)
 
     def connection_lost(self, error: Exception | None) -> None:
         """It is over."""
@@ -42,12 +46,18 @@ class Stream(asyncio.Protocol):
             self._ended.set_result(None)
 
 
-async def over_http(server: StartedServer, streams: int, tokens: int, first: int) -> list[Stream]:
-    """Run so many streams at once."""
+async def over_http(
+    server: StartedServer, streams: int, tokens: int, first: int, each_step: bool = False
+) -> list[Stream]:
+    """Run so many streams at once. `each_step`: the first one asks for log-probabilities, with which no step's tokens wait
+    for those of the next one."""
     loop, found, ends = asyncio.get_running_loop(), [], []
     for number in range(streams):
         body = {"prompt": prompt(first + number, 16), "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
-        content = json.dumps(body | {"stream": True}).encode()
+        body |= {"stream": True, "return_token_ids": True}
+        if each_step and number == 0:
+            body["logprobs"] = 0
+        content = json.dumps(body).encode()
         head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
         request = head.encode() + b"Content-Length: %d\r\n\r\n" % len(content) + content
         ended = loop.create_future()
@@ -59,11 +69,24 @@ async def over_http(server: StartedServer, streams: int, tokens: int, first: int
     return found
 
 
-def http_rate(server: StartedServer, streams: int, tokens: int, first: int) -> float:
-    """Tokens per second of all streams together, from when the last one has begun until the first one ends."""
+@dataclass(frozen=True, slots=True)
+class Served:
+    """One round through HTTP: tokens per second, and the cores that the API process and this client used for it."""
+
+    rate: float
+    api: float
+    client: float
+
+
+def served(server: StartedServer, streams: int, tokens: int, first: int) -> Served:
+    """The rate of all streams together, from when the last one has begun until the first one ends; cores over the whole."""
+    sides = (psutil.Process(server.pid), psutil.Process())
+    before, start = [sum(side.cpu_times()[:2]) for side in sides], time.perf_counter()
     found = asyncio.run(over_http(server, streams, tokens, first))
+    took = time.perf_counter() - start
+    api, client = ((sum(side.cpu_times()[:2]) - used) / took for side, used in zip(sides, before, strict=True))
     began, ended = max(stream.times[0] for stream in found), min(stream.times[-1] for stream in found)
-    return sum(began < at <= ended for stream in found for at in stream.times) / (ended - began)
+    return Served(sum(began < at <= ended for stream in found for at in stream.times) / (ended - began), api, client)
 
 
 def llm_rate(llm: LLM, streams: int, tokens: int, first: int) -> float:
@@ -98,7 +121,7 @@ def steps(server: StartedServer, streams: int, seconds: float) -> tuple[list[flo
         end, first = time.perf_counter() + seconds, 100_000
         prober = asyncio.create_task(probe(server, health))
         while time.perf_counter() < end:
-            found = await over_http(server, streams, 512, first)
+            found = await over_http(server, streams, 512, first, each_step=True)
             times = found[0].times
             # The beginning, while others' prompts come in, is no step of decoding alone.
             gaps.extend((after - before) * 1000 for before, after in zip(times[8:-1], times[9:], strict=True))
@@ -120,18 +143,16 @@ def main() -> None:
     with both(found, max_num_seqs=found.streams, disable_log_stats=False) as (server, llm):
         if found.nice:
             os.setpriority(os.PRIO_PROCESS, server.pid, found.nice)  # on Linux: of its main thread alone
-        rates: list[list[float]] = [[], []]
-        for number in range(ROUNDS + 1):
-            pair = (
-                http_rate(server, found.streams, found.tokens, number * 1000),
-                llm_rate(llm, found.streams, found.tokens, number * 1000),
-            )
-            if number:
-                for kept, rate in zip(rates, pair, strict=True):
-                    kept.append(rate)
-        http, plain = (statistics.median(kept) for kept in rates)
+        rounds: list[tuple[Served, float]] = []
+        for number in range(ROUNDS + 1):  # the first one warms up
+            size = (found.streams, found.tokens, number * 1000)
+            rounds.append((served(server, *size), llm_rate(llm, *size)))
+        http, plain = zip(*rounds[1:], strict=True)
+        rate, through_llm = statistics.median(one.rate for one in http), statistics.median(plain)
         print(
-            f"{found.streams} streams: {http:,.0f} tokens/s through HTTP, {plain:,.0f} through LLM: {http / plain:.1%}",
+            f"{found.streams} streams: {rate:,.0f} tokens/s through HTTP, {through_llm:,.0f} through LLM: "
+            f"{rate / through_llm:.1%}; cores used by the API process {statistics.median(one.api for one in http):.2f}, "
+            f"by this client {statistics.median(one.client for one in http):.2f}",
             flush=True,
         )
         if found.seconds:

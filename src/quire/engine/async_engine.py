@@ -378,7 +378,10 @@ class AsyncEngine:
 
 async def together(works: Iterable[Coroutine[Any, Any, _Answer]]) -> list[_Answer]:
     """The results of all, in their order; where one raises, the others are cancelled."""
-    tasks = [asyncio.ensure_future(work) for work in works]
+    found = list(works)
+    if len(found) == 1:  # needs no task of its own
+        return [await found[0]]
+    tasks = [asyncio.ensure_future(work) for work in found]
     try:
         return await asyncio.gather(*tasks)
     finally:

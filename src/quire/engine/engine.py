@@ -28,7 +28,8 @@ from quire.engine.admission import LATE, Admission, Limits
 from quire.engine.core import Core
 from quire.engine.generation import Completion, Generation
 from quire.engine.heap import uncollected
-from quire.engine.observe import FinishedRequest, Observer, StepFigures
+from quire.engine.notes import StepNotes, finished
+from quire.engine.observe import Observer
 from quire.engine.outputs import RequestOutput
 from quire.engine.prompts import Prompt, PromptLimits, ReadPrompt, check_length, read_prompt
 from quire.errors import ValidationError
@@ -111,7 +112,7 @@ class Engine:
         self._events: deque[Event] = deque()
         self._changed: dict[str, Generation] = {}  # requests with news
         self._ready: list[RequestOutput] = []
-        self._notes = _StepNotes()
+        self._notes = StepNotes()
         self._told: Stats | None = None  # what the observer heard last
         self._numbers = count()
         self._deadlines: list[tuple[float, str]] = []  # of requests that have one, the earliest first
@@ -329,7 +330,7 @@ class Engine:
             if output is not None:
                 self._ready.append(output)
             del self._changed[request_id]
-        self._observe()
+        self._observe(now)
         outputs, self._ready = self._ready, []
         return outputs
 
@@ -378,7 +379,7 @@ class Engine:
         """The completion takes no more events."""
         del self._completions[completion.core_id]
         completion.parent.unfinished -= 1
-        self._notes.finished.append(_finished(completion, now))
+        self._notes.finished.append(finished(completion, now))
 
     def _output(self, generation: Generation) -> RequestOutput | None:
         """What a request has to tell. One whose output cannot be made ends with an error."""
@@ -393,17 +394,17 @@ class Engine:
             self._generations.pop(generation.request_id).completions.clear()  # they know it: all are gone at once
         return output
 
-    def _observe(self) -> None:
+    def _observe(self, now: float) -> None:
         """Tell the observer, whose mistakes are its own."""
-        notes, self._notes = self._notes, _StepNotes()
+        notes, self._notes = self._notes, StepNotes()
         if self.observer is None:
             return
         stats = self._core.stats()
-        self._admission.note(stats, self._clock())
+        self._admission.note(stats, now)
         try:
             if notes.finished or stats != self._told:  # a core in another process may have nothing new to say
                 self._told = stats
-                self.observer.observe(stats, notes.figures())
+                self.observer.observe(stats, notes.figures(now))
         except Exception:
             logger.exception("the figures of a step are lost")
 
@@ -440,55 +441,6 @@ class Engine:
         if self._grammars is not None:
             self._grammars.close()
         self._core.close()
-
-
-class _StepNotes:
-    """Collects the figures of one step for the observer."""
-
-    __slots__ = ("between", "cached", "finished", "first", "generated", "prompt")
-
-    def __init__(self) -> None:
-        self.prompt = 0
-        self.cached = 0
-        self.generated = 0
-        self.first: list[float] = []
-        self.between: list[float] = []
-        self.finished: list[FinishedRequest] = []
-
-    def tokens(self, completion: Completion, event: Event, now: float) -> None:
-        """Note tokens that came, before the completion takes them in."""
-        self.generated += len(event.tokens)
-        if completion.last_token:
-            self.between.append(now - completion.last_token)
-            return
-        completion.first_token = now
-        self.first.append(now - completion.parent.arrival)
-        self.prompt += len(completion.parent.prompt.token_ids)
-        self.cached += event.cached_tokens
-
-    def figures(self) -> StepFigures:
-        """The figures of the step."""
-        return StepFigures(
-            self.prompt, self.cached, self.generated, tuple(self.first), tuple(self.between), tuple(self.finished)
-        )
-
-
-def _finished(completion: Completion, now: float) -> FinishedRequest:
-    parent = completion.parent
-    first, last = completion.first_token, completion.last_token
-    scheduled = parent.scheduled_ts
-    return FinishedRequest(
-        reason=completion.finish_reason or "stop",
-        prompt_tokens=len(parent.prompt.token_ids),
-        generation_tokens=len(completion.token_ids),
-        cached_tokens=parent.cached_tokens,
-        n=parent.params.n,
-        max_tokens=parent.params.max_tokens,
-        whole=now - parent.arrival,
-        queued=max(0.0, scheduled - parent.arrival) if scheduled else 0.0,
-        prefill=max(0.0, first - scheduled) if first and scheduled else 0.0,
-        decode=last - first if first else 0.0,
-    )
 
 
 def _requests(queue: Queue) -> int:

@@ -36,7 +36,7 @@ class StepFigures:
     cached_tokens: int  # of those, taken from the prefix cache
     generation_tokens: int
     first_token_seconds: tuple[float, ...]  # arrival to first token, one per request that got its first
-    between_seconds: tuple[float, ...]  # since the previous token, one per request that got a later one
+    between_seconds: tuple[float, ...]  # since the previous token, one per token but the first ones
     finished: tuple[FinishedRequest, ...]
 
 

@@ -1,7 +1,7 @@
 """The engine process: `python -m quire.engine.processes SOCKET MEMORY`, two inherited file descriptors.
 
-It loads the model that the first message names, takes messages between steps and sends what each step brought in one
-message. It ends with its API process, at once. Signals that end a server are left to that process, which drains.
+It loads the model that the first message names, takes messages between steps and sends what a step brought in one message.
+It ends with its API process, at once. Signals that end a server are left to that process, which drains.
 """
 
 from __future__ import annotations
@@ -34,6 +34,10 @@ from quire.grammar import Grammars
 
 logger = logging.getLogger(__name__)
 
+GATHER_SECONDS = (
+    0.01  # lone tokens wait so long at most for those of the next steps: no eye sees it, and each wake-up of an
+)
+# API process costs the kernels' threads more than the tokens that it passes on
 BEAT_SECONDS = 1.0  # an idle engine says so often that it lives
 LOOK_SECONDS = 3.0  # a look at the pages lasts so long
 PICTURE_SECONDS = 0.2  # between two pictures
@@ -173,6 +177,7 @@ class EngineLoop:
         self._grammars = grammars
         self._waiting: list[wire.Add] = []
         self._taken = 0
+        self._told_at = 0.0
         self._watched_until = 0.0
         self._picture_at = 0.0
         self._measure = ceiling  # until it has been measured
@@ -180,6 +185,7 @@ class EngineLoop:
 
     def serve(self, messages: Sequence[wire.ToEngine] = ()) -> None:
         """Until the other end is closed."""
+        unsent: list[Event] = []
         while not self._connection.ended:
             events: list[Event] = []
             waiting, self._waiting = self._waiting, []
@@ -190,10 +196,22 @@ class EngineLoop:
             if self._core.has_work():
                 events += self._core.step()
                 self._executor.settle()
-            self._connection.send(wire.step_message(self._taken, events, self._core.stats(), self._picture()))
-            self._connection.flush()
-            idle = GRAMMAR_SECONDS if self._waiting else BEAT_SECONDS
-            messages = self._connection.receive() if self._core.has_work() else _wait(self._connection, idle)
+            unsent += events
+            messages = self._connection.receive()
+            if messages or not self._may_gather(events):
+                self._connection.send(wire.step_message(self._taken, unsent, self._core.stats(), self._picture()))
+                self._connection.flush()
+                self._told_at, unsent = time.monotonic(), []
+            if not messages and not self._core.has_work():
+                messages = _wait(self._connection, GRAMMAR_SECONDS if self._waiting else BEAT_SECONDS)
+
+    def _may_gather(self, events: list[Event]) -> bool:
+        """Whether the events of a step may wait for those of the next one: tokens alone, one of each request that there is,
+        so that the next step will be as short as this one was."""
+        if self._waiting or time.monotonic() - self._told_at >= GATHER_SECONDS:
+            return False
+        stats = self._core.stats()
+        return 0 < len(events) == stats.running and not stats.waiting and all(map(wire.is_single, events))
 
     def _take(self, message: wire.ToEngine, events: list[Event]) -> None:
         if isinstance(message, wire.Add):

@@ -139,7 +139,7 @@ class WireEvent(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Stepped(msgspec.Struct, tag="step", frozen=True):
-    """What one step brought; sent after each step, and now and then by an idle engine to say that it lives."""
+    """What a step brought, or a few of them; sent now and then by an idle engine, too, to say that it lives."""
 
     taken: int  # Add messages taken in so far
     singles: list[tuple[int, int]]  # (ticket, token): events that say nothing else
@@ -235,13 +235,18 @@ def core_request(add: Add) -> CoreRequest:
     )
 
 
+def is_single(event: Event) -> bool:
+    """Whether an event says nothing but one token; the numbers at its end do not count then."""
+    return len(event.tokens) == 1 and not event.times and not any(event[2:8])
+
+
 def step_message(taken: int, events: Sequence[Event], stats: Stats, picture: Picture | None = None) -> Stepped:
-    """The message for the events of a step."""
+    """The message for events, of one step or of several."""
     singles: list[tuple[int, int]] = []
     full: list[WireEvent] = []
     for event in events:
         ticket = ticket_of(event.request_id)
-        if len(event.tokens) == 1 and not event.times and not any(event[2:8]):  # no field but the numbers behind it
+        if is_single(event):
             singles.append((ticket, event.tokens[0]))
         else:
             full.append(WireEvent(ticket, *event[1:-1], dict(event.times)))

@@ -24,26 +24,24 @@ def _is_gone(cycle: RequestResponseCycle) -> bool:
 
 
 class Outbox:
-    """Chunks of an event loop that are about to be sent, in order for each connection."""
+    """The connections of an event loop that have chunks to be sent, in the order in which they got the first of them."""
 
     def __init__(self) -> None:
-        self._frames: dict[RequestResponseCycle, bytes] = {}
+        self._holders: list[Chunks] = []
 
-    def put(self, cycle: RequestResponseCycle, frame: bytes) -> None:
-        """Send it soon: with others, at the latest when what is ready to run now has run."""
-        frames = self._frames
-        if not frames:
+    def add(self, holder: Chunks) -> None:
+        """Let it send soon: with others, at the latest when what is ready to run now has run."""
+        if not self._holders:
             asyncio.get_running_loop().call_soon(self.flush)
-        frames[cycle] = frames.get(cycle, b"") + frame
-        if len(frames) >= TOGETHER:
+        self._holders.append(holder)
+        if len(self._holders) >= TOGETHER:
             self.flush()
 
     def flush(self) -> None:
-        """Send everything now. Who has left gets nothing."""
-        frames, self._frames = self._frames, {}
-        for cycle, frame in frames.items():
-            if not _is_gone(cycle):
-                cycle.transport.write(frame)
+        """Let all send now."""
+        holders, self._holders = self._holders, []
+        for holder in holders:
+            holder.send()
 
 
 class Chunks:
@@ -52,14 +50,26 @@ class Chunks:
     def __init__(self, cycle: RequestResponseCycle, outbox: Outbox) -> None:
         self._cycle = cycle
         self._outbox = outbox
+        self._held = b""  # framed, to be sent
 
     def write(self, data: bytes) -> bool:
         """Send a chunk. True if drain() should be awaited before the next one. Nothing when the client has left."""
         cycle = self._cycle
         if _is_gone(cycle):
             return False
-        self._outbox.put(cycle, b"%x\r\n%b\r\n" % (len(data), data))
+        frame = b"%x\r\n%b\r\n" % (len(data), data)
+        if self._held:
+            self._held += frame
+        else:
+            self._held = frame
+            self._outbox.add(self)
         return cycle.flow.write_paused
+
+    def send(self) -> None:
+        """Send what is held; nothing when the client has left."""
+        held, self._held = self._held, b""
+        if held and not _is_gone(self._cycle):
+            self._cycle.transport.write(held)
 
     def flush(self) -> None:
         """Send what was written, before something else is sent another way."""
