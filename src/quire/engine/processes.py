@@ -34,8 +34,8 @@ from quire.grammar import Grammars
 
 logger = logging.getLogger(__name__)
 
-# Lone tokens wait so long at most for those of the next steps: no eye sees it, and each wake-up of an API process takes more
-# from the kernels' threads than another token in it does.
+# Lone tokens wait so long at most for those of the next steps: no eye sees it, and each wake-up of an API process takes
+# more from the kernels' threads than another token in it does.
 GATHER_SECONDS = 0.01
 BEAT_SECONDS = 1.0  # an idle engine says so often that it lives
 LOOK_SECONDS = 3.0  # a look at the pages lasts so long
