@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from started_server import server_process
+
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
-START_SECONDS = 120  # far more than it takes, for machines that do other things, too
 
 
 def block(language: str, containing: str) -> str:
@@ -28,32 +26,13 @@ def block(language: str, containing: str) -> str:
 @pytest.fixture(scope="module")
 def server() -> Iterator[int]:
     """The port of `quire serve` with the bundled model."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "quire.cli.main", "serve", "--port", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + START_SECONDS
-    while not healthy(port):
-        if process.poll() is not None or time.monotonic() > deadline:
-            process.kill()
-            pytest.fail(f"the server did not start:\n{process.communicate()[0]}")
-        time.sleep(0.2)
-    yield port
-    process.terminate()
-    printed = process.communicate(timeout=60)[0]
-    assert process.returncode == 0, printed
-    assert f"at http://127.0.0.1:{port}" in printed
-    assert f"curl http://127.0.0.1:{port}/v1/chat/completions" in printed
-    assert re.search(r"loading the model +\d+\.\d+ s", printed), printed
-
-
-def healthy(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False
+    with server_process([sys.executable, "-m", "quire.cli.main", "serve", "--port", "0"]) as started:
+        yield started.port
+        started.process.terminate()
+        assert started.process.wait(60) == 0
+        assert f"at {started.url}" in started.greeting
+        assert f"curl {started.url}/v1/chat/completions" in started.greeting
+        assert re.search(r"loading the model +\d+\.\d+ s", started.greeting), started.greeting
 
 
 def test_it_opens_with_the_two_commands() -> None:

@@ -52,6 +52,8 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|turn|>assistant|{% endif %}"
 )
 MAX_MODEL_LEN = 512
+HELLO = "say:hello;|"  # a prompt; the same as a conversation:
+CHAT: list[dict[str, Any]] = [{"role": "user", "content": "say:hello;"}]
 
 
 def byte_tokenizer() -> Tokenizer:

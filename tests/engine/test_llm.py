@@ -285,16 +285,13 @@ def test_weights_in_bfloat16_stay_in_bfloat16(tmp_path):
 # ---------------------------------------------------------------- the package
 
 
-def test_importing_quire_is_quick_and_brings_no_torch():
+def test_what_is_imported_by_name_brings_no_torch():
     code = (
-        "import time; began = time.process_time(); import quire; took = time.process_time() - began\n"
         "import sys; from quire import SamplingParams, RequestOutput, EngineOptions, TextPrompt, AsyncEngine, Engine\n"
-        "print(took, 'torch' in sys.modules, 'transformers' in sys.modules)"
+        "print('torch' in sys.modules, 'transformers' in sys.modules)"
     )
-    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(3)]
-    found = [run.stdout.split() for run in runs]
-    assert min(float(item[0]) for item in found) < 0.05
-    assert found[0][1:] == ["False", "False"]
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["False", "False"]
 
 
 def test_every_public_name_is_there():

@@ -13,13 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from served import Running, Setup, served
+from served import CHAT, Running, Setup, served
 
 from quire.config import ServeOptions
 from quire.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from quire.env import JsonLines
 from quire.serve.account import Account
 from quire.serve.progress import Progress
+from waiting import until
 
 FIELDS = {
     "queue_ms",
@@ -32,7 +33,6 @@ FIELDS = {
     "mean_batch_mates",
     "why",
 }
-CHAT: list[dict[str, Any]] = [{"role": "user", "content": "say:hello;"}]
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "say:hello;|"},
     "/v1/chat/completions": {"messages": CHAT},
@@ -78,14 +78,20 @@ def test_the_operator_may_have_it_told_always() -> None:
 
 
 def test_waiting_is_seen_as_waiting() -> None:
-    with served(Setup(delay=0.01, max_num_seqs=1)) as server, ThreadPoolExecutor(4) as pool:
-        body = {"prompt": "x|", "max_tokens": 10, "include_account": True}
-        found = list(
-            pool.map(lambda _: server.http.post("/v1/completions", json=body).json()["usage"]["quire"], range(4))
+    with served(Setup(delay=0.01, max_num_seqs=1)) as server, ThreadPoolExecutor(2) as pool:
+        endless = {"prompt": "x|", "max_tokens": 480}
+        first = pool.submit(server.http.post, "/v1/completions", json=endless, headers={"X-Request-Id": "first"})
+        until(lambda: server.metrics.stats.running == 1)
+        second = pool.submit(
+            server.http.post, "/v1/completions", json=endless | {"max_tokens": 5, "include_account": True}
         )
-        found.sort(key=lambda told: told["queue_ms"])
-        assert found[0]["queue_ms"] < 80 < found[-1]["queue_ms"]
-        assert "waiting for room" in found[-1]["why"] and found[-1]["mean_batch_mates"] < 1
+        until(lambda: server.metrics.stats.waiting == 1)
+        begun = server.metrics.stats.steps
+        until(lambda: server.metrics.stats.steps > begun + 50 or first.done())
+        server.http.delete("/v1/requests/first")
+        told = second.result().json()["usage"]["quire"]
+        assert told["queue_ms"] >= 500, "fifty steps of 10 ms each"
+        assert "waiting for room" in told["why"] and told["mean_batch_mates"] < 1
 
 
 def made(queue: float, prefill: float, decode: float, preemptions: int = 0, tokens: int = 11) -> Account:

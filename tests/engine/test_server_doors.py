@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 
 import httpx
 import pytest
-from served import MAX_MODEL_LEN, TOKENIZER, Running, Setup, refused, served
+from served import CHAT, HELLO, MAX_MODEL_LEN, TOKENIZER, Running, Setup, refused, served
 from starlette.types import Message, Receive, Scope, Send
 
 from quire.config import ServeOptions
 from quire.errors import ConfigError
 from quire.serve.auth import PUBLIC, KeyCheck, check_bind
-
-HELLO = "say:hello;|"
-CHAT = [{"role": "user", "content": "say:hello;"}]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    with served() as running:
-        yield running
-
 
 # -------------------------------------------------------------------- the other routes
 

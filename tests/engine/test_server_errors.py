@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from served import MAX_MODEL_LEN, Running, refused, served
+from served import CHAT, HELLO, MAX_MODEL_LEN, Running, refused
 
 from quire.serve.fields import REFUSED, ApiRequest, _note_unknown
 from quire.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-
-HELLO = "say:hello;|"
-CHAT = [{"role": "user", "content": "say:hello;"}]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    with served() as running:
-        yield running
 
 
 @pytest.mark.parametrize(

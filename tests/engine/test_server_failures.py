@@ -7,27 +7,16 @@ import json
 import logging
 import socket
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
 import pytest
-from served import Running, Setup, refused, served
+from served import HELLO, Running, Setup, refused, served
 from starlette.types import Message, Receive, Scope, Send
 
 from quire.serve.app import BodyLimit
 from waiting import until
-
-HELLO = "say:hello;|"
-CHAT = [{"role": "user", "content": "say:hello;"}]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    with served() as running:
-        yield running
-
 
 # -------------------------------------------------------------------- limits
 

@@ -5,22 +5,15 @@ from __future__ import annotations
 import gzip
 import json
 import socket
-from collections.abc import Iterator
 
 import anthropic
 import httpx
 import pytest
-from served import MAX_MODEL_LEN, Running, refused, served
+from served import MAX_MODEL_LEN, Running, refused
 
 JSON = {"Content-Type": "application/json"}
 HELLO = {"prompt": "say:hello;|"}
 TURN = [{"role": "user", "content": "say:hello;"}]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    with served() as running:
-        yield running
 
 
 @pytest.mark.parametrize(

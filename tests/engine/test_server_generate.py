@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from served import MAX_MODEL_LEN, TOKENIZER, Running, Setup, served
+from served import HELLO, MAX_MODEL_LEN, TOKENIZER, Running, Setup, served
 
 from quire.config import ServeOptions
 from quire.core.params import SamplingParams
-
-HELLO = "say:hello;|"
 
 
 def chat(text: str) -> list[dict[str, str]]:
@@ -32,12 +29,6 @@ def events(server: Running, path: str, body: dict[str, Any]) -> list[Any]:
     assert all(line.startswith("data: ") for line in lines)
     data = [line.removeprefix("data: ") for line in lines]
     return [item if item == "[DONE]" else json.loads(item) for item in data]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    with served() as running:
-        yield running
 
 
 # -------------------------------------------------------------------- completions

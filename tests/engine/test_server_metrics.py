@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from served import TOKENIZER, Running, Setup, served
 
+from counting import calls
 from quire.core.stats import Stats
 from quire.engine.metrics import Histogram, Metrics, token_bounds
 from quire.engine.observe import FinishedRequest, StepFigures
@@ -98,7 +98,7 @@ def reasons(server: Running) -> dict[str, float]:
 
 
 def test_every_ending_is_counted_once() -> None:
-    with served(Setup(delay=0.002)) as server:
+    with served(Setup(delay=0.02)) as server:
         create = server.client.completions.create
         create(model="", prompt="say:x;|")
         create(model="", prompt="x|", stop="c")
@@ -123,13 +123,8 @@ def test_a_histogram_is_right_at_its_bounds() -> None:
 
 
 def test_adding_up_is_cheap() -> None:
-    """A step of 256 requests must not cost the engine's thread half a millisecond."""
+    """A step of 256 requests costs the engine's thread a few calls for each."""
     metrics = Metrics("m", 32768)
     finished = FinishedRequest("stop", 100, 10, 0, 1, 16, 1.0, 0.1, 0.1, 0.8)
     figures = StepFigures(0, 0, 256, (), (0.02,) * 256, (finished,) * 4)
-    best = float("inf")
-    for _ in range(20):
-        start = time.thread_time()
-        metrics.observe(Stats(), figures)
-        best = min(best, time.thread_time() - start)
-    assert best < 0.0005
+    assert calls(lambda: metrics.observe(Stats(), figures)) < 4 * 256

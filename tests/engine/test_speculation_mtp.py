@@ -18,12 +18,7 @@ LAYERS = 3
 GLM = {
     **tiny.DENSE,
     "head_dim": 8,
-    "moe_intermediate_size": 16,
-    "first_k_dense_replace": 1,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_group": 1,
-    "topk_group": 1,
+    **tiny.EXPERTS,
     "n_shared_experts": 1,
 }
 SETTINGS = {"device": "cpu", "threads": 1, "dtype": "float32", "kv_cache_memory_bytes": 1 << 24, "max_model_len": 128}

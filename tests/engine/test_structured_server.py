@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from served import Running, refused, served
+from served import Running, refused
 
 from quire.core.structured import StructuredOutputsParams
 
@@ -18,12 +17,6 @@ TAG = {
     "type": "structural_tag",
     "format": {"type": "tag", "begin": "<a>", "content": {"type": "json_schema", "json_schema": SCHEMA}, "end": "</a>"},
 }
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    with served() as running:
-        yield running
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -30,6 +30,14 @@ DENSE: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+EXPERTS = {
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+}
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {**DENSE, "rms_norm_eps": 1e-5},
@@ -68,12 +76,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "qk_nope_head_dim": 12,
         "qk_rope_head_dim": 8,
         "v_head_dim": 10,
-        "moe_intermediate_size": 16,
-        "first_k_dense_replace": 1,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "n_group": 1,
-        "topk_group": 1,
+        **EXPERTS,
     },
     "youtu": {
         **DENSE,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +22,7 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))  # may make unsafe files, to see 
 MOST_LINES = 500
 MOST_FUNCTION_LINES = 60
 MOST_KERNEL_LINES = 150
-MOST_IMPORT_SECONDS = 0.05
+MOST_IMPORTED = 40  # modules
 
 # Each part of quire and what it may import of the others, as the plan of the house has it.
 LAYERS: dict[str, set[str]] = {
@@ -256,16 +255,7 @@ def test_text_and_decisions_need_no_torch() -> None:
 
 
 def test_import_is_quick() -> None:
-    """The best of several tries: a busy machine must not fail this."""
-    code = "import time; start = time.perf_counter(); import quire; print(time.perf_counter() - start)"
-    seconds = []
-    deadline = time.monotonic() + 20
-    while len(seconds) < 5 or (min(seconds) > MOST_IMPORT_SECONDS and time.monotonic() < deadline):
-        seconds.append(float(run_python(code)))
-    assert min(seconds) <= MOST_IMPORT_SECONDS, f"import quire took {min(seconds):.3f} s at best"
-
-
-def test_import_brings_no_heavy_package() -> None:
-    heavy = {"torch", "transformers", "numpy", "fastapi", "jinja2"}
-    found = run_python("import sys, quire; print(*(name.split('.')[0] for name in sys.modules))").split()
-    assert not heavy & set(found), f"import quire brings {sorted(heavy & set(found))}"
+    """A few milliseconds: it brings little, and nothing of others."""
+    found = run_python("import sys; before = {*sys.modules}; import quire; print(*{*sys.modules} - before)").split()
+    packages = {name.split(".")[0] for name in found} - sys.stdlib_module_names
+    assert packages == {"quire"} and len(found) <= MOST_IMPORTED, sorted(found)

@@ -300,7 +300,7 @@ def test_a_runner_answers_line_by_line(tmp_path: Path) -> None:
     ],
 )
 def test_a_runner_that_fails_says_why(code: str, reason: str, tmp_path: Path) -> None:
-    session = runner(code, tmp_path, limit=1 if "sleep" in code else 20)
+    session = runner(code, tmp_path, limit=1 if "sleep" in code else 60)
     with pytest.raises(EngineFailed, match=reason):
         session.run(workload("tiny-batch"))
     session.close()

@@ -205,7 +205,8 @@ def test_cost_is_linear(kind: str) -> None:
             best = min(best, time.process_time() - start)
         return best
 
-    assert seconds(8000) < 8 * seconds(2000) + 0.02
+    # Four times would be linear, sixteen times quadratic. A machine that is disturbed may need several tries.
+    assert any(seconds(8000) < 8 * seconds(2000) for _ in range(10))
 
 
 @pytest.mark.parametrize("kind", [ByT5Tokenizer, CanineTokenizer])

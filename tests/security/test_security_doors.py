@@ -27,6 +27,7 @@ from quire.serve.auth import PUBLIC, KeyCheck, check_bind, read_keys, tenant_nam
 from quire.serve.errors import clean, failure_of
 from quire.serve.listen import check_tls
 from quire.serve.service import cache_salt
+from waiting import until
 
 LONG = "the same long prompt for everybody, over several pages|"
 
@@ -234,13 +235,12 @@ def test_https(tmp_path: Path) -> None:
         server = uvicorn.Server(config)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
         thread.start()
-        while not server.started:
-            assert thread.is_alive()
+        until(lambda: server.started)
         port = server.servers[0].sockets[0].getsockname()[1]
         trusted = ssl.create_default_context(cafile=cert)
         assert httpx.get(f"https://127.0.0.1:{port}/version", verify=trusted).is_success
         server.should_exit = True
-        thread.join(10)
+        thread.join()
 
 
 def test_https_options_are_checked_early(tmp_path: Path) -> None:

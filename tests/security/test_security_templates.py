@@ -6,13 +6,13 @@ import asyncio
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
-from served import TEMPLATE, TOKENIZER, Running, Setup, refused, served
+from served import CHAT, TEMPLATE, TOKENIZER, Running, Setup, refused, served
 
 from quire.config import ServeOptions
 from quire.errors import ValidationError
@@ -21,8 +21,8 @@ from quire.text import ChatOptions, Tokenizer, prompt_text
 from quire.text.chat import render_job
 from quire.text.library_tokenizer import of_library
 from quire.text.render_worker import MARK, answer
+from waiting import when
 
-CHAT: list[dict[str, Any]] = [{"role": "user", "content": "say:hello;"}]
 SLOW = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 LARGE = "{% for a in range(9999) %}{{ 'x' * 99999 }}{% endfor %}"
 ESCAPES = (
@@ -45,7 +45,7 @@ ESCAPES = (
 @pytest.fixture(scope="module")
 def trusting() -> Iterator[Running]:
     """A server that takes templates from clients and gives them little time."""
-    options = ServeOptions(trust_request_chat_template=True, template_timeout=1.0)
+    options = ServeOptions(trust_request_chat_template=True, template_timeout=2.0)
     with served(Setup(options=options)) as running:
         yield running
 
@@ -102,28 +102,27 @@ def test_templates_of_clients_where_they_are_trusted(trusting: Running) -> None:
     "template", [SLOW, LARGE, "{{ 'x' * 10 ** 10 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"]
 )
 def test_cve_2026_115911_a_template_has_a_time_and_a_size(trusting: Running, template: str) -> None:
-    began = time.monotonic()
     refused(trusting.http.post("/v1/chat/completions", json={"messages": CHAT, "chat_template": template}))
-    assert time.monotonic() - began < 30
     answered = trusting.client.chat.completions.create(model="", messages=CHAT)
     assert answered.choices[0].message.content == "hello"
 
 
-def test_cve_2026_115911_slow_templates_do_not_hold_up_others(trusting: Running) -> None:
-    import httpx  # here, for the asynchronous client
+def test_cve_2026_115911_slow_templates_do_not_hold_up_others() -> None:
+    """Not even those that may take more time than the test has."""
+    options = ServeOptions(trust_request_chat_template=True, template_timeout=600.0)
 
-    async def ask() -> None:
-        async with httpx.AsyncClient(base_url=trusting.url, timeout=60) as http:
-            slow = [
-                asyncio.ensure_future(http.post("/v1/chat/completions", json={"messages": CHAT, "chat_template": SLOW}))
-                for _ in range(4)
-            ]
-            await asyncio.sleep(0.3)
+    async def ask(server: Running) -> None:
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
+            asked = {"messages": CHAT, "chat_template": SLOW}
+            slow = [asyncio.create_task(http.post("/v1/chat/completions", json=asked)) for _ in range(4)]
+            await when(lambda: len(server.service.client_templates._busy) == 4)
             assert (await http.post("/v1/chat/completions", json={"messages": CHAT})).is_success
-            assert not all(task.done() for task in slow), "it waited for the slow ones"
-            assert [response.status_code for response in await asyncio.gather(*slow)] == [400] * 4
+            assert not any(task.done() for task in slow)
+            for task in slow:
+                task.cancel()
 
-    asyncio.run(ask())
+    with served(Setup(options=options)) as server:
+        asyncio.run(ask(server))
 
 
 @pytest.mark.parametrize(
