@@ -185,6 +185,8 @@ class Fronts:
         while self._heeded < self._signals:
             self._heeded += 1
             self._kill_at = now + self._setup.serve.shutdown_timeout + LATE_SECONDS
+            for seat in self._seats:
+                seat.listener.close()  # so that whoever comes now is refused, once the API processes have closed theirs
             for front in self._alive():
                 front.connection.send(Stop())
 
