@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 
 import numpy as np
-from test_speculation import SETTINGS, history_of
+from guesses import history_of
+from test_speculation import SETTINGS
 
 from quire import LLM, SamplingParams
 from quire.core.plan import Admission
