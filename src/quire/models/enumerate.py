@@ -15,7 +15,7 @@ import transformers
 
 from quire.models.parity import Outcome, architectures, check_architecture, describe_error
 
-TIMEOUT = 90.0  # seconds for one architecture; most need one
+TIMEOUT = 300.0  # seconds for one architecture; most need one
 
 
 def enumerate_architectures(
