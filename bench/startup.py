@@ -3,6 +3,7 @@
 python bench/startup.py [MODEL] [FLAGS of quire run] [--rounds 2]
 python bench/startup.py --shape llama-3.2-1b --folder /tmp/models    random weights and a tokenizer, written once
 python bench/startup.py --shape llama-3.2-1b --serve                 the same through quire serve, with both processes
+python bench/startup.py --shape llama-3.2-1b --fill 8192 --kv-cache-memory-bytes 268435456      memory with full pages
 
 The first round begins with an empty cache of packed weights, the others find what it left. Weight files are read once
 before, so that they are in the system's page cache, and Python's compiled files are there, as pip leaves them.
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "quire-shapes")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--serve", action="store_true", help="through quire serve instead of in one process")
+    parser.add_argument("--fill", type=int, default=0, help="positions that are computed before memory is measured")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     found, rest = parser.parse_known_args()
     words = ([] if found.shape is None else [str(write_model(found.shape, found.folder))]) + rest
@@ -61,10 +63,12 @@ def main() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     subprocess.run([sys.executable, "-c", "import quire.engine.start, quire.serve.app"], env=environment, check=True)
     starts = []
+    if found.fill and found.serve:
+        parser.error("--fill is for one process, without --serve")
     with tempfile.TemporaryDirectory() as cache:
         for number in range(found.rounds):
-            begin = start_server if found.serve else start
-            starts.append(begin(words, environment | {"QUIRE_CACHE": cache}))
+            own = environment | {"QUIRE_CACHE": cache}
+            starts.append(start_server(words, own) if found.serve else start(words, own, found.fill))
             print(f"start {number + 1}: {as_text(starts[-1])}", flush=True)
     installed = measure_environment()
     print(f"environment: {installed['bytes'] / 1e9:.2f} GB, {installed['packages']} packages")
@@ -84,7 +88,7 @@ from quire.cli.options import add_engine_flags, engine_options
 parser = FlagParser("startup", "", "[MODEL]")
 parser.add_argument("model_argument", nargs="?")
 add_engine_flags(parser)
-options = engine_options(parser.parse(sys.argv[2:]))
+options = engine_options(parser.parse(sys.argv[3:]))
 from quire.core.params import SamplingParams
 from quire.engine.engine import Engine
 phases["flags, text side"] = time.time() - mark
@@ -102,17 +106,23 @@ engine.submit(engine.prepare("1", prompt, params))
 while engine.has_work():
     engine.step()
 phases["first token"] = time.time() - mark
+first_token = time.time() - began
+LONG = 1024
+for number in range(int(sys.argv[2]) // LONG):
+    ids = [1 + (number * LONG + position) % 30000 for position in range(LONG - 1)]
+    engine.submit(engine.prepare(f"fill {number}", {"prompt_token_ids": ids}, params))
+while engine.has_work():
+    engine.step()
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(json.dumps({"first_token": time.time() - began, "peak": peak, "phases": phases}), flush=True)
+print(json.dumps({"first_token": first_token, "peak": peak, "phases": phases}), flush=True)
 """
 
 
-def start(words: list[str], environment: dict[str, str]) -> Start:
-    """Start a process, wait for its first token and its end: by then packed weights are kept."""
+def start(words: list[str], environment: dict[str, str], fill: int) -> Start:
+    """Start a process, wait for its first token, its `fill` positions and its end: by then packed weights are kept."""
     began = time.time()
-    ran = subprocess.run(
-        [sys.executable, "-c", CHILD, str(began), *words], stdout=subprocess.PIPE, env=environment, check=True
-    )
+    command = [sys.executable, "-c", CHILD, str(began), str(fill), *words]
+    ran = subprocess.run(command, stdout=subprocess.PIPE, env=environment, check=True)
     told = json.loads(ran.stdout)
     return Start(told["first_token"], told["phases"], {"peak": told["peak"]})
 

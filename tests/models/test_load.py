@@ -15,11 +15,13 @@ from safetensors.torch import load_file, save_file
 from tiny import write_tiny
 
 from quire.config import ModelOptions
+from quire.engine.start import ShareTold
 from quire.errors import CheckpointError
 from quire.kernels import reference
-from quire.kernels.table import ops_of
+from quire.kernels.table import load_ops, ops_of
 from quire.layers.linear import Linear
 from quire.layers.target import Target
+from quire.models.build import build_model
 from quire.models.checkpoint import Checkpoint, stream_weights
 from quire.models.headers import read_headers, weight_headers
 from quire.models.hub import ModelFiles, find_model
@@ -423,3 +425,25 @@ def test_loading_needs_the_weights_and_one_tensor(tmp_path: Path) -> None:
     largest = 2 * 2048 * 512 * 4  # gate and up, merged
     assert weights > 100e6
     assert peak < weights + 2 * largest, (weights, peak)
+
+
+@pytest.mark.parametrize("path", ["native", "transformers"])
+def test_the_share_that_is_loaded_is_told(folder: Path, path: str) -> None:
+    shares: list[float] = []
+    options = ModelOptions(model=str(folder), model_impl=path)
+    build_model(find_model(options), options, torch.float32, CPU, load_ops("cpu"), shares.append)
+    assert len(shares) == len(load_file(folder / "model.safetensors"))
+    assert shares == sorted(shares) and shares[0] > 0 and shares[-1] == 1
+
+
+def test_the_share_is_told_in_words_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("quire.engine.start.time.perf_counter", iter([0.0, 0.1, 0.6, 0.7, 11.0]).__next__)
+    caplog.set_level("INFO", "quire.engine.start")
+    told: list[tuple[str, float | None]] = []
+    share_told = ShareTold(lambda name, seconds: told.append((name, seconds)))
+    for share in (0.1, 0.25, 0.3, 0.9):
+        share_told(share)
+    assert told == [("loading the model: 25% of the weights", None), ("loading the model: 90% of the weights", None)]
+    assert [record.message for record in caplog.records] == ["90 % of the weights are loaded"]

@@ -1,5 +1,5 @@
-"""What of a load can be done while torch is imported, which keeps one core busy: its libraries are loaded, the tokenizer
-is read, and the memory that the weights will be packed into is touched, or the file in which they are packed already.
+"""What of a load can be done while torch is imported, which keeps one core busy: the tokenizer is read, and the memory
+that the weights will be packed into is touched, or the file in which they are packed already.
 
 Looks at files of a local folder only; whatever is unusual is left to the load itself. Imports no torch.
 """
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from quire.config import EngineOptions, ModelOptions
-from quire.engine import torch_libraries
 from quire.kernels import memory
 from quire.models.packed_folder import last_file
 from quire.text import tokenizer_files
@@ -29,7 +28,6 @@ BITS = {"int8": 8, "int4": 4}  # of a weight, by how the name of its method begi
 
 def begin(options: EngineOptions) -> None:
     """Begin with what this load seems to need. Never raises."""
-    torch_libraries.begin()
     try:
         wanted = options.model.tokenizer or options.model.model
         if wanted is not None and not options.model.skip_tokenizer_init:

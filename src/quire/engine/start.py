@@ -33,7 +33,9 @@ from quire.text.tokenizer import Tokenizer, load_tokenizer
 logger = logging.getLogger(__name__)
 
 
-OnPhase = Callable[[str, float | None], None]  # told each phase's name: when it begins, with None, and with its seconds
+# Told each phase's name: when it begins, with None, and with its seconds. A long one may begin again under other words.
+OnPhase = Callable[[str, float | None], None]
+TELL_SECONDS, LOG_SECONDS = 0.5, 10.0  # the share of a load that is done is told and logged so often
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ def load(
         tokenizer = open_tokenizer(config)
     with phase("loading the model", on_phase):
         executor = LocalExecutor(load_worker(config), threaded=config.max_in_flight > 1)
-        layout: ModelLayout = executor.call("load")
+        layout: ModelLayout = executor.call("load", ShareTold(on_phase))
     with phase("taking memory for pages", on_phase):
         groups = page_groups(config, layout)
         grammars = open_grammars(config, layout, tokenizer)
@@ -91,6 +93,24 @@ def phase(name: str, on_phase: OnPhase | None = None) -> Iterator[None]:
     logger.info("%s took %.2f s", name, seconds)
     if on_phase is not None:
         on_phase(name, seconds)
+
+
+class ShareTold:
+    """Tells now and then what share of the weights is loaded: whoever follows the phases, and the log."""
+
+    def __init__(self, on_phase: OnPhase | None) -> None:
+        self._on_phase = on_phase
+        self._told = self._logged = time.perf_counter()
+
+    def __call__(self, share: float) -> None:
+        """So much of 1 is loaded."""
+        now = time.perf_counter()
+        if now - self._logged >= LOG_SECONDS:
+            self._logged = now
+            logger.info("%.0f %% of the weights are loaded", share * 100)
+        if self._on_phase is not None and now - self._told >= TELL_SECONDS:
+            self._told = now
+            self._on_phase(f"loading the model: {share:.0%} of the weights", None)
 
 
 def open_tokenizer(config: EngineConfig) -> Tokenizer | None:

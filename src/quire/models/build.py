@@ -12,7 +12,7 @@ import torch
 from quire.config import ModelOptions
 from quire.kernels.table import Ops
 from quire.layers.spec import ModelLayout
-from quire.models.hub import ModelFiles
+from quire.models.hub import ModelFiles, OnShare
 from quire.models.packed_cache import packed_cache
 from quire.models.registry import ModelRegistry, select_impl
 from quire.models.served import ServedModel
@@ -31,14 +31,17 @@ def layout_of(files: ModelFiles, model_impl: str = "auto", dtype: torch.dtype | 
 
 
 def build_model(
-    files: ModelFiles, options: ModelOptions, dtype: torch.dtype, device: torch.device, ops: Ops
-) -> ServedModel:
+    files: ModelFiles, options: ModelOptions, dtype: torch.dtype, device: torch.device, ops: Ops,
+    on_share: OnShare | None = None,
+) -> ServedModel:  # fmt: skip
     """Load a model, its linears in the format that options.quantization names, or as the checkpoint stores them.
 
+    `on_share` hears what share of the weights has been taken so far, after each tensor.
     Raises ModelError: nothing runs it, or its weights are missing, corrupt or not its own.
     """
     ops = quantized_ops(ops, files.rounding) if files.scheme is None else stored_ops(ops)
     impl = select_impl(files, options.model_impl)
+    files = replace(files, on_share=on_share)
     cache = packed_cache(files, options, impl, dtype, ops)
     if cache is not None:
         ops, files = cache.ops, replace(files, read_ahead=not cache.hit)

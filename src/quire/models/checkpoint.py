@@ -40,6 +40,7 @@ class Checkpoint:
         self.files = files
         self.headers: dict[str, WeightHeader] = {}
         self._readers: dict[Path, _Reader] = {}
+        self._taken = 0  # bytes
         if files.weight_format == "safetensors":
             self.headers = weight_headers(files)
         elif files.weight_format == "pt":
@@ -48,6 +49,7 @@ class Checkpoint:
             self._readers.update(readers)
             merged = merge_headers((reader.headers for reader in readers.values()), index)
             self.headers = with_stored_linears(merged, files.scheme)
+        self._nbytes = max(1, sum(header.nbytes for header in self.headers.values()))
 
     def read(self, name: str) -> torch.Tensor | StoredWeight:
         """The tensor of that name; a view of the mapped file where the format allows, and as stored if it is quantized."""
@@ -68,6 +70,9 @@ class Checkpoint:
         header = self.headers[name]
         for part in [header] if header.parts is None else header.parts.values():
             self._readers[part.path].forget(part)
+        self._taken += header.nbytes
+        if self.files.on_share is not None:
+            self.files.on_share(self._taken / self._nbytes)
 
     def sweep(self) -> None:
         """Everything was taken: let all file pages go. Views remain valid; what is read again comes back."""

@@ -93,6 +93,7 @@ def load_transformers(
     else:
         _stream(model, checkpoint, filler)
     report = filler.finish()
+    checkpoint.sweep()
     _complete(model, device)
     return report
 
@@ -127,7 +128,6 @@ def _stream(model: Any, checkpoint: Checkpoint, filler: Filler) -> None:
                 filler.give(name, tensor, recipe.sources[0])
         for source in recipe.sources:
             checkpoint.forget(source)
-    checkpoint.sweep()
 
 
 def _recipes(model: Any, checkpoint: Checkpoint, filler: Filler) -> dict[str, _Recipe]:

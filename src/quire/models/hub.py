@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.resources
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +29,7 @@ from quire.quant.checkpoints import Scheme
 from quire.quant.format import KEEP_HEAD
 
 WeightFormat = Literal["safetensors", "pt", "dummy"]
+OnShare = Callable[[float], None]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "tokenizer*")
@@ -59,6 +61,7 @@ class ModelFiles:
     remote_code: bool  # the model runs code of its own
     headers: dict[str, WeightHeader] | None = None  # of weights that were left on the hub
     read_ahead: bool = True  # most of the weights' bytes will be read
+    on_share: OnShare | None = None  # hears what share of the weights has been taken
     rounding: str | None = None  # how the user wants the weights to be quantized while they are loaded
     scheme: Scheme | None = None  # how they are quantized already
 

@@ -344,7 +344,9 @@ class NativeDecoder:
             ignored=(*LEFTOVERS, *spare_layers(checkpoint.headers, len(self.layers))),
             origin=checkpoint.where,
         )
-        return load_into(targets, stream_weights(checkpoint), rules)
+        report = load_into(targets, stream_weights(checkpoint), rules)
+        checkpoint.sweep()  # once more: a tied weight has been read again
+        return report
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """The logits [R, V] of batch.logit_rows; see ServedModel."""

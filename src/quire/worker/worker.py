@@ -23,7 +23,7 @@ from quire.layers.spec import ModelLayout
 from quire.models.build import build_model
 from quire.models.draft import DraftModel
 from quire.models.eagle3 import FusedLayer
-from quire.models.hub import ModelFiles
+from quire.models.hub import ModelFiles, OnShare
 from quire.models.medusa import MedusaHeads
 from quire.models.nextlayer import Head, NextLayer
 from quire.models.open import KeepsStates, OpenModel
@@ -77,13 +77,13 @@ class Worker:
         self._states: KeepsStates | None = None  # the model, where its states are wanted
         self._runner: Runner | None = None
 
-    def load(self) -> ModelLayout:
-        """Load the model and return its layout. Raises ModelError."""
+    def load(self, on_share: OnShare | None = None) -> ModelLayout:
+        """Load the model and return its layout; `on_share` hears what share of it is loaded so far. Raises ModelError."""
         began = time.perf_counter()
         setup = self._setup
         with self._device.stream():
             where = self._device.torch_device
-            self._model = build_model(setup.files, setup.options, setup.dtype, where, self._ops)
+            self._model = build_model(setup.files, setup.options, setup.dtype, where, self._ops, on_share)
             if setup.draft is not None:
                 self._load_draft(setup.draft, where)
         memory.AHEAD.give_back()
