@@ -79,6 +79,7 @@ def _kinds(plan: RewritePlan) -> list[list[RewritePlan]]:
         [RewritePlan(norms={key: found}) for key, found in plan.norms.items()],
         [RewritePlan(rotary={key: style}) for key, style in plan.rotary.items()],
         [RewritePlan(experts=[key]) for key in plan.experts],
+        [RewritePlan(products=[key]) for key in plan.products],
         [RewritePlan(latent={key: name}) for key, name in plan.latent.items()],
         gated,
     ]

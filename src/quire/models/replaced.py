@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from quire.kernels.reference import NormStyle
 from quire.kernels.table import Ops
@@ -115,6 +116,26 @@ class KeptLatents:
     def __call__(self, latents: torch.Tensor, rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """latents [1, 1, T, rank], rope [1, 1, T, R] -> [1, 1, T, rank + R] as keys, the latents as values."""
         return torch.cat((latents, rope), -1), latents
+
+
+class OwnProduct:
+    """Stands for torch.nn.functional in a forward that multiplies with the module's own weight: there `linear` is ours, in
+    whose sums a row does not depend on its company; everything else is the library's.
+    """
+
+    def __init__(self, linear: Linear) -> None:
+        self._own = linear
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(functional, name)
+
+    def linear(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """input [..., K] times the weight; `weight` is the library's, in the dtype that it computes in."""
+        own = self._own
+        if input.dtype != own.dtype or tuple(weight.shape) != (own.out_features, own.in_features):
+            return functional.linear(input, weight, bias)
+        out = own.forward(input)
+        return out if bias is None else out + bias
 
 
 class RotaryForward:

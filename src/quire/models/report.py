@@ -56,6 +56,7 @@ class RewritePlan:
     gated: dict[str, dict[str, Any]] = field(default_factory=dict)
     rotary: dict[str, str] = field(default_factory=dict)  # attention class -> style
     experts: list[str] = field(default_factory=list)
+    products: list[str] = field(default_factory=list)  # classes that multiply with a parameter of their own: routers
     latent: dict[str, str] = field(
         default_factory=dict
     )  # attention class -> its linear from latents to keys and values

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -30,6 +31,7 @@ from quire.models.replaced import (
     MergedLinear,
     MergedView,
     NormForward,
+    OwnProduct,
     RotaryForward,
 )
 from quire.models.report import RewritePlan
@@ -63,6 +65,8 @@ def propose(model: nn.Module, seen: Observation, ops: Ops) -> RewritePlan:
                 plan.rotary[key] = style
         if is_experts(module) and key not in plan.experts:
             plan.experts.append(key)
+        if _multiplies_own_weight(module) and key not in plan.products:
+            plan.products.append(key)
     return plan
 
 
@@ -121,14 +125,36 @@ def _group_holds(
 
 def _propose_rotary(module: nn.Module) -> str | None:
     """The style of the rotary function that this attention module's forward calls by its usual name."""
-    function = getattr(type(module), "forward", None)
-    if not isinstance(function, types.FunctionType) or ROTARY not in function.__code__.co_names:
-        return None
-    called = function.__globals__.get(ROTARY)
+    called = _global_of(module, ROTARY)
     return rotary_of(called) if called is not None else None
 
 
+def _multiplies_own_weight(module: nn.Module) -> bool:
+    """Whether its forward hands its only matrix to torch's function instead of being a linear, as routers do."""
+    if isinstance(module, nn.Linear) or type(module).__module__.startswith("torch.") or list(module.children()):
+        return False
+    matrices = [name for name, parameter in module._parameters.items() if parameter is not None and parameter.dim() > 1]
+    return matrices == ["weight"] and module._parameters["weight"].dim() == 2 and _calls_linear(module)
+
+
+def _calls_linear(module: nn.Module) -> bool:
+    return _global_of(module, FUNCTIONS) is functional and {"linear", "weight"} <= set(_names_in_forward(module))
+
+
+def _names_in_forward(module: nn.Module) -> tuple[str, ...]:
+    """The globals and attributes that the class's forward uses; none where it is no plain function."""
+    function = getattr(type(module), "forward", None)
+    return function.__code__.co_names if isinstance(function, types.FunctionType) else ()
+
+
+def _global_of(module: nn.Module, name: str) -> Any:
+    """What its forward finds under a name of its file; None where it does not use it."""
+    return type(module).forward.__globals__.get(name) if name in _names_in_forward(module) else None
+
+
 ROTARY = "apply_rotary_pos_emb"
+FUNCTIONS = "F"  # what the library calls torch.nn.functional
+WIDE = {"float32", "float"}  # a forward that uses one of these names computes in float32
 
 
 # ---------------------------------------------------------------- acting
@@ -178,6 +204,8 @@ class _Rewriter:
                 self._replace_gated(module, self._plan.gated[key], gate_up)
             if key in self._plan.rotary:
                 replace_rotary(module, self._plan.rotary[key], self._ops)
+            if key in self._plan.products and _multiplies_own_weight(module):
+                self._replace_product(module, f"{prefix}weight")
             if key in self._plan.experts and is_experts(module):
                 packed = PackedExperts(module, self._ops)
                 self._new.update(packed.targets(module, name, self._given))
@@ -230,6 +258,21 @@ class _Rewriter:
         setattr(module, name, projection)
         module.__dict__[EXPAND] = KeptLatents()
 
+    def _replace_product(self, module: nn.Module, name: str) -> None:
+        """The parameter stays, because the library's code reads it; the product is made with a packed copy."""
+        given = self._given[name]
+        outputs, inputs = given.shape
+        dtype = torch.float32 if WIDE & set(_names_in_forward(module)) else given.dtype
+        linear = self._linear(inputs, [outputs], False, dtype, full_ops(self._ops))
+
+        def load(tensor: Any) -> torch.Tensor | None:
+            stored = given.load(tensor)
+            linear.load_weight(tensor if stored is None else stored)
+            return stored
+
+        self._new[name] = Target(given.shape, given.dtype, load)
+        replace_global(module, FUNCTIONS, OwnProduct(linear))
+
     def _ops_for(self, name: str, original: nn.Module) -> Ops:
         """The ops of one linear: the output matrix and routers may be stored in another format than the others."""
         if name in ROUTERS:
@@ -263,10 +306,15 @@ class _Rewriter:
 
 
 def replace_rotary(module: nn.Module, style: str, ops: Ops) -> None:
-    """Give this instance's forward a rotary of ours: the same code, in a copy of its file's names with one changed."""
+    """Give this instance's forward a rotary of ours."""
+    replace_global(module, ROTARY, RotaryForward(ops, style))
+
+
+def replace_global(module: nn.Module, name: str, value: Any) -> None:
+    """Let this instance's forward find `value` under a name of its file: the same code, in a copy of the file's names."""
     original = type(module).forward
     names = dict(vars(sys.modules[original.__module__]))
-    names[ROTARY] = RotaryForward(ops, style)
+    names[name] = value
     forward = types.FunctionType(
         original.__code__, names, original.__name__, original.__defaults__, original.__closure__
     )
