@@ -93,8 +93,10 @@ def walk(constraint: Constraint, chance: random.Random) -> str:
     raise AssertionError("no end")
 
 
-def read(written: ToolFormat, text: str) -> tuple[list[tuple[str, Any]], str]:
-    parser = FormatParser(written, schemas=SCHEMAS)
+def read(
+    written: ToolFormat, text: str, schemas: dict[str, dict[str, Any]] = SCHEMAS
+) -> tuple[list[tuple[str, Any]], str]:
+    parser = FormatParser(written, schemas=schemas)
     names, arguments, content = [], [], ""
     for delta in parser.push(text) + parser.finish():
         if isinstance(delta, CallStart):
@@ -301,3 +303,88 @@ def test_formats_may_not_be_nested_for_ever() -> None:
         tag = {"type": "or", "elements": [tag]}
     with pytest.raises(ValidationError, match="16 levels"):
         GRAMMARS.check(StructuredOutputsParams(structural_tag={"type": "structural_tag", "format": tag}))
+
+
+DEEP: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "place": {
+            "type": "object",
+            "properties": {"name": {"enum": ["here", "there", 3, None]}, "far": {"type": ["boolean", "null"]}},
+            "required": ["name"],
+            "additionalProperties": False,
+        },
+        "steps": {
+            "type": "array",
+            "items": {"anyOf": [{"type": "boolean"}, {"const": "x"}]},
+            "minItems": 1,
+            "maxItems": 3,
+        },
+        "level": {"$ref": "#/$defs/level"},
+    },
+    "required": ["steps"],
+    "additionalProperties": False,
+    "$defs": {"level": {"type": "integer", "minimum": 1, "maximum": 3}},
+}
+
+
+def fits(arguments: dict[str, Any]) -> bool:
+    """Whether arguments keep to DEEP."""
+    place, steps = arguments.get("place", {"name": "here"}), arguments["steps"]
+    return (
+        set(arguments) <= set(DEEP["properties"])
+        and place["name"] in ("here", "there", 3, None)
+        and place.get("far") in (True, False, None)
+        and set(place) <= {"name", "far"}
+        and 1 <= len(steps) <= 3
+        and all(step in (True, False, "x") for step in steps)
+        and arguments.get("level", 1) in (1, 2, 3)
+    )
+
+
+@pytest.mark.parametrize("written", WRITTEN, ids=lambda item: item.name)
+def test_optional_and_nested_arguments(written: ToolFormat) -> None:
+    """Any of the properties may be missing, whatever stands between them; objects and lists hold what they should."""
+    assert written.writing is not None
+    form, counts = only_calls(written.writing, {"plan": DEEP}, False), set()
+    for seed in range(40):
+        [(name, arguments)], content = read(
+            written, walk(GRAMMARS.constraint(form), random.Random(seed)), {"plan": DEEP}
+        )
+        assert (name, content) == ("plan", "") and fits(arguments), arguments
+        counts.add(frozenset(arguments))
+    assert len(counts) > 3
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("kimi_k3", '<|open|>argument key="a" type="number"<|sep|>1<|close|>argument<|sep|>'),
+        ("kimi_k3", '<|open|>argument key="a" type="string"<|sep|>1 <b><|close|>argument<|sep|>'),
+        ("deepseek_v32", '<｜DSML｜parameter name="a" string="false">[1, {"c": null}]</｜DSML｜parameter>\n'),
+        ("minicpm5", '<param name="a"><![CDATA[1 < 2]]></param><param name="b">3</param>'),
+        ("lfm2", 'a=1, b="two, (3)", c=[true, {"d": null}]'),
+        ("functiongemma", "a:1,b:<escape>two, {3}<escape>,c:[true,{d:null,e:[]}]"),
+        ("gemma4", 'a:{},b:<|"|><|"|>'),
+    ],
+)
+def test_arguments_of_tools_without_a_schema(name: str, arguments: str) -> None:
+    written = next(item for item in WRITTEN if item.name == name)
+    assert written.writing is not None
+    form = calls_within_text(written.writing, {"free": {}}, [], False)
+    begin = written.writing.begin.replace("NAME", "free").replace("#", "0")
+    text = f"{written.writing.before}{begin}{arguments}{written.writing.end}{written.writing.after}"
+    assert takes(form, text)
+    [(called, given)], content = read(written, text, {})
+    assert (called, content) == ("free", "") and set(given) <= set("abc")
+
+
+def test_what_a_notation_cannot_say_is_refused() -> None:
+    spaced = {"plan": {"type": "object", "properties": {"two words": {"type": "string"}}}}
+    recursive = {"type": "object", "properties": {"next": {"$ref": "#/$defs/node"}}}
+    recursive["$defs"] = {"node": recursive["properties"]["next"]}
+    for name, schema in (("lfm2", spaced), ("gemma4", {"plan": recursive})):
+        writing = next(item.writing for item in WRITTEN if item.name == name)
+        assert writing is not None
+        with pytest.raises(ValidationError, match="the way in which this model writes arguments cannot say that"):
+            GRAMMARS.constraint(only_calls(writing, schema, True))

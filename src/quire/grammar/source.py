@@ -16,7 +16,8 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from quire.core.structured import FIELD, StructuredOutputsParams, Thoughts
 from quire.errors import ValidationError
-from quire.grammar.tags import Lark, Parts, Special, tag_expression
+from quire.grammar.lark import Lark, Parts, Special
+from quire.grammar.tags import tag_expression
 
 MOST_DEPTH = 64  # levels of a schema; llguidance has its own limit for expressions and grammars
 LONGEST_SCHEMA = 256 * 1024  # characters

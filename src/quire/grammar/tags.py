@@ -1,4 +1,4 @@
-"""Structural tags: free text with parts that must keep to a form, as a grammar. Also marks, which may be special tokens.
+"""Structural tags: free text with parts that must keep to a form, as a grammar.
 
 The notation is xgrammar's, in its present and its first shape. Pure functions; what cannot be had raises ValidationError.
 """
@@ -6,106 +6,16 @@ The notation is xgrammar's, in its present and its first shape. Pure functions; 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from quire.core.structured import FIELD
 from quire.errors import ValidationError
+from quire.grammar.lark import TEXT, Lark, Parts
+from quire.grammar.spelled import STYLES, spelled
 
-TEXT = r"/(.|\n)*/"
 MOST_LEVELS = 16  # of formats within formats
-MOST_FORMATS = 2048
-STYLES = ("json", "template_json")  # spaced freely, or as chat templates write JSON
-# Objects written with an element for each property: what stands before and behind its value.
-ELEMENTS = {
-    "qwen_xml": ("<parameter=KEY>\n", "\n</parameter>\n"),
-    "minimax_xml": ('<parameter name="KEY">', "</parameter>\n"),
-    "glm_xml": ("<arg_key>KEY</arg_key>\n<arg_value>", "</arg_value>\n"),
-}
-
-Special = Mapping[str, int]  # the special tokens of a vocabulary by their text; those that end an output are -1
-
-
-@dataclass(slots=True)
-class Lark:
-    """A grammar in the making: rules in Lark's notation, and whole grammars that they refer to as @name."""
-
-    special: Special
-    rules: list[str] = field(default_factory=list)
-    others: list[dict[str, Any]] = field(default_factory=list)
-
-    def rule(self, body: str, lazy: bool = False) -> str:
-        """Add a rule; its name."""
-        name = f"r{len(self.rules)}"
-        if len(self.rules) >= MOST_FORMATS:
-            raise ValidationError(f"{FIELD}.structural_tag has more than {MOST_FORMATS} parts.", FIELD)
-        self.rules.append(f"{name}{'[lazy]' if lazy else ''}: {body}")
-        return name
-
-    def other(self, grammars: list[dict[str, Any]]) -> str:
-        """Add a whole grammar, whose own parts come along; how rules refer to it."""
-        name = f"g{len(self.others)}"
-        self.others.append({**grammars[0], "name": name})
-        self.others += grammars[1:]
-        return f"@{name}"
-
-    def source(self, start: str) -> str:
-        """The grammar as llguidance reads it."""
-        text = "\n".join([f"start: {start}", *self.rules])
-        return json.dumps({"grammars": [{"name": "output", "lark_grammar": text}, *self.others]})
-
-    def marker(self, text: str) -> str:
-        """A text that must stand there; special tokens in it are these tokens, and not their letters."""
-        parts, plain = [], ""
-        while text:
-            token = next((name for name in self.special if text.startswith(name)), None)
-            if token is None:
-                plain, text = plain + text[0], text[1:]
-                continue
-            if plain:
-                parts.append(quoted(plain))
-            if self.special[token] >= 0:
-                parts.append(f"<[{self.special[token]}]>")
-            plain, text = "", text[len(token) :]
-        return " ".join([*parts, quoted(plain)] if plain else parts)
-
-    def up_to(self, ends: Iterable[str]) -> str:
-        """Any text, as far as the first of these marks, which is part of it."""
-        return "(" + " | ".join(self._up_to(end) for end in ends) + ")"
-
-    def _up_to(self, end: str) -> str:
-        first = next((name for name in self.special if name in end), None)
-        if first is not None:  # text never holds a special token, so it ends there by itself
-            plain, _, _ = end.partition(first)
-            if not plain:
-                return f"{self.rule(TEXT)} {self.marker(end)}"  # where the mark ends the output, that follows by itself
-            return f"{self.rule(_until(plain), lazy=True)} {self.marker(end[len(plain) :])}"
-        return self.rule(_until(end), lazy=True)
-
-
-def quoted(text: str) -> str:
-    """A text in Lark's notation."""
-    return json.dumps(text)
-
-
-def _until(text: str) -> str:
-    literal = "".join(
-        character
-        if character.isascii() and (character.isalnum() or character in " _")
-        else f"\\x{{{ord(character):X}}}"
-        for character in text
-    )
-    return rf"/(.|\n)*{literal}/"
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """How the forms inside of tags become grammars: from a schema, an expression, or a grammar's text."""
-
-    schema: Callable[[Any, str], list[dict[str, Any]]]  # with its style
-    regex: Callable[[str], list[dict[str, Any]]]
-    grammar: Callable[[str], list[dict[str, Any]]]
+JSON_STYLES = ("json", "template_json")  # spaced freely, or as chat templates write JSON
 
 
 def tag_expression(text: str, lark: Lark, parts: Parts) -> str:
@@ -174,38 +84,11 @@ class _Reader:
 
     def _schema(self, given: Mapping[str, Any], level: int, last: bool) -> str:
         style = given.get("style", "json")
-        if style in ELEMENTS:
-            return self._elements(given.get("json_schema", {}), *ELEMENTS[style])
-        if style not in STYLES:
-            raise _wrong(f"asks for the style {str(style)[:40]!r}; known are {', '.join((*STYLES, *ELEMENTS))}")
+        if style in STYLES:
+            return spelled(given.get("json_schema", {}), style, self._lark, self._parts)
+        if style not in JSON_STYLES:
+            raise _wrong(f"asks for the style {str(style)[:40]!r}; known are {', '.join((*JSON_STYLES, *STYLES))}")
         return self._lark.other(self._parts.schema(given.get("json_schema", {}), style))
-
-    def _elements(self, schema: Any, before: str, behind: str) -> str:
-        """An object as one element for each property, in the order of the schema; texts are not put into quotes."""
-        properties = schema.get("properties") if isinstance(schema, dict) else None
-        if not isinstance(properties, dict):
-            if isinstance(schema, dict) and schema.get("additionalProperties") is False:
-                return ""
-            first, _, second = before.partition("KEY")
-            key = self._lark.rule(r"/[A-Za-z_][A-Za-z0-9_]*/")
-            one = f"{self._lark.marker(first)} {key} {self._lark.marker(second)} {self._lark.up_to([behind])}"
-            return f"({one})*"
-        required = schema.get("required", ())
-        parts = []
-        for key, kind in properties.items():
-            value = self._value(kind, schema, behind)
-            parts.append(f"({self._lark.marker(before.replace('KEY', key))} {value}){'' if key in required else '?'}")
-        return " ".join(parts)
-
-    def _value(self, kind: Any, schema: Mapping[str, Any], behind: str) -> str:
-        """The value of one property, and what stands behind it."""
-        choices = kind.get("enum") if isinstance(kind, dict) else None
-        if isinstance(choices, list) and choices and all(isinstance(item, str) for item in choices):
-            return f"({' | '.join(map(self._lark.marker, choices))}) {self._lark.marker(behind)}"
-        if not isinstance(kind, dict) or kind.get("type") == "string":
-            return self._lark.up_to([behind])
-        known = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
-        return f"{self._lark.other(self._parts.schema({**known, **kind}, 'template_json'))} {self._lark.marker(behind)}"
 
     def _any_text(self, given: Mapping[str, Any], level: int, last: bool) -> str:
         if not last:

@@ -26,10 +26,14 @@ def _no_constant(name: str) -> Any:
 
 
 def python_pair(text: str) -> dict[str, Any] | None:
-    """key=literal, read from the syntax tree."""
+    """key=literal, read as JSON where it is that, else from the syntax tree."""
     found = re.fullmatch(r"\s*([^\W\d]\w*)\s*=(?!=)(.*)", text, re.DOTALL)
     if found is None or len(text) > MOST_PYTHON:
         return None
+    try:
+        return {found[1]: json.loads(found[2], parse_constant=_no_constant)}  # as a grammar has it written
+    except (ValueError, RecursionError):
+        pass
     try:
         return {found[1]: _literal(ast.parse(found[2].strip(), mode="eval").body)}
     except (SyntaxError, ValueError, RecursionError, MemoryError):

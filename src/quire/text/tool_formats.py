@@ -82,6 +82,15 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         silent=("<tool_calls>", "</tool_calls>", "<tool_calls:opensource>", "</tool_calls:opensource>"),
         signs=(("<tool_calls>", "<arg_key>"), ("<tool_calls:opensource>",)),
         aliases=("hy_v4",),
+        writing=Writing(
+            "<tool_call>NAME<tool_sep>\n",
+            "</tool_call>",
+            before="<tool_calls>",
+            between="\n",
+            after="</tool_calls>",
+            trigger="<tool_calls>",
+            style="glm_xml",
+        ),
     ),
     ToolFormat(
         "glm45",
@@ -101,6 +110,14 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
             "<|close|>message<|sep|>",
         ),
         signs=(("<|open|>", "<|close|>", "<|sep|>"),),
+        writing=Writing(
+            '<|open|>call tool="NAME" index="#"<|sep|>',
+            "<|close|>call<|sep|>",
+            before="<|open|>tools<|sep|>",
+            after="<|close|>tools<|sep|>",
+            trigger="<|open|>tools<|sep|>",
+            style="xtml",
+        ),
     ),
     ToolFormat(
         "kimi_k2",
@@ -120,6 +137,15 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         (Region("<｜tool_call_begin｜>", "<｜tool_call_end｜>", "steptml", "marker"),),
         silent=("<｜tool_calls_begin｜>", "<｜tool_calls_end｜>"),
         signs=(("<steptml:invoke",),),
+        writing=Writing(
+            '<｜tool_call_begin｜>function<｜tool_sep｜><steptml:invoke name="NAME">\n',
+            "</steptml:invoke><｜tool_call_end｜>",
+            before="<｜tool_calls_begin｜>",
+            between="\n",
+            after="<｜tool_calls_end｜>",
+            trigger="<｜tool_calls_begin｜>",
+            style="steptml",
+        ),
     ),
     ToolFormat(
         "plamo3",
@@ -165,6 +191,9 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         "minicpm5",
         (Region("<function name=", "</function>", "param_xml", "marker"),),
         signs=(("<function name=", "<param name="),),
+        writing=Writing(
+            '<function name="NAME">', "</function>", between="\n", trigger="<function name=", style="param_xml"
+        ),
     ),
     ToolFormat(
         "deepseek_v3",
@@ -197,6 +226,12 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         "functiongemma",
         (Region("<start_function_call>", "<end_function_call>", "gemma", "marker"),),
         signs=(("<start_function_call>",),),
+        writing=Writing(
+            "<start_function_call>call:NAME{",
+            "}<end_function_call>",
+            trigger="<start_function_call>",
+            style="gemma",
+        ),
     ),
     ToolFormat(
         "mistral_args",
@@ -214,6 +249,15 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         "lfm2",
         (Region("<|tool_call_start|>", "<|tool_call_end|>", "pythonic"),),
         signs=(("<|tool_call_start|>",),),
+        writing=Writing(
+            "NAME(",
+            ")",
+            before="<|tool_call_start|>[",
+            between=", ",
+            after="]<|tool_call_end|>",
+            trigger="<|tool_call_start|>",
+            style="python",
+        ),
     ),
     ToolFormat(
         "granite",
@@ -236,6 +280,7 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         silent=("<|python_end|>",),
         signs=(("<|python_start|>",), ("[func_name1(params_name1=params_value1",)),
         aliases=("pythonic",),
+        writing=Writing("NAME(", ")", before="[", between=", ", after="]", style="python"),
     ),
     ToolFormat(
         "llama3_json",
@@ -251,6 +296,14 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         silent=("<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|START_TEXT|>", "<|END_TEXT|>"),
         signs=(("<|START_ACTION|>",),),
         aliases=("cohere_command4",),
+        writing=Writing(
+            '{"tool_call_id": "#", "tool_name": "NAME", "parameters": ',
+            "}",
+            before="<|START_ACTION|>[\n    ",
+            between=",\n    ",
+            after="\n]<|END_ACTION|>",
+            trigger="<|START_ACTION|>",
+        ),
     ),
     ToolFormat(
         "deepseek_v32",
@@ -260,21 +313,36 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         ),
         signs=(("<｜DSML｜",), ("｜DSML｜function_calls",), ("｜DSML｜tool_calls",)),
         aliases=("deepseek_v4",),
+        writing=Writing(
+            '<｜DSML｜invoke name="NAME">\n',
+            "</｜DSML｜invoke>\n",
+            before="<｜DSML｜function_calls>\n",
+            after="</｜DSML｜function_calls>",
+            trigger="<｜DSML｜function_calls>",
+            style="dsml",
+        ),
     ),
     ToolFormat(
         "apertus",
         (Region("<|tools_prefix|>", "<|tools_suffix|>", "keyed"),),
         signs=(("<|tools_prefix|>",),),
+        writing=Writing('{"NAME": ', "}", "<|tools_prefix|>[", ", ", "]<|tools_suffix|>", trigger="<|tools_prefix|>"),
     ),
     ToolFormat(
         "gemma4",
         (Region("<|tool_call>", "<tool_call|>", "gemma4", "marker"),),
         signs=(("<|tool_call>",),),
+        writing=Writing("<|tool_call>call:NAME{", "}<tool_call|>", trigger="<|tool_call>", style="gemma4"),
     ),
     ToolFormat(
         "internlm",
         (Region("<|action_start|><|plugin|>", "<|action_end|>", "json"),),
         signs=(("<|action_start|>",),),
+        writing=Writing(
+            '<|action_start|><|plugin|>\n{"name": "NAME", "parameters": ',
+            "}<|action_end|>",
+            trigger="<|action_start|><|plugin|>",
+        ),
     ),
     ToolFormat(
         "granite-20b-fc",
@@ -286,6 +354,15 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         "olmo3",
         (Region("<function_calls>", "</function_calls>", "python_lines", "marker"),),
         signs=(("<function_calls>",),),
+        writing=Writing(
+            "NAME(",
+            ")",
+            before="<function_calls>",
+            between="\n",
+            after="</function_calls>",
+            trigger="<function_calls>",
+            style="python",
+        ),
     ),
     ToolFormat(
         "xlam",
