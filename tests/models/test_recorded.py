@@ -19,7 +19,7 @@ from quire.kernels.programs import NotRecordableError
 from quire.kernels.table import Ops, load_ops, ops_of
 from quire.models.build import build_model
 from quire.models.hub import find_model
-from quire.models.proofs import Proofs
+from quire.models.proved_programs import ProvedPrograms
 from quire.models.recorded import Plan, RecordedModel, with_program
 from quire.models.served import ServedModel
 from quire.models.trial import PagedLoop
@@ -42,9 +42,9 @@ CASES: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "gemma3, two ropes": ("transformers", "gemma3_text", {}, 0),
     "gpt2, positions from a table": ("transformers", "gpt2", {}, 6),
     "youtu, latents": ("transformers", "youtu", {}, 0),
-    "deepseek_v3, latents and experts": ("transformers", "deepseek_v3", {}, 26),
-    "mixtral": ("transformers", "mixtral", {}, 12),
-    "qwen3_next, recurrent mixers": ("transformers", "qwen3_next", {}, 24),
+    "deepseek_v3, latents and experts": ("transformers", "deepseek_v3", {}, 24),
+    "mixtral": ("transformers", "mixtral", {}, 9),
+    "qwen3_next, recurrent mixers": ("transformers", "qwen3_next", {}, 20),
 }
 
 
@@ -270,7 +270,7 @@ def test_what_was_proved_is_remembered(tmp_path: Path, monkeypatch: pytest.Monke
         proved.clear()
         model = build(folder, "native", ops)
         plan = Plan([PAGE], PAGES, PagedLoop(model, ops, PAGE, PAGES, dtype).caches)
-        assert isinstance(with_program(model, plan, ops, Proofs(files, (dtype,), threads, ops)), RecordedModel)
+        assert isinstance(with_program(model, plan, ops, ProvedPrograms(files, (dtype,), threads, ops)), RecordedModel)
         return len(proved)
 
     assert [proofs_of_a_start() for _ in range(3)] == [1, 0, 0]

@@ -59,45 +59,14 @@ current_observer: ContextVar[Any] = ContextVar("quire_observer", default=None)
 
 
 class LayerCall:
-    """One call of the attention interface by one module, resolved once: everything but the tensors and the step."""
+    """One call of the attention interface by one module, resolved once: everything but the tensors and the step.
 
-    __slots__ = ("index", "ops", "spec")
-
-    def __init__(self, ops: Ops, spec: LayerSpec, index: int) -> None:
-        self.ops = ops
-        self.spec = spec
-        self.index = index
-
-    def __call__(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        batch: Batch,
-        sinks: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """The library's layouts query [1, H, T, Dk], key [1, Hkv, T, Dk], value [1, Hkv, T, Dv] -> [1, T, H, Dv]."""
-        values = value[0]
-        if values.shape[0] != key.shape[1]:  # value heads that are shared by several key heads
-            values = values.repeat_interleave(key.shape[1] // values.shape[0], 0)
-        return attend(
-            self.ops,
-            self.spec,
-            self.index,
-            query[0].transpose(0, 1),
-            key[0].transpose(0, 1),
-            values.transpose(0, 1),
-            batch,
-            sinks,
-        )[None]
-
-
-class LatentCall:
-    """The same for a layer that keeps latents: the projection takes the place of every head's keys and values."""
+    With a `projection` the layer keeps latents: it takes the place of every head's keys and values.
+    """
 
     __slots__ = ("index", "ops", "projection", "spec")
 
-    def __init__(self, ops: Ops, spec: LayerSpec, index: int, projection: LatentProjection) -> None:
+    def __init__(self, ops: Ops, spec: LayerSpec, index: int, projection: LatentProjection | None = None) -> None:
         self.ops = ops
         self.spec = spec
         self.index = index
@@ -111,11 +80,18 @@ class LatentCall:
         batch: Batch,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        """query [1, H, T, Dk], key [1, 1, T, rank + rope] -> [1, T, H, Dv]. Values are a part of the keys."""
-        latents = key[0].transpose(0, 1)
-        absorbed = self.projection.query(query[0].transpose(0, 1))
-        mixed = attend(self.ops, self.spec, self.index, absorbed, latents, latents, batch, sinks)
-        return self.projection.result(mixed)[None]
+        """The library's layouts query [1, H, T, Dk], key [1, Hkv, T, Dk], value [1, Hkv, T, Dv] -> [1, T, H, Dv].
+
+        With latents key is [1, 1, T, rank + rope], and values are a part of it.
+        """
+        queries, keys, values = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
+        if self.projection is not None:
+            queries = self.projection.query(queries)
+            mixed = attend(self.ops, self.spec, self.index, queries, keys, keys, batch, sinks)
+            return self.projection.result(mixed)[None]
+        if values.shape[1] != keys.shape[1]:  # value heads that are shared by several key heads
+            values = values.repeat_interleave(keys.shape[1] // values.shape[1], 1)
+        return attend(self.ops, self.spec, self.index, queries, keys, values, batch, sinks)[None]
 
 
 class CallSequence:
@@ -123,7 +99,7 @@ class CallSequence:
 
     __slots__ = ("calls", "next")
 
-    def __init__(self, calls: list[LayerCall | LatentCall]) -> None:
+    def __init__(self, calls: list[LayerCall]) -> None:
         self.calls = calls
         self.next = 0
 

@@ -19,7 +19,7 @@ from quire.kernels.programs import NotRecordableError, Opaque, Program, Recorder
 from quire.kernels.table import Ops
 from quire.layers.batch import Batch, GroupInputs
 from quire.layers.spec import ModelLayout
-from quire.models.proofs import Proofs
+from quire.models.proved_programs import ProvedPrograms
 from quire.models.served import ServedModel
 
 logger = logging.getLogger(__name__)
@@ -77,11 +77,11 @@ class Plan:
         return found
 
 
-def with_program(model: ServedModel, plan: Plan, ops: Ops, proofs: Proofs | None = None) -> ServedModel:
+def with_program(model: ServedModel, plan: Plan, ops: Ops, proved: ProvedPrograms | None = None) -> ServedModel:
     """The model with its steps as a program where that can be, else the model itself.
 
     To be called before anything is kept in the plan's caches, because made-up steps write to them. Model and caches must
-    stay where they are as long as the result is used. A program that `proofs` know is not proved again.
+    stay where they are as long as the result is used. A program among those `proved` before is not proved again.
     """
     began = time.perf_counter()
     name = type(model).__name__
@@ -92,11 +92,11 @@ def with_program(model: ServedModel, plan: Plan, ops: Ops, proofs: Proofs | None
         if not isinstance(model, Recordable):
             raise NotRecordableError("it is not made for recording")
         recorded = RecordedModel(model, _record(model, recorder, plan))
-        known = proofs is not None and proofs.known(recorded.program)
+        known = proved is not None and proved.known(recorded.program)
         if not known:
             recorded.prove(plan)
-            if proofs is not None:
-                proofs.note(recorded.program)
+            if proved is not None:
+                proved.note(recorded.program)
     except NotRecordableError as reason:
         logger.info("%s runs step by step in Python: %s", name, reason)
         return model

@@ -24,7 +24,6 @@ from quire.models.interface import (
     PAGED,
     SPEC,
     CallSequence,
-    LatentCall,
     LayerCall,
     current_batch,
 )
@@ -166,7 +165,7 @@ class TransformersModel:
             self._private.release(slot)
 
     def _attach_calls(self, report: ProbeReport, ops: Ops) -> None:
-        by_module: dict[str, list[LayerCall | LatentCall]] = {}
+        by_module: dict[str, list[LayerCall]] = {}
         for plan in report.calls:
             by_module.setdefault(plan.module, []).append(self._call(plan, report, ops))
         for name, calls in by_module.items():
@@ -175,14 +174,14 @@ class TransformersModel:
                 self._sequences.append(answer)
             self.model.get_submodule(name).__dict__["quire_call"] = answer
 
-    def _call(self, plan: CallPlan, report: ProbeReport, ops: Ops) -> LayerCall | LatentCall:
+    def _call(self, plan: CallPlan, report: ProbeReport, ops: Ops) -> LayerCall:
         spec = self.layout.layers[plan.index]
         if not spec.shared:
             return LayerCall(ops, spec, plan.index)
         module = self.model.get_submodule(plan.module)
         projection = module.get_submodule(report.rewrite.latent[class_key(module)])
         assert isinstance(projection, LatentProjection)
-        return LatentCall(ops, spec, plan.index, projection)
+        return LayerCall(ops, spec, plan.index, projection)
 
     def _attach_mixers(self, report: ProbeReport) -> None:
         split = StepSplit()

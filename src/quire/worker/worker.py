@@ -27,7 +27,7 @@ from quire.models.hub import ModelFiles, OnShare
 from quire.models.medusa import MedusaHeads
 from quire.models.nextlayer import Head, NextLayer
 from quire.models.open import KeepsStates, OpenModel
-from quire.models.proofs import Proofs
+from quire.models.proved_programs import ProvedPrograms
 from quire.models.recorded import Plan, with_program
 from quire.models.served import ServedModel
 from quire.worker.device import Device, DeviceMemory
@@ -115,14 +115,14 @@ class Worker:
             speculator = self._speculator(slots, sampler)
         sizes = [0 if group.kind == "state" else group.page_size for group in groups]
         plan = Plan(sizes, min((group.num_pages for group in groups), default=0), store.caches)
-        proofs = Proofs(setup.files, (setup.dtype, setup.cache_dtype), setup.threads, self._ops)
+        proved = ProvedPrograms(setup.files, (setup.dtype, setup.cache_dtype), setup.threads, self._ops)
         model = self._model
         if self._states is None:
-            model = with_program(model, plan, self._ops, proofs)
+            model = with_program(model, plan, self._ops, proved)
         else:
             states = self._states
-            states.body = with_program(states.states_only, plan, self._ops, proofs)
-            states.whole = with_program(states.model, plan, self._ops, proofs)
+            states.body = with_program(states.states_only, plan, self._ops, proved)
+            states.whole = with_program(states.model, plan, self._ops, proved)
         self._runner = Runner(model, slots, store, sampler, self._device, setup.max_num_batched_tokens, speculator)
 
     def _load_draft(self, draft: DraftModel, where: torch.device) -> None:

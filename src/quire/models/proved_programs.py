@@ -1,4 +1,4 @@
-"""Proofs: which step programs have been proved on this machine before, so that the next start need not run them again.
+"""ProvedPrograms: which step programs have been proved on this machine before, so that no start need prove them again.
 
 A record is a file whose name is a hash of all that a proof depends on: every instruction of the program itself, which is
 recorded anew at each start, the sources and libraries that run it, the processor, the weights and their format. It holds
@@ -23,7 +23,7 @@ from quire.models.remembered import own_source, recall, remember, weight_identit
 CPUINFO = Path("/proc/cpuinfo")
 
 
-class Proofs:
+class ProvedPrograms:
     """The records of one load. `dtypes` are those of the model and of its pages, `threads` what its kernels run on."""
 
     def __init__(self, files: ModelFiles, dtypes: tuple[torch.dtype, ...], threads: int, ops: Ops) -> None:
