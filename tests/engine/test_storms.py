@@ -19,7 +19,7 @@ def test_nothing_stays_of_clients_that_leave(
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.CRITICAL, "quire")  # some of the requests make the model fail
-    left = storm(300)
+    left = storm(200)
     assert not [record.message for record in caplog.records if record.name == "asyncio"], "nobody writes to the gone"
     with capsys.disabled():
         print("\n" + left.line())
