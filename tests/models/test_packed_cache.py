@@ -15,6 +15,8 @@ from tiny import write_tiny
 
 from quire.cli.compare import run_served
 from quire.config import EngineOptions
+from quire.engine import head_start
+from quire.kernels.memory import AHEAD
 from quire.kernels.table import Ops, load_ops
 from quire.kernels.weights import KeptLinear
 from quire.models import packed_file
@@ -252,3 +254,42 @@ def test_by_default_only_what_takes_long_is_kept(tmp_path: Path, cache_folder: P
     assert cache(None, "on") is not None and cache("int8", "auto") is not None
     start(config_of(folder, method="int8", packed_cache="auto"))
     assert not packed_files(cache_folder)  # too small to matter
+
+
+def begin_ahead(config: EngineConfig) -> None:
+    """What happens before torch is imported, with all of the file read."""
+    head_start.begin(config.options)
+    for thread in threading.enumerate():
+        if thread.name == "memory":
+            thread.join()
+
+
+def test_the_file_is_read_ahead(tmp_path: Path) -> None:
+    config = config_of(write_tiny(tmp_path / "model", "qwen2", tokenizer=False), skip_tokenizer_init=True, device="cpu")
+    expected, _ = start(config)
+    begin_ahead(config)
+    begun = AHEAD._memory
+    assert begun is not None
+    found, packed = start(config)
+    assert packed == 0 and torch.equal(found, expected)
+    assert AHEAD._memory is None, "the load took over the mapping"
+
+
+def test_a_note_of_another_file_does_no_harm(tmp_path: Path, cache_folder: Path) -> None:
+    folder = write_tiny(tmp_path / "model", "qwen2", tokenizer=False)
+    config = config_of(folder, skip_tokenizer_init=True, device="cpu")
+    other = config_of(folder, method="int8", skip_tokenizer_init=True, device="cpu")
+    expected = start(config)[0]
+    start(other)
+    notes = {note: note.read_text() for note in cache_folder.glob("*.last")}
+    assert len(notes) == 2
+    for note, name in zip(notes, reversed(notes.values()), strict=True):
+        note.write_text(name)
+    begin_ahead(config)
+    found, packed = start(config)
+    assert packed == 0 and torch.equal(found, expected)
+    AHEAD.give_back()
+    for note in notes:
+        note.write_text("../../model/model.safetensors")
+    begin_ahead(config)
+    assert AHEAD._memory is None, "a note names files of its folder only"
