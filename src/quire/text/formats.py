@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
+
+from quire.errors import ConfigError
 
 Ending = Literal["marker", "quoted", "value"]
 
@@ -90,6 +92,19 @@ class ReasoningFormat:
     def markers(self) -> tuple[str, ...]:
         """All literal strings that the parser must see."""
         return (self.opener, *self.closers)
+
+
+_Format = TypeVar("_Format", bound=ToolFormat | ReasoningFormat)
+
+
+def named(table: Iterable[_Format], name: str, option: str) -> _Format:
+    """The format of that name in a table. ConfigError names the option and the known ones."""
+    formats = tuple(table)
+    for item in formats:
+        if name == item.name or name in item.aliases:
+            return item
+    known = sorted(alias for one in formats for alias in (one.name, *one.aliases))
+    raise ConfigError(f"{option} is {name!r}, which is not known. Known: {', '.join(known)}.")
 
 
 def hidden_markers(markers: Iterable[str], special: Iterable[str]) -> bool:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from quire.errors import ConfigError
-from quire.text.formats import ReasoningFormat
+from quire.text.formats import ReasoningFormat, named
 
 REASONING_FORMATS: tuple[ReasoningFormat, ...] = (
     ReasoningFormat(
@@ -68,11 +67,7 @@ REASONING_FORMATS: tuple[ReasoningFormat, ...] = (
 
 def reasoning_format(name: str) -> ReasoningFormat:
     """The format of that name. ConfigError names the known ones."""
-    for item in REASONING_FORMATS:
-        if name == item.name or name in item.aliases:
-            return item
-    known = sorted(alias for item in REASONING_FORMATS for alias in (item.name, *item.aliases))
-    raise ConfigError(f"reasoning_parser is {name!r}, which is not known. Known: {', '.join(known)}.")
+    return named(REASONING_FORMATS, name, "reasoning_parser")
 
 
 def reasoning_format_of(template: str) -> ReasoningFormat | None:

@@ -5,8 +5,7 @@ A new format that is like the others is one more entry. What each was checked ag
 
 from __future__ import annotations
 
-from quire.errors import ConfigError
-from quire.text.formats import Region, ToolFormat, Writing
+from quire.text.formats import Region, ToolFormat, Writing, named
 
 LIST_WRITING = Writing('{"name": "NAME", "parameters": ', "}", "[", ", ", "]")
 
@@ -415,11 +414,7 @@ PLAIN_LIST = ToolFormat(
 
 def tool_format(name: str) -> ToolFormat:
     """The format of that name. ConfigError names the known ones."""
-    for item in TOOL_FORMATS:
-        if name == item.name or name in item.aliases:
-            return item
-    known = sorted(alias for item in TOOL_FORMATS for alias in (item.name, *item.aliases))
-    raise ConfigError(f"tool_call_parser is {name!r}, which is not known. Known: {', '.join(known)}.")
+    return named(TOOL_FORMATS, name, "tool_call_parser")
 
 
 def tool_format_of(template: str) -> ToolFormat | None:
