@@ -24,6 +24,7 @@ namespace quire {
 namespace {
 
 constexpr long SPLIT = 512;
+constexpr long WORTH = 1 << 18;  // multiplications from which the team is woken
 constexpr long TASK_ROWS = 32;
 constexpr long SHARED_TASK_ROWS = 64;  // where values are made from keys, for all rows of a task at once
 constexpr float LOG2_E = 1.44269504f;
@@ -119,7 +120,8 @@ public:
         std::vector<std::atomic<int>> finished(size_t(counters_ * pages_.kv_heads));
         for (auto& count : finished) count.store(0, std::memory_order_relaxed);
         const long items = long(tasks_.size()) * pages_.kv_heads;
-        for_each_item(items, items > 1 && work_ > 1 << 15, [&](long item) {
+        const long work = work_ * pages_.kv_heads * (pages_.key_dim + pages_.value_dim);
+        for_each_item(items, items > 1 && work > WORTH, [&](long item) {
             const Task& task = tasks_[size_t(item / pages_.kv_heads)];
             const long head = item % pages_.kv_heads;
             if (task.parts == 1) return whole(task, head);
