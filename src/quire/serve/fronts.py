@@ -33,6 +33,7 @@ COMMAND = (sys.executable, "-m", "quire.serve.front")
 LATE_SECONDS = 10.0  # beyond the time for draining, until an API process that does not end is killed
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds before the second restart of a place in a row; doubled each time
 LONG_LIFE = 30.0  # seconds after which a death is no longer one in a row
+LONGEST_LOOK = 1.0  # seconds between two looks; what is beyond, this process did not run
 
 
 @dataclass(slots=True, eq=False)
@@ -44,6 +45,7 @@ class Front:
     connection: wire.Connection[ToParent]
     began: float
     lines: list[str] | None = None  # what it wants printed; None until it is up
+    silent: float = 0.0  # seconds since it said something
     note: Note = field(default_factory=lambda: Note({}, 0))
 
 
@@ -93,6 +95,7 @@ class Fronts:
         self._kill_at = float("inf")
         self._is_ready = False
         self._has_greeted = False
+        self._looked = time.monotonic()
         self._past: Tallies = {}  # counts of those that are gone
         self._asked: dict[int, Asked] = {}
         self._numbers = 0
@@ -175,9 +178,11 @@ class Fronts:
     def _look_after(self) -> None:
         """Hear everybody; note deaths, start who is due, pass on the wish to stop."""
         now = time.monotonic()
+        passed, self._looked = min(now - self._looked, LONGEST_LOOK), now
         for index, seat in enumerate(self._seats):
             if seat.front is not None:
                 self._hear(seat.front)
+                self._end_silent(seat.front, passed)
                 if seat.front.connection.ended or now > self._kill_at:
                     self._bury(seat, seat.front)
             elif not self._signals and now >= seat.start_at:
@@ -189,6 +194,14 @@ class Fronts:
                 seat.listener.close()  # so that whoever comes now is refused, once the API processes have closed theirs
             for front in self._alive():
                 front.connection.send(Stop())
+
+    def _end_silent(self, front: Front, passed: float) -> None:
+        """An API process that stands still keeps those waiting who come to its socket."""
+        front.silent += passed
+        if front.lines is not None and 0 < self._setup.patience.silence <= front.silent:
+            logger.error("API process %d has said nothing for %.1f s; it is ended", front.process.pid, front.silent)
+            front.silent = 0.0
+            front.process.kill()
 
     def _bury(self, seat: Seat, front: Front) -> None:
         """An API process is gone, or cut off: nothing of it stays but its counts."""
@@ -228,6 +241,7 @@ class Fronts:
             front.process.kill()
 
     def _take(self, front: Front, message: ToParent) -> None:
+        front.silent = 0.0
         if isinstance(message, Note):
             front.note = message
         elif isinstance(message, SumWanted):

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 12.0  # that the others get
 NOTE_SECONDS = 0.25  # between two notes of what was counted
+BEAT_SECONDS = 1.0  # after which it is told although nothing has changed: this process lives
 
 
 # ---------------------------------------------------------------- messages
@@ -113,6 +115,7 @@ class Neighbours:
         self._wanted: dict[int, asyncio.Future[Any]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._noted: Note | None = None
+        self._noted_at = 0.0
         self._answer: Callable[[Question], Awaitable[Reply]] | None = None
         self._on_stop: Callable[[], None] = lambda: None
 
@@ -144,8 +147,9 @@ class Neighbours:
         for collector in counted:
             tallies |= collector.tallies()
         note = Note(tallies, load)
-        if note != self._noted:
-            self._noted = note
+        now = time.monotonic()
+        if note != self._noted or now - self._noted_at >= BEAT_SECONDS:
+            self._noted, self._noted_at = note, now
             self._send(note)
 
     async def sum(self) -> Sum:
