@@ -15,12 +15,15 @@ from quire.core.stats import Queue
 from quire.engine import wire
 from quire.engine.bell import Bell
 from quire.engine.coming import Gate
+from quire.engine.core import EngineCore
 from quire.errors import EngineError, QuireError, ValidationError
 
 OnPhase = Callable[[str, float | None], None]  # a phase of the start begins, or is over after so many seconds
 OnTokenizer = Callable[[wire.Tokenizing], None]
 
 TICK = 0.5  # seconds after which a step without news ends, so that silence is noticed
+LOOK_SECONDS = 3.0  # a look at the pages lasts so long
+PICTURE_SECONDS = 0.2  # between two pictures
 
 
 class FarCore(ABC):
@@ -84,6 +87,13 @@ class FarCore(ABC):
     @abstractmethod
     def _ask(self, name: wire.CallName, ticket: int = 0, request_id: str = "") -> bool | Queue | None:
         """Call a method of the core and wait for its answer."""
+
+
+def answered(core: EngineCore | FarCore, call: wire.Call) -> wire.Answer:
+    """The other side of it: what the core says to a call."""
+    if call.name == "before":
+        return wire.Answer(call.number, core.before(wire.core_id(call.ticket, call.request_id)))
+    return wire.Answer(call.number, core.reset_prefix_cache())
 
 
 def start_error(message: wire.Failed) -> Exception:

@@ -22,12 +22,12 @@ from quire.core.options import SchedulerOptions
 from quire.core.picture import Ceiling, Picture
 from quire.core.plan import Event, StepPlan, StepResult
 from quire.core.scheduler import Scheduler
-from quire.core.stats import Queue
 from quire.engine import head_start, wire
 from quire.engine.blackbox import REGIONS, BlackBox
 from quire.engine.core import EngineCore
 from quire.engine.engine import EngineSettings
 from quire.engine.executor import Executor, Handle
+from quire.engine.far import LOOK_SECONDS, PICTURE_SECONDS, answered
 from quire.engine.heap import keep_for_good, uncollected
 from quire.engine.orphan import end_with, leave_signals_to_parent
 from quire.grammar import Grammars
@@ -38,8 +38,6 @@ logger = logging.getLogger(__name__)
 # more from the kernels' threads than another token in it does.
 GATHER_SECONDS = 0.01
 BEAT_SECONDS = 1.0  # an idle engine says so often that it lives
-LOOK_SECONDS = 3.0  # a look at the pages lasts so long
-PICTURE_SECONDS = 0.2  # between two pictures
 GRAMMAR_SECONDS = 0.005  # an idle engine looks so often whether a grammar is compiled
 
 
@@ -220,14 +218,9 @@ class EngineLoop:
             self._waiting = [held for held in self._waiting if held.ticket != message.ticket]
             self._core.abort(wire.core_id(message.ticket, message.request_id))
         elif isinstance(message, wire.Call):
-            self._connection.send(wire.Answer(message.number, self._called(message)))
+            self._connection.send(answered(self._core, message))
         elif isinstance(message, wire.Look):
             self._watched_until = time.monotonic() + LOOK_SECONDS
-
-    def _called(self, message: wire.Call) -> bool | Queue | None:
-        if message.name == "before":
-            return self._core.before(wire.core_id(message.ticket, message.request_id))
-        return self._core.reset_prefix_cache()
 
     def _picture(self) -> Picture | None:
         """How the pages lie, now and then, while somebody looks."""

@@ -14,16 +14,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from quire.core.plan import Event
-from quire.core.stats import Queue, Stats
+from quire.core.stats import Stats
 from quire.engine import wire
+from quire.engine.far import LOOK_SECONDS, PICTURE_SECONDS, answered
 from quire.engine.supervisor import Supervisor
 from quire.errors import EngineDeadError
 
 logger = logging.getLogger(__name__)
 
 BEAT = 0.25  # seconds after which an API process without news of its own is told the figures again
-LOOK_SECONDS = 3.0  # a look at the pages lasts so long
-PICTURE_SECONDS = 0.2  # between two pictures
 
 
 @dataclass(slots=True, eq=False)
@@ -139,14 +138,9 @@ class Relay:
             line.live.discard(request_id)
             self._supervisor.abort(request_id)
         elif isinstance(message, wire.Call):
-            line.connection.send(wire.Answer(message.number, self._called(message)))
+            line.connection.send(answered(self._supervisor, message))
         elif isinstance(message, wire.Look):
             line.watched_until = self._clock() + LOOK_SECONDS
-
-    def _called(self, message: wire.Call) -> bool | Queue | None:
-        if message.name == "before":
-            return self._supervisor.before(wire.core_id(message.ticket, message.request_id))
-        return self._supervisor.reset_prefix_cache()
 
     def _add(self, line: Line, message: wire.Add) -> None:
         """A request that cannot be taken in fails alone."""
