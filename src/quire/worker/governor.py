@@ -34,7 +34,7 @@ class _Ways:
     confirmed: int = 0  # trials in a row with the same winner
     blind: int = 0  # steps of the trial that say nothing of the way
     spent: float = 0.0  # seconds of the trial, all its steps counted
-    made: float = 0.0  # tokens in them, for each row
+    made: float = 0.0  # tokens in them, of a row that waits as long as rows do on average
     rates: dict[bool, float] = field(default_factory=dict)  # as `rate`, when the way was last judged
     seconds: list[float] = field(default_factory=list)  # of the latest steps
     brought: list[dict[int, float]] = field(default_factory=list)  # tokens of each row in them
@@ -87,7 +87,7 @@ class Governor:
         ways = self._latest = self._ways(len(rows))
         ways.steps += 1
         ways.spent += seconds
-        ways.made += sum(tokens) / len(rows)
+        ways.made += len(rows) / sum(1.0 / max(count, 1e-9) for count in tokens)
         if blind and ways.trial:
             ways.blind += 1
             if ways.blind > BLIND:
