@@ -341,30 +341,28 @@ class Engine:
             return
         parent = completion.parent
         try:
-            self._absorb(completion, event, now)
+            if event.prompt_logprobs and completion.index == 0:
+                parent.note_prompt_logprobs(event.prompt_logprobs, self.tokenizer)
+            if event.tokens:
+                if self.observer is not None:
+                    self._notes.tokens(completion, event, now)
+                completion.first_token = completion.first_token or now
+                completion.last_token = now
+            if event.times:
+                parent.scheduled_ts = parent.scheduled_ts or event.times.get("scheduled", 0.0)
+                if completion.index == 0:
+                    parent.cached_tokens = event.cached_tokens
+            stopped = completion.push(event)
+            if completion.finish_reason is not None:
+                parent.preemptions += event.preemptions
+                if stopped:
+                    self._core.abort(completion.core_id)
+                self._end(completion, now)
         except Exception as error:
             logger.exception("request %s failed on the way from tokens to text", event.request_id)
             self._fail(completion, error, now)
         if parent.streams or not parent.unfinished:
             self._note_news(completion)
-
-    def _absorb(self, completion: Completion, event: Event, now: float) -> None:
-        parent = completion.parent
-        if event.prompt_logprobs and completion.index == 0:
-            parent.note_prompt_logprobs(event.prompt_logprobs, self.tokenizer)
-        if event.tokens:
-            self._notes.tokens(completion, event, now)
-            completion.last_token = now
-        if event.times:
-            parent.scheduled_ts = parent.scheduled_ts or event.times.get("scheduled", 0.0)
-            if completion.index == 0:
-                parent.cached_tokens = event.cached_tokens
-        stopped = completion.push(event)
-        if completion.finish_reason is not None:
-            parent.preemptions += event.preemptions
-            if stopped:
-                self._core.abort(completion.core_id)
-            self._end(completion, now)
 
     def _fail(self, completion: Completion, error: Exception, now: float) -> None:
         """End a completion with an error, unless it has ended."""

@@ -27,7 +27,6 @@ class StepNotes:
             since, count = self.later.get(completion) or (completion.last_token, 0)
             self.later[completion] = (since, count + len(event.tokens))
             return
-        completion.first_token = now
         self.first.append(now - completion.parent.arrival)
         self.prompt += len(completion.parent.prompt.token_ids)
         self.cached += event.cached_tokens
