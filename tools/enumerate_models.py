@@ -38,8 +38,8 @@ greedy. *Equal* means the same tokens as the library's own `generate`.
 
 {equal} of {tried} are equal. The tier of a model is found on your machine, on a tiny twin of its own config; this table
 is what the default configs gave with torch {torch}. *Replaced* counts the kinds of modules whose replacement was proved
-equal: merged linears (m), linears (l), norms (n), gated blocks (g), rotary functions (r), expert blocks (e), attention that
-keeps latents (k).
+equal: merged linears (m), linears (l), norms (n), gated blocks (g), rotary functions (r), expert blocks (e), products with
+a parameter of routers (p), attention that keeps latents (k).
 
 ## Latent attention
 
@@ -62,6 +62,23 @@ used too, both ways in alternation in one process): a position takes 3,456 bytes
 positions comes 1.11 times as fast, behind 16,384 1.48 times; 512 tokens of a prompt take 1.2 of the time at its beginning
 and 1.9 behind 3,584. AVX2 multiplies bfloat16 as float32, and there 16 heads on one latent are bound by products; what a
 processor with bfloat16 products makes of it is not measured.
+
+## Routers
+
+Many mixtures of experts multiply with a parameter of their own where others have a linear (deepseek_v3, qwen3_moe, mixtral
+and most of the library's newer ones). That product is replaced, too (`OwnProduct` in `models/replaced.py`): the forward is
+the library's, and finds our product under the name of PyTorch's. So a row's bits do not depend on how its prompt was cut.
+What follows is PyTorch's: its sigmoid computes numbers behind the last whole vector of 16 in another way, so that with a
+number of experts that is no multiple of 16 last digits may still depend on the cut (`tests/models/test_chunks.py`).
+
+## Where answers are not those of `generate`
+
+- **Longrope across the original length** (phi3 and its kind). The library computes all keys of a sequence anew when it
+  grows past the length that the model was first trained with. quire keeps the keys of positions before it as they were,
+  because they may be shared with others; a prompt that is longer from the start is the same in both.
+- **Falcon with ALiBi.** The library's eager attention adds the biases twice (once to the scores, once with the mask), its
+  default one once. quire compares itself with the eager one and follows it, and the log warns: whether the two agree is
+  tried for every model (`Decider.attentions_disagree`).
 
 | model type | class | tier | equal | largest difference | replaced | remarks |
 |---|---|---|---|---|---|---|

@@ -21,7 +21,7 @@ from quire.kernels.table import Ops
 from quire.layers.spec import LayerSpec, ModelLayout
 from quire.models.fallback import SequentialModel, forward_parameters, private_cache
 from quire.models.interface import BATCH_ARGUMENT
-from quire.models.observe import ROWS, Observation, Observer
+from quire.models.observe import ROWS, Observation, Observer, attention_implementation
 from quire.models.report import CallPlan, MixerPlan, ProbeReport, SequentialPlan
 from quire.models.ropes import length_ropes
 from quire.models.served import ServedModel
@@ -138,6 +138,19 @@ class Decider:
         if decision is None:
             raise UnsupportedModelError(f"{self._class.__name__} cannot be served: " + " ".join(self.refused))
         return decision
+
+    def attentions_disagree(self) -> bool:
+        """Whether the library's default attention gives other answers than its plain one, which is the reference."""
+        model, tokens = self.twin(), self.reference.sequences[-1]
+        if not getattr(model, "_supports_sdpa", False):
+            return False
+        try:
+            with torch.no_grad(), attention_implementation(model, "sdpa"):
+                found = _whole(model, tokens)
+        except Exception:  # it says that it has such an attention, and has none
+            return False
+        difference = float((found - self.reference.logits[-1]).abs().max())
+        return not self.reference.own_cache_differs and difference > 10 * TOLERANCE * self.reference.scale
 
     def trial(self, report: ProbeReport, prepare: Callable[[nn.Module], None] | None = None) -> float:
         """Serve a fresh twin by the report, after `prepare` has changed its modules; the largest difference."""

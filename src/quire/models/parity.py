@@ -88,6 +88,7 @@ def check_architecture(model_type: str) -> Outcome:
         "gated": len(plan.gated),
         "rotary": len(plan.rotary),
         "experts": len(plan.experts),
+        "products": len(plan.products),
         "kept latents": len(plan.latent),
     }
     ops = load_ops("cpu")
