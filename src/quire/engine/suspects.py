@@ -52,19 +52,20 @@ class Suspects:
         for entry in here:
             entry.blame += 1
         if len(in_flight) == 1 and here:
-            culprit = here[0]
-            culprit.kills_alone += not crashed
-            if culprit.kills_alone >= CERTAIN_KILLS or (crashed and culprit.blame >= CERTAIN):
+            alone = here[0]
+            alone.kills_alone += not crashed
+            if alone.kills_alone >= CERTAIN_KILLS or (crashed and alone.blame >= CERTAIN):
                 for entry in self._journal:
                     entry.clear()  # these deaths are explained
-                return culprit
+                return alone
         if self.on_trial or crashed:
             suspected = [entry for entry in here if self.may_run(entry)]
             if suspected:
                 self._try(suspected)
         else:
             # Who has not begun waits for a place as it did before.
-            self.on_trial = [e for e in self._journal if e.deaths >= LATE and (e.emitted or e.blame)]
+            late = [entry for entry in self._journal if entry.deaths >= LATE]
+            self.on_trial = [entry for entry in late if entry.emitted or entry.blame]
         return None
 
     def _try(self, suspected: Sequence[Entry]) -> None:
