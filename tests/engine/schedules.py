@@ -23,7 +23,8 @@ from quire.core.plan import Event
 from quire.core.request import CoreRequest
 from quire.core.scheduler import Scheduler
 from quire.core.stats import Stats
-from quire.engine.beams import BeamSearch
+from quire.engine.beam_requests import best_tokens, scoring
+from quire.engine.beams import BeamSearch, Scores
 from quire.engine.core import EngineCore
 from quire.engine.engine import Engine
 from quire.engine.executor import LocalExecutor
@@ -193,7 +194,7 @@ class _Search:
 
     search: BeamSearch
     asked: list[str] = field(default_factory=list)
-    scored: dict[str, dict[int, float]] = field(default_factory=dict)
+    scored: dict[str, Scores] = field(default_factory=dict)
 
 
 class Workload:
@@ -334,15 +335,14 @@ class _Round:
         found = self._searches[name]
         found.asked = [f"{name} {self._turn} {index}" for index in range(len(found.search.running))]
         found.scored = {}
-        wish = _final(max_tokens=1, temperature=0.0, logprobs=found.search.wanted, ignore_eos=True)
+        wish = scoring(found.search.params, self._engine.settings)
         for request_id, beam in zip(found.asked, found.search.running, strict=True):
             self._engine.add(request_id, TokensPrompt(prompt_token_ids=beam.tokens), wish)
 
     def _score(self, request_id: str, output: RequestOutput) -> None:
         name = " ".join(request_id.split()[:2])
         found = self._searches[name]
-        best = output.outputs[0].logprobs[0]
-        found.scored[request_id] = {token: entry.logprob for token, entry in best.items()}
+        found.scored[request_id] = best_tokens(output)
         if len(found.scored) < len(found.asked):
             return
         found.search.advance([found.scored[one] for one in found.asked])

@@ -14,6 +14,7 @@ import torch
 import quire
 from quire import LLM, BeamSearchParams
 from quire.engine.beams import BeamSearch
+from quire.engine.logprobs import Logprob
 from quire.errors import ValidationError
 
 BUNDLED = Path(quire.__file__).parent / "bundled" / "model"
@@ -133,7 +134,7 @@ def test_texts_and_limits(llm: LLM):
 def test_the_end_is_shown_when_asked_for():
     params = BeamSearchParams(beam_width=1, max_tokens=5, include_stop_str_in_output=True)
     search = BeamSearch([1], params, frozenset([9]), 5)
-    search.advance([{9: -0.1, 3: -2.0}])
+    search.advance([{9: Logprob(-0.1), 3: Logprob(-2.0)}])
     assert search.running == []
     found = search.sequences()[0]
     assert (found.tokens, found.finish_reason, found.stop_reason) == ([1, 9], "stop", 9)
@@ -150,7 +151,8 @@ def test_a_full_search_finds_the_best_sequence():
 
     search = BeamSearch([0], BeamSearchParams(beam_width=81, max_tokens=4), frozenset(), 4)
     while search.running:
-        search.advance([score(tuple(beam.tokens)) for beam in search.running])
+        scored = [score(tuple(beam.tokens)) for beam in search.running]
+        search.advance([{token: Logprob(value) for token, value in best.items()} for best in scored])
     every: dict[tuple[int, ...], float] = {(0,): 0.0}
     for _ in range(4):
         every = {(*seq, t): s + more for seq, s in every.items() for t, more in score(seq).items()}
@@ -174,3 +176,22 @@ def test_wishes_that_cannot_be_met(llm: LLM):
             llm.beam_search("a", BeamSearchParams(beam_width=2, max_tokens=2))
     finally:
         llm._engine.settings = settings
+
+
+def test_log_probabilities_of_sequences(llm: LLM):
+    """They add up to a sequence's own, its end included; the others are the likeliest ones."""
+    plain = llm.beam_search(PROMPTS, BeamSearchParams(beam_width=3, max_tokens=10))
+    told = llm.beam_search(PROMPTS, BeamSearchParams(beam_width=3, max_tokens=10, logprobs=7))
+    for one, other in zip(plain, told, strict=True):
+        for bare, sequence in zip(one.sequences, other.sequences, strict=True):
+            assert (bare.tokens, bare.logprobs) == (sequence.tokens, None) and sequence.logprobs is not None
+            chosen = [next(iter(entry.values())).logprob for entry in sequence.logprobs]
+            assert sum(chosen) == pytest.approx(sequence.cum_logprob, abs=1e-4)
+            said = [next(iter(entry)) for entry in sequence.logprobs]
+            kept = said[:-1] if sequence.finish_reason == "stop" else said
+            assert sequence.tokens[len(sequence.tokens) - len(kept) :] == kept
+            for entry in sequence.logprobs:
+                ranks = sorted(found.rank for found in entry.values())
+                assert ranks[:7] == list(range(1, 8)) and len(ranks) <= 8
+    with pytest.raises(ValidationError, match="at most 20"):
+        llm.beam_search(PROMPTS, BeamSearchParams(beam_width=2, max_tokens=2, logprobs=21))

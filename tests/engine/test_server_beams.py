@@ -70,7 +70,7 @@ def test_stops_and_echo(server: httpx.Client) -> None:
     ("fields", "param"),
     [
         ({"stream": True}, "stream"),
-        ({"logprobs": 1}, "logprobs"),
+        ({"logprobs": 50}, "logprobs"),
         ({"top_p": 0.5}, "top_p"),
         ({"presence_penalty": 0.5}, "presence_penalty"),
         ({"stop": "x"}, "stop"),
@@ -85,6 +85,23 @@ def test_what_a_search_cannot_heed_is_named(server: httpx.Client, fields: dict[s
     found = server.post("/v1/completions", json={"prompt": PROMPT} | BEAMS | fields)
     assert found.status_code == 400, found.text
     assert found.json()["error"]["param"] == param
+
+
+def test_log_probabilities_of_a_search(server: httpx.Client) -> None:
+    """Those that the model has for the same tokens when they are a prompt."""
+    body = {"prompt": PROMPT, "logprobs": 2, "return_token_ids": True} | BEAMS
+    choices = server.post("/v1/completions", json=body).raise_for_status().json()["choices"]
+    for choice in choices:
+        told, tokens = choice["logprobs"], choice["token_ids"]
+        assert len(told["token_logprobs"]) == len(tokens) and all(2 <= len(best) <= 3 for best in told["top_logprobs"])
+        prompt = choice["prompt_token_ids"] + tokens
+        again = {"prompt": prompt, "max_tokens": 1, "prompt_logprobs": 0}
+        found = server.post("/v1/completions", json=again).raise_for_status().json()["choices"][0]["prompt_logprobs"]
+        expected = [next(iter(one.values()))["logprob"] for one in found[-len(tokens) :]]
+        assert told["token_logprobs"] == pytest.approx(expected, abs=1e-4)
+    body = {"messages": [{"role": "user", "content": "Tell me a story."}], "logprobs": True, "top_logprobs": 1} | BEAMS
+    choice = server.post("/v1/chat/completions", json=body).raise_for_status().json()["choices"][0]
+    assert all(len(one["top_logprobs"]) == 1 for one in choice["logprobs"]["content"])
 
 
 def test_its_time_can_be_over(server: httpx.Client) -> None:

@@ -16,8 +16,9 @@ from quire.core.params import RequestOutputKind, SamplingParams
 from quire.core.plan import FinishReason
 from quire.engine.admission import LATE
 from quire.engine.async_engine import AsyncEngine, together
-from quire.engine.beams import BeamSearch, BeamSearchParams, BeamSearchSequence
+from quire.engine.beams import BeamSearch, BeamSearchParams, BeamSearchSequence, Scores
 from quire.engine.engine import EngineSettings, Prepared
+from quire.engine.logprobs import SampleLogprobs
 from quire.engine.outputs import CompletionOutput, RequestOutput
 from quire.engine.prompts import TextPrompt, TokensPrompt
 from quire.errors import RequestFailedError, ValidationError
@@ -32,6 +33,7 @@ HEEDED = frozenset(
         "temperature",
         "max_tokens",
         "ignore_eos",
+        "logprobs",
         "stop_token_ids",
         "eos_token_ids",
         "include_stop_str_in_output",
@@ -71,6 +73,7 @@ def beam_params(
         early_stopping=early_stopping,
         include_stop_str_in_output=params.include_stop_str_in_output,
         skip_special_tokens=params.skip_special_tokens,
+        logprobs=params.logprobs,
     )
 
 
@@ -87,6 +90,9 @@ def scoring(params: BeamSearchParams, settings: EngineSettings) -> SamplingParam
             "logprobs_mode",
         )
     wanted, most = params.beam_width + len(end_ids(params, settings)), settings.max_logprobs
+    told = params.logprobs or 0
+    if 0 <= most < told or (told < 0 <= most):
+        raise ValidationError(f"logprobs may be at most {most} here (the option max_logprobs)", "logprobs", told)
     if 0 <= most < wanted:
         raise ValidationError(
             f"A beam_width of {params.beam_width} takes the {wanted} likeliest tokens of each beam, and max_logprobs "
@@ -96,7 +102,7 @@ def scoring(params: BeamSearchParams, settings: EngineSettings) -> SamplingParam
     return SamplingParams(
         max_tokens=1,
         temperature=0.0,
-        logprobs=wanted,
+        logprobs=-1 if told < 0 else max(wanted, told),
         ignore_eos=True,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
@@ -110,12 +116,12 @@ def search_of(first: Prepared, params: BeamSearchParams, settings: EngineSetting
     return BeamSearch(prompt, params, end_ids(params, settings), limit)
 
 
-def best_tokens(output: RequestOutput) -> dict[int, float]:
-    """Log-probabilities of the likeliest tokens behind a beam."""
+def best_tokens(output: RequestOutput) -> Scores:
+    """What the model says of the likeliest tokens behind a beam."""
     completion = output.outputs[0]
     if completion.error is not None or not completion.logprobs:
         raise RequestFailedError(f"A beam could not go on: {completion.error or completion.finish_reason}")
-    return {token: entry.logprob for token, entry in (completion.logprobs[0] or {}).items()}
+    return completion.logprobs[0] or {}
 
 
 async def beam_output(
@@ -194,4 +200,5 @@ def _completion(
         text = stream.text
     # The tokenizer's own end is no news to anybody.
     reason = None if tokenizer is not None and sequence.stop_reason == tokenizer.eos_token_id else sequence.stop_reason
-    return CompletionOutput(index, text, tokens, sequence.cum_logprob, None, sequence.finish_reason, reason)
+    told: SampleLogprobs | None = sequence.logprobs
+    return CompletionOutput(index, text, tokens, sequence.cum_logprob, told, sequence.finish_reason, reason)

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Literal
 
 from quire.core.checks import finite_number, token_ids
 from quire.core.params import suggesting
+from quire.engine.logprobs import Logprob
 from quire.errors import ValidationError
+
+Scores = Mapping[int, Logprob]  # of the likeliest tokens at a position, the likeliest first
 
 
 @suggesting
@@ -22,7 +26,8 @@ class BeamSearchParams:
 
     `early_stopping`: True ends the search with beam_width results; False when the best running beam, as long as it is,
     beats none of them; "never" when even the best that it could become does not. The model's own log-probabilities
-    count; `temperature` is there for those who give it, and changes no ranking.
+    count; `temperature` is there for those who give it, and changes no ranking. `logprobs`: how many of the likeliest
+    tokens are told of at each position, beside the one that a sequence has; -1 for all.
     """
 
     beam_width: int
@@ -34,6 +39,7 @@ class BeamSearchParams:
     early_stopping: bool | Literal["never"] = False
     include_stop_str_in_output: bool = False  # whether the token that ends a sequence is part of it
     skip_special_tokens: bool = True
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         """Raise ValidationError for a search that finds nothing."""
@@ -41,6 +47,10 @@ class BeamSearchParams:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValidationError(f"{name} must be a whole number of at least 1, found {value!r}", name)
+        if self.logprobs is not None and (not isinstance(self.logprobs, int) or self.logprobs < -1):
+            raise ValidationError(
+                f"logprobs must be a number of tokens, or -1 for all, found {self.logprobs!r}", "logprobs"
+            )
         finite_number("length_penalty", self.length_penalty, -100.0, 100.0)
         object.__setattr__(self, "stop_token_ids", token_ids("stop_token_ids", self.stop_token_ids))
         if self.early_stopping not in (True, False, "never"):
@@ -57,6 +67,7 @@ class BeamSearchSequence:
     finish_reason: Literal["stop", "length"]
     stop_reason: int | None = None  # the token that ended it
     text: str | None = None
+    logprobs: list[dict[int, Logprob]] | None = None  # of each token behind the prompt and of the one that ended it
 
 
 @dataclass(slots=True)
@@ -77,10 +88,11 @@ class _Candidate:
 
 @dataclass(slots=True)
 class _Beam:
-    """A sequence that may go on."""
+    """A sequence that may go on. `logprobs` stays empty where nobody asks."""
 
     tokens: list[int]
     cum_logprob: float
+    logprobs: list[dict[int, Logprob]]
 
 
 @dataclass(slots=True)
@@ -97,31 +109,29 @@ class BeamSearch:
 
     def __post_init__(self) -> None:
         """One beam to begin with."""
-        self.running = [_Beam(list(self.prompt), 0.0)]
+        self.running = [_Beam(list(self.prompt), 0.0, [])]
 
-    @property
-    def wanted(self) -> int:
-        """How many of the best tokens of each beam must be known for the next step."""
-        return self.params.beam_width + len(self.ends)
-
-    def advance(self, scored: Sequence[Mapping[int, float]]) -> None:
-        """Go on by a token. `scored` are the log-probabilities of the best tokens of each running beam."""
+    def advance(self, scored: Sequence[Scores]) -> None:
+        """Go on by a token. `scored` are the best tokens of each running beam."""
         width = self.params.beam_width
         candidates = [
-            _Candidate(index, token, beam.cum_logprob + logprob)
+            _Candidate(index, token, beam.cum_logprob + found.logprob)
             for index, (beam, best) in enumerate(zip(self.running, scored, strict=True))
-            for token, logprob in best.items()
+            for token, found in best.items()
         ]
         candidates.sort(key=lambda item: (-item.cum_logprob, item.beam, item.token))
         self._steps += 1
         last = self._steps >= self.limit
         for candidate in candidates[:width]:  # an end that is not among the best is no result
             if last or candidate.token in self.ends:
-                self._finish(candidate)
+                self._finish(candidate, self._told(candidate, scored))
         self._done.sort(key=lambda sequence: -sequence.score)
         del self._done[width:]
         going = [] if last else [item for item in candidates if item.token not in self.ends][:width]
-        self.running = [_Beam([*self.running[item.beam].tokens, item.token], item.cum_logprob) for item in going]
+        self.running = [
+            _Beam([*self.running[item.beam].tokens, item.token], item.cum_logprob, self._told(item, scored))
+            for item in going
+        ]
         if len(self._done) == width and not self._can_improve():
             self.running = []
 
@@ -129,7 +139,16 @@ class BeamSearch:
         """What was found, the best first."""
         return self._done
 
-    def _finish(self, candidate: _Candidate) -> None:
+    def _told(self, candidate: _Candidate, scored: Sequence[Scores]) -> list[dict[int, Logprob]]:
+        """What is said of the tokens of a beam with one more."""
+        most, best = self.params.logprobs, scored[candidate.beam]
+        if most is None:
+            return []
+        likeliest = best.items() if most < 0 else islice(best.items(), most)
+        entry = {candidate.token: best[candidate.token]} | dict(likeliest)
+        return [*self.running[candidate.beam].logprobs, entry]
+
+    def _finish(self, candidate: _Candidate, told: list[dict[int, Logprob]]) -> None:
         tokens = self.running[candidate.beam].tokens
         ended = candidate.token in self.ends
         self._done.append(
@@ -141,6 +160,7 @@ class BeamSearch:
                 score=self._score(candidate.cum_logprob),
                 finish_reason="stop" if ended else "length",
                 stop_reason=candidate.token if ended else None,
+                logprobs=None if self.params.logprobs is None else told,
             )
         )
 
