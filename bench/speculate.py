@@ -17,6 +17,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 
 from dictation import DICTATIONS
 from shapes import SHAPES, write_shape
@@ -99,30 +100,34 @@ def once(llm: LLM, jobs: list[Job], wish: dict[str, object], turn: int) -> tuple
 def measure(
     llms: dict[str, LLM], workload: str, batch: int, output_len: int, temperature: float, repeats: int, dictating: bool
 ) -> list[Figure]:
-    """Every method on one workload, the best of `repeats` runs each; the first run warms up."""
+    """Every method on one workload, medians of `repeats` rounds; a round before them warms up.
+
+    A speed-up is that of a run beside the plain one of its round; rounds begin with another engine each.
+    """
     wish = {"temperature": temperature, "max_tokens": output_len, "ignore_eos": True, "seed": 1, "detokenize": False}
-    best: dict[str, float] = {}
-    tokens = 0
+    taken: dict[str, list[float]] = {name: [] for name in llms}
+    names, tokens = list(llms), 0
     figures = []
     before = {name: llm._engine.stats() for name, llm in llms.items()}
     jobs = jobs_of(workload, batch, dictating)
     for turn in range(repeats + 1):
-        for name, llm in llms.items():
-            seconds, tokens = once(llm, jobs, wish, turn)
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            seconds, tokens = once(llms[name], jobs, wish, turn)
             if turn:
-                best[name] = min(best.get(name, seconds), seconds)
+                taken[name].append(seconds)
     for name, llm in llms.items():
-        first, last = before[name], llm._engine.stats()
-        drafted = last.draft_tokens - first.draft_tokens
-        accepted = last.accepted_tokens - first.accepted_tokens
-        made = last.generated_tokens - first.generated_tokens
+        earlier, last = before[name], llm._engine.stats()
+        drafted = last.draft_tokens - earlier.draft_tokens
+        accepted = last.accepted_tokens - earlier.accepted_tokens
+        made = last.generated_tokens - earlier.generated_tokens
         figures.append(
             Figure(
                 workload,
                 batch,
                 name,
-                tokens / best[name],
-                best["plain"] / best[name],
+                tokens / median(taken[name]),
+                median(plain / own for plain, own in zip(taken["plain"], taken[name], strict=True)),
                 accepted / drafted if drafted else 0.0,
                 made / (made - accepted),
             )
@@ -145,7 +150,7 @@ def main() -> None:
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 32])
     parser.add_argument("--output-len", type=int, default=96)
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument(
         "--methods", nargs="+", default=["ngram", "suffix", "draft_model", "eagle"], help="method, or method:folder"
