@@ -3,7 +3,8 @@
 python bench/startup.py [MODEL] [FLAGS of quire run] [--rounds 2]
 python bench/startup.py --shape llama-3.2-1b --folder /tmp/models    random weights and a tokenizer, written once
 python bench/startup.py --shape llama-3.2-1b --serve                 the same through quire serve, with both processes
-python bench/startup.py --shape llama-3.2-1b --fill 8192 --kv-cache-memory-bytes 268435456      memory with full pages
+python bench/startup.py --shape llama-3.2-1b --fill 8192 --kv-cache-memory-bytes 268435456 --max-model-len 4096
+                                                                        memory with all pages in use
 
 The first round begins with an empty cache of packed weights, the others find what it left. Weight files are read once
 before, so that they are in the system's page cache, and Python's compiled files are there, as pip leaves them.

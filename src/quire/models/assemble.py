@@ -26,17 +26,10 @@ logger = logging.getLogger(__name__)
 
 
 def build_transformers(
-    files: ModelFiles, report: ProbeReport, seed: int, dtype: torch.dtype, device: torch.device, ops: Ops
-) -> ServedModel:
-    """The Transformers path, from a report: build without memory, replace, load, attach."""
-    return fill(files, report, seed, dtype, device, ops, None)
-
-
-def fill(
     files: ModelFiles, report: ProbeReport, seed: int, dtype: torch.dtype, device: torch.device, ops: Ops,
-    prepare: Callable[[Any], None] | None,
+    prepare: Callable[[Any], None] | None = None,
 ) -> ServedModel:  # fmt: skip
-    """The same with a model that `prepare` changes first."""
+    """The Transformers path, from a report; `prepare` may change the model while it has no memory yet."""
     model_class = find_class(files)
     config = copy.deepcopy(model_config(model_class, files.library_config))
     model = build(model_class, config, dtype, "meta")

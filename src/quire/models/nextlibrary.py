@@ -19,7 +19,7 @@ from quire.layers.batch import Batch
 from quire.layers.linear import Linear
 from quire.layers.norm import RMSNorm
 from quire.layers.spec import ModelLayout
-from quire.models.assemble import fill
+from quire.models.assemble import build_transformers
 from quire.models.checkpoint import Checkpoint
 from quire.models.headers import weight_headers
 from quire.models.hub import ModelFiles
@@ -50,7 +50,7 @@ class LibraryLayer:
         self.layout = report.layout
         self.hf_config = files.config
         self._model = model
-        served = fill(inner, report, 0, dtype, device, ops, _without_tables)
+        served = build_transformers(inner, report, 0, dtype, device, ops, _without_tables)
         assert isinstance(served, TransformersModel), "find_heads has looked at its tier"
         self._inner = served
         self._norm = served.model.get_decoder().norm
