@@ -1,18 +1,20 @@
 """The CPU kernels beside PyTorch's own path and beside what the machine can do at best.
 
-    python bench/kernels.py [--only linear,quantized,attention,small] [--seconds 0.5] [--json FILE]
+    python bench/kernels.py [--only linear,quantized,attention,experts,fused,small] [--seconds 0.5] [--json FILE]
 
 Both sides of a line run in alternation on the same inputs, so that a disturbed minute disturbs both; the time shown is
 the lower quartile of each, the ratio the median of the ratios of neighbouring runs. The ceilings (reading memory,
 multiplying from registers) are measured in the same minute. Quantized linears stand beside quire's own bfloat16 and beside
-PyTorch's dynamic int8 and its int4 with bfloat16 activations. Weights and pages are taken in turn from copies that together
-exceed the caches.
+PyTorch's dynamic int8 and its int4 with bfloat16 activations; experts in one call beside one product for each; layers that
+make their own rows beside the same in two calls. Weights and pages are taken in turn from copies that together exceed the
+caches.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import sys
 import time
@@ -20,12 +22,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from quire.kernels.cpu import CpuOps, native
 from quire.kernels.table import ops_of
+from quire.layers.moe import mix
 from quire.quant.format import quantized_ops
 
 COLD_BYTES = 192 << 20
@@ -174,12 +178,15 @@ def attention_case(ops: CpuOps, label: str, scene: Scene) -> Case:
     starts = (torch.arange(batch + 1) * new).int()
     lengths = torch.full((batch,), context, dtype=torch.int32)
     q = query.view(batch, new, heads, dim).transpose(1, 2)
+    # What is seen of a context of which a part is there already cannot be said by is_causal.
+    mask = torch.ones(new, context, dtype=torch.bool).tril(context - new) if 1 < new < context else None
+    causal = new == context
     k, v = key.transpose(1, 2).contiguous(), value.transpose(1, 2).contiguous()
     seen = batch * new * (context - (new - 1) / 2)
     return Case(
         f"attention {label} batch={batch} context={context} new={new} heads={heads}/{kv_heads} d={dim}",
         lambda: ops.attention(query, cache, tables, starts, lengths, dim**-0.5),
-        lambda: F.scaled_dot_product_attention(q, k, v, is_causal=new > 1, enable_gqa=True),
+        lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True),
         4.0 * seen * heads * dim,
         key.nbytes + value.nbytes,
     )
@@ -190,6 +197,79 @@ def attention_cases(ops: CpuOps) -> Iterator[Case]:
         for batch, context, new in [(1, 512, 1), (32, 512, 1), (1, 2048, 1), (1, 512, 512)]:
             yield attention_case(ops, label, Scene(batch, context, new, 32, 8, 64))
     yield attention_case(ops, "bf16", Scene(32, 512, 1, 16, 8, 128))
+    for context, new in [(1024, 1024), (2048, 2048), (4096, 512), (4096, 2048)]:
+        yield attention_case(ops, "bf16", Scene(1, context, new, 32, 8, 64))
+
+
+def experts_cases(ops: CpuOps) -> Iterator[Case]:
+    """32 experts, four for each row, chosen at random."""
+    count, choices, size, inner = 32, 4, 1024, 768
+    up, down = torch.randn(count, 2 * inner, size).bfloat16() * 0.02, torch.randn(count, size, inner).bfloat16() * 0.02
+    for method in (None, "int8", "int4-g128"):
+        table = quantized_ops(ops_of(ops), method)
+        ups, downs = ([table.pack_linear(weight, None) for weight in weights] for weights in (up, down))
+        stack = ops.stack_experts(ups, downs, "silu")
+        for m in (1, 8, 64):
+            x, weights = torch.randn(m, size).bfloat16(), torch.rand(m, choices)
+            first = torch.rand(m, count).topk(choices).indices
+            turns = [
+                Turn(lambda first=first: (first + random.randrange(count)) % count, COLD_BYTES // 32) for _ in range(2)
+            ]  # type: ignore[misc]
+
+            def block(number: int, rows: torch.Tensor, table: Any = table, ups: Any = ups, downs: Any = downs) -> Any:
+                return table.linear(ops.gated(table.linear(rows, ups[number]), "silu"), downs[number])
+
+            yield Case(
+                f"experts {method or 'bf16'} M={m} beside one by one",
+                lambda x=x, c=turns[0], w=weights, stack=stack: ops.experts(x, c.next(), w, stack),
+                lambda x=x, c=turns[1], w=weights, block=block: mix(x, c.next(), w, count, block),
+                6.0 * m * choices * size * inner,
+                sum(ups[e].data.nbytes + downs[e].data.nbytes for e in first.unique().tolist()),
+            )
+
+
+def fused_cases(ops: CpuOps, library: native.Library) -> Iterator[Case]:
+    """What step programs make of a norm or a gated activation and the layer of 8 bits behind it, called without Python's
+    part of an op on either side."""
+    n, k = 4096, 2048
+    layer = quantized_ops(ops_of(ops), "int8").pack_linear(torch.randn(n, k).bfloat16(), None)
+    scale, bias = torch.randn(2, k).bfloat16()
+    for m in (1, 8, 64):
+        x, y, out = torch.randn(m, 2 * k).bfloat16(), torch.empty(m, k).bfloat16(), torch.empty(m, n).bfloat16()
+        to, tail = (
+            (layer.layout, 1, y.data_ptr(), k, layer.weights, None, out.data_ptr(), m),
+            (layer.layout, layer.weights),
+        )
+        at, up, weight, shift = x.data_ptr(), x.data_ptr() + 2 * k, scale.data_ptr(), bias.data_ptr()
+        ends = (None, out.data_ptr())
+        for name, first, whole in (
+            (
+                "rms_norm",
+                (1, at, 2 * k, None, weight, y.data_ptr(), None, m, k, 1e-5, 0),
+                (1, at, 2 * k, None, weight, None, None, m, k, 1e-5, 0, *tail, *ends),
+            ),
+            (
+                "layer_norm",
+                (1, at, 2 * k, weight, shift, y.data_ptr(), m, k, 1e-5),
+                (1, at, 2 * k, weight, shift, None, m, k, 1e-5, *tail, *ends),
+            ),
+            (
+                "gated",
+                (1, at, up, 2 * k, y.data_ptr(), m, k, 0),
+                (1, at, up, 2 * k, m, k, 0, *tail, *ends),
+            ),
+        ):
+            one, both = getattr(library, f"quire_{name}"), getattr(library, f"quire_{name}_quantized_linear")
+
+            def apart(one: Any = one, first: Any = first, to: Any = to) -> None:
+                one(*first)
+                library.quire_quantized_linear(*to)
+
+            yield Case(
+                f"{name} + linear int8 M={m} N={n} K={k} beside two calls",
+                lambda both=both, whole=whole, kept=(x, y, out, layer, scale, bias): both(*whole),
+                apart,
+            )
 
 
 def small_cases(ops: CpuOps) -> Iterator[Case]:
@@ -220,6 +300,12 @@ def small_cases(ops: CpuOps) -> Iterator[Case]:
         lambda: ops.sample(logits, heat, fifty, share, none, uniform),
         lambda: torch.multinomial(torch.softmax(logits.topk(50).values / 0.8, -1), 1),
     )
+    row = logits[:1].bfloat16()
+    yield Case(
+        "sample bf16 top_k=50 top_p=0.95 M=1 V=128256",
+        lambda: ops.sample(row, heat[:1], fifty[:1], share[:1], none[:1], uniform[:1]),
+        lambda: torch.multinomial(torch.softmax(row.float().topk(50).values / 0.8, -1), 1),
+    )
     yield Case(
         "sample top_p=0.95 M=8 V=128256",
         lambda: ops.sample(logits, heat, all_ids, share, none, uniform),
@@ -238,7 +324,7 @@ def call_cost(ops: CpuOps) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="linear,quantized,attention,small")
+    parser.add_argument("--only", default="linear,quantized,attention,experts,fused,small")
     parser.add_argument("--rows", default="1,8,32,256,1024", help="M of the linear and quantized cases")
     parser.add_argument("--shape", default="4096,2048", help="N,K of the linear and quantized cases")
     parser.add_argument("--seconds", type=float, default=0.5, help="time for each line")
@@ -256,6 +342,8 @@ def main() -> None:
         "linear": lambda: linear_cases(ops, [int(m) for m in options.rows.split(",")], (n, k)),
         "quantized": lambda: quantized_cases(ops, [int(m) for m in options.rows.split(",")], (n, k)),
         "attention": lambda: attention_cases(ops),
+        "experts": lambda: experts_cases(ops),
+        "fused": lambda: fused_cases(ops, library),
         "small": lambda: small_cases(ops),
     }
     print(f"level {level}, {native.default_threads()} threads, a call from Python {call_cost(ops):.2f} us")

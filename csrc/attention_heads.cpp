@@ -14,7 +14,6 @@ namespace quire {
 namespace {
 
 constexpr long ITEM_ROWS = 48;
-constexpr long FETCH_STEPS = 16;  // how far ahead a panel is fetched
 #if !defined(QUIRE_NATIVE_DOT)
 constexpr long WIDEN_ROWS = 13;  // rows from which on it is worth widening a panel first
 #endif

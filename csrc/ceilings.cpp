@@ -11,7 +11,7 @@ constexpr long CHUNK = 1 << 16;  // floats of one item
 constexpr long STREAMS = 4;      // of an item, fetched a little ahead, as the panels of a linear layer are
 constexpr long LENGTH = CHUNK / STREAMS;
 constexpr long LINE = 16;   // floats
-constexpr long AHEAD = 256;  // floats
+constexpr long AHEAD = 64;  // floats
 constexpr int CHAINS = 12;  // products in flight, enough for any level
 
 float read_chunk(const float* p) {
@@ -75,7 +75,9 @@ using namespace quire;
 // Reads `floats` (whole chunks of 65536) from memory on the whole team; the sum keeps the reading from being left out.
 float quire_read_memory(const float* data, int64_t floats) {
     std::atomic<float> total{0};
-    for_each_item(floats / CHUNK, true, [&](long i) { total.store(read_chunk(data + i * CHUNK), std::memory_order_relaxed); });
+    for_each_run(floats / CHUNK, true, [&](long first, long end) {
+        for (long i = first; i < end; i++) total.store(read_chunk(data + i * CHUNK), std::memory_order_relaxed);
+    });
     return total;
 }
 

@@ -130,17 +130,6 @@ QUIRE_INLINE I nibble_sum(I sum, I part) { return sum + part; }
 
 #endif
 
-// As after() of simd.h.
-template <class P>
-QUIRE_INLINE P* after(I x, P* p) {
-#if defined(__x86_64__) && !defined(QUIRE_AVX512) && !defined(QUIRE_AVX512BF16)
-    __asm__("" : "+r"(p) : "x"(x));
-#else
-    (void)x;
-#endif
-    return p;
-}
-
 // Rounds k values to bytes: x is near q * scale. A row with inf or NaN in it gets a scale of NaN. Returns the sum of q.
 template <class T>
 int32_t round_values(const T* x, long k, int8_t* q, float* scale) {

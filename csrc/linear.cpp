@@ -31,8 +31,6 @@ namespace {
 constexpr long GROUP = BLOCK_COLUMNS / PANEL;
 constexpr long ITEM_ROWS = 96;   // rows of one item
 constexpr long BLOCK_ROWS = 384;  // rows that are packed at a time
-constexpr long FETCH_STEPS = 16;  // how far ahead a lone stream is fetched
-constexpr long RUNS = 16;         // items for each thread of the team, if there are groups enough
 #if defined(QUIRE_NATIVE_DOT)
 constexpr long WIDEN_ROWS = LONG_MAX;
 constexpr long BLOCK_BYTES = 32 << 10;  // of the panels of a block
@@ -201,11 +199,11 @@ void linear_block(const T* x, long x_stride, Call<T> call) {
         }
     });
     const long groups = ceil_div(call.n, BLOCK_COLUMNS), blocks = ceil_div(call.m, ITEM_ROWS);
-    const long run = std::max<long>(1, groups * blocks / (RUNS * team_size())), runs = ceil_div(groups, run);
-    for_each_item(runs * blocks, call.m * call.n * call.k > 1 << 17, [&](long item) {
-        const long block = item / runs, first = item % runs * run;
-        for (long group = first; group < std::min(groups, first + run); group++)
-            multiply_group(call, call.tiles * block / blocks, call.tiles * (block + 1) / blocks, group);
+    for_each_run(groups * blocks, call.m * call.n * call.k > 1 << 17, [&](long first, long end) {
+        for (long item = first; item < end; item++) {
+            const long block = item / groups;
+            multiply_group(call, call.tiles * block / blocks, call.tiles * (block + 1) / blocks, item % groups);
+        }
     });
 }
 

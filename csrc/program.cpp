@@ -38,21 +38,22 @@ int32_t caller(const int64_t* cells) {
     return call<FUNCTION>(FUNCTION, cells, places(FUNCTION));
 }
 
-#define QUIRE_CALLABLES(X)          \
-    X(quire_linear)                 \
-    X(quire_quantized_linear)       \
-    X(quire_norm_quantized_linear)  \
-    X(quire_gated_quantized_linear) \
-    X(quire_write_cache)            \
-    X(quire_rotary)                 \
-    X(quire_attention)              \
-    X(quire_heads_linear)           \
-    X(quire_rms_norm)               \
-    X(quire_layer_norm)             \
-    X(quire_experts)                \
-    X(quire_gated)                  \
-    X(quire_strided)                \
-    X(quire_move)                   \
+#define QUIRE_CALLABLES(X)               \
+    X(quire_linear)                      \
+    X(quire_quantized_linear)            \
+    X(quire_rms_norm_quantized_linear)   \
+    X(quire_layer_norm_quantized_linear) \
+    X(quire_gated_quantized_linear)      \
+    X(quire_write_cache)                 \
+    X(quire_rotary)                      \
+    X(quire_attention)                   \
+    X(quire_heads_linear)                \
+    X(quire_rms_norm)                    \
+    X(quire_layer_norm)                  \
+    X(quire_experts)                     \
+    X(quire_gated)                       \
+    X(quire_strided)                     \
+    X(quire_move)                        \
     X(quire_gather_rows)
 #define QUIRE_NAME(function) #function " "
 #define QUIRE_CALLER(function) caller<function>,

@@ -8,8 +8,9 @@
 //                a byte holds k = 8 j + i in its low half and k = 8 j + 4 + i in its high half, i < 4
 //
 // N is filled up with zero outputs, K with zero values of x. Rows of x may be those of a norm or of a gated activation,
-// which are made just before they are rounded and are kept by nobody. A tile of rows runs over the whole of K in registers, because
-// a panel of bytes lies in L1 or L2 while all tiles of an item pass it, each fetching its share of the next one.
+// which are made just before they are rounded and are kept by nobody. A tile of rows runs over the whole of K in registers:
+// sums of integers are exact, and those of groups, scaled, are added in ascending order. A panel of bytes lies in L1 or L2
+// while all tiles of an item pass it, each fetching its share of the next one.
 #include <algorithm>
 #include <climits>
 #include <cmath>
@@ -45,16 +46,14 @@ namespace {
 
 constexpr long ITEM_PANELS = BLOCK_COLUMNS / PANEL;
 constexpr long ITEM_ROWS = 96;
-constexpr long BLOCK_ROWS = 384;    // rows of x that are rounded and packed at a time
-constexpr long FETCH_BYTES = 1024;  // how far ahead a lone stream is fetched
-constexpr long TURN_STEP = NIBBLE_CHUNK * PANEL / 2;
-constexpr long EXTRAS_AHEAD = 512;  // and the scales of 4-bit weights, which are a stream beside it
+constexpr long BLOCK_ROWS = 384;  // rows of x that are rounded and packed at a time
+constexpr long FETCH_BYTES = 64 * FETCH_STEPS;
 #if defined(QUIRE_AVX512BF16)
 constexpr long LONE_ROWS = 6;  // one tile of more rows would hold up the stream: two tiles fetch whole panels ahead
 #else
 constexpr long LONE_ROWS = LONG_MAX;
 #endif
-constexpr int DEFAULT_ZERO = 8;     // of weights without zero points
+constexpr int DEFAULT_ZERO = 8;  // of weights without zero points
 
 // How the weights of one linear lie in memory.
 struct Layout {
@@ -79,9 +78,6 @@ struct Layout {
                        : start + (at / BYTE_DEPTH * PANEL + column) * BYTE_DEPTH + at % BYTE_DEPTH;
     }
     int shift(long at) const { return at / 4 % 2 * 4; }
-    // How much of a panel a lone stream has used when it has fetched the rest: then it goes on in the panels behind those
-    // that lie side by side, which are next.
-    long turn() const { return std::max<long>(0, panel - FETCH_BYTES) / TURN_STEP * TURN_STEP; }
 };
 
 // One row's values into its column of a panel, whose bytes are set already where the row ends early.
@@ -186,8 +182,7 @@ struct Piece {
     const int32_t* sums;
     float* block;
     const uint8_t* fetch;  // what to have in the cache next ...
-    long fetch_step;       // ... and how far to go on at every 64 bytes of a panel,
-    long turn, jump;       // but when so many bytes of a panel have been used, as far as this beside
+    long fetch_step;       // ... and how far to go on at every 64 bytes of a panel
 };
 
 template <class, int ROWS, int PANELS>
@@ -201,32 +196,28 @@ struct MultiplyBytes {
         I c[ROWS][VECTORS];
         QUIRE_UNROLL for (int i = 0; i < ROWS; i++)
             QUIRE_UNROLL for (int v = 0; v < VECTORS; v++) c[i][v] = set1_int(-BYTE_OFFSET * piece.sums[i]);
-        long s = 0;
-        for (const long end : {std::min(steps, piece.turn / STEP), steps}) {
-            for (; s < end; s++, a += ROWS, panels += STEP) {
-                for (int p = 0; p < PANELS; p++) prefetch(fetch + p * panel);
-                fetch += piece.fetch_step * STEP / 64;
-                auto weights = [&](int v) {
-                    return byte_weights(panels + v / PANEL_VECTORS * panel + v % PANEL_VECTORS * W * BYTE_DEPTH);
-                };
-                if constexpr (ROWS < VECTORS) {
-                    I x[ROWS];
-                    QUIRE_UNROLL for (int i = 0; i < ROWS; i++) x[i] = set1_int(int32_t(a[i]));
-                    QUIRE_UNROLL for (int v = 0; v < VECTORS; v++) {
-                        const I weight = weights(v);
-                        QUIRE_UNROLL for (int i = 0; i < ROWS; i++) c[i][v] = byte_dot(c[i][v], weight, x[i]);
-                    }
-                } else {
-                    I weight[VECTORS];
-                    QUIRE_UNROLL for (int v = 0; v < VECTORS; v++) weight[v] = weights(v);
-                    QUIRE_UNROLL for (int i = 0; i < ROWS; i++) {
-                        const I x = set1_int(int32_t(a[i]));
-                        QUIRE_UNROLL for (int v = 0; v < VECTORS; v++) c[i][v] = byte_dot(c[i][v], weight[v], x);
-                        a = after(c[i][VECTORS - 1], a);
-                    }
+        for (long s = 0; s < steps; s++, a += ROWS, panels += STEP) {
+            for (int p = 0; p < PANELS; p++) prefetch(fetch + p * panel);
+            fetch += piece.fetch_step * STEP / 64;
+            auto weights = [&](int v) {
+                return byte_weights(panels + v / PANEL_VECTORS * panel + v % PANEL_VECTORS * W * BYTE_DEPTH);
+            };
+            if constexpr (ROWS < VECTORS) {
+                I x[ROWS];
+                QUIRE_UNROLL for (int i = 0; i < ROWS; i++) x[i] = set1_int(int32_t(a[i]));
+                QUIRE_UNROLL for (int v = 0; v < VECTORS; v++) {
+                    const I weight = weights(v);
+                    QUIRE_UNROLL for (int i = 0; i < ROWS; i++) c[i][v] = byte_dot(c[i][v], weight, x[i]);
+                }
+            } else {
+                I weight[VECTORS];
+                QUIRE_UNROLL for (int v = 0; v < VECTORS; v++) weight[v] = weights(v);
+                QUIRE_UNROLL for (int i = 0; i < ROWS; i++) {
+                    const I x = set1_int(int32_t(a[i]));
+                    QUIRE_UNROLL for (int v = 0; v < VECTORS; v++) c[i][v] = byte_dot(c[i][v], weight[v], x);
+                    a = after(c[i][VECTORS - 1], a);
                 }
             }
-            fetch += piece.jump;
         }
         QUIRE_UNROLL for (int v = 0; v < VECTORS; v++) {
             const uint8_t* scales = piece.panels + v / PANEL_VECTORS * panel + w.data;
@@ -290,7 +281,10 @@ struct MultiplyNibbles {
         for (long g = 0; g < groups; g++) {
             const uint8_t* extras = piece.panels + w.data + g * PANEL * 2;
             const uint8_t* zeros = piece.panels + w.data + (groups * 2 + g) * PANEL;
-            for (int p = 0; p < PANELS; p++) prefetch(extras + p * panel + EXTRAS_AHEAD);
+            for (int p = 0; p < PANELS; p++) {  // those of the panels that are next
+                prefetch(extras + (PANELS + p) * panel);
+                if (w.zeros) prefetch(zeros + (PANELS + p) * panel);
+            }
             I sum[ROWS][VECTORS];
             QUIRE_UNROLL for (int v = 0; v < VECTORS; v++) {
                 const long at = v / PANEL_VECTORS * panel + v % PANEL_VECTORS * W;
@@ -299,7 +293,6 @@ struct MultiplyNibbles {
             }
             for (long chunk = 0; chunk < w.group; chunk += NIBBLE_CHUNK) {
                 constexpr long BYTES = NIBBLE_CHUNK * PANEL / 2;
-                if (panels - piece.panels == piece.turn) fetch += piece.jump;
                 for (int p = 0; p < PANELS; p++)
                     for (long line = 0; line < BYTES / 64; line++) prefetch(fetch + p * panel + line * piece.fetch_step);
                 fetch += piece.fetch_step * BYTES / 64;
@@ -351,12 +344,9 @@ void multiply_item(const Call<T>& call, long tile0, long tile1, long panel0, lon
         while (width > panel1 - p) width /= 2;
         const uint8_t* panels = call.packed + p * w.panel;
         const uint8_t* next = p + width < w.panels ? panels + width * w.panel : panels;
-        // Threads that stream take their items in turn, mostly.
-        const long following = p + width < panel1 ? width : panel0 + team_size() * ITEM_PANELS - p;
         for (long t = tile0; t < tile1; t++) {
             const long row = call.first_row(t), rows = call.first_row(t + 1) - row, share = tile1 - tile0;
             const uint8_t* fetch = lone ? panels + FETCH_BYTES : next + (t - tile0) * w.panel / share;
-            const long turn = lone ? w.turn() : w.panel;
             const Piece piece{w,
                               panels,
                               call.a + row * w.words(),
@@ -364,9 +354,7 @@ void multiply_item(const Call<T>& call, long tile0, long tile1, long panel0, lon
                               call.sums + row * w.groups,
                               block,
                               fetch,
-                              lone ? 64 : 64 / share,
-                              turn,
-                              (following - 1) * w.panel};
+                              lone ? 64 : 64 / share};
             // Tiles are cut evenly, so some may have a row less than the others: fewer panels at once always exist.
             if (w.nibbles)
                 kernel_for<MultiplyNibbles, nibble>(rows, width)(piece);
@@ -391,10 +379,12 @@ void linear_block(Call<T> call, const RowAt& row_at) {
     if (call.m > LONE_ROWS) call.tiles = std::max<long>(2, call.tiles);
     for_each_item(call.tiles, call.m * w.k > 1 << 15, [&](long tile) { call.round_tile(tile, row_at); });
     const long groups = ceil_div(w.panels, ITEM_PANELS), blocks = ceil_div(call.tiles, ITEM_ROWS / most_rows);
-    for_each_item(groups * blocks, call.m * w.n * w.k > 1 << 17, [&](long item) {
-        const long block = item / groups, group = item % groups;
-        multiply_item(call, call.tiles * block / blocks, call.tiles * (block + 1) / blocks, group * ITEM_PANELS,
-                      std::min(w.panels, (group + 1) * ITEM_PANELS));
+    for_each_run(groups * blocks, call.m * w.n * w.k > 1 << 17, [&](long first, long end) {
+        for (long item = first; item < end; item++) {
+            const long block = item / groups, group = item % groups;
+            multiply_item(call, call.tiles * block / blocks, call.tiles * (block + 1) / blocks, group * ITEM_PANELS,
+                          std::min(w.panels, (group + 1) * ITEM_PANELS));
+        }
     });
 }
 
@@ -406,6 +396,19 @@ void linear(const QuireQuantized& weight, const void* packed, const void* bias, 
         linear_block(Call<T>{w, static_cast<const uint8_t*>(packed), static_cast<const T*>(bias),
                              static_cast<T*>(out) + row * w.n, std::min(BLOCK_ROWS, m - row), 0, nullptr, nullptr, nullptr},
                      [&](long i) { return row_at(row + i); });
+}
+
+// Each row of the norm goes to `normed`, or where that is null into a thread's own memory, just before it is rounded.
+template <class T, class Norm>
+void linear_of_norm(const Norm& norm, void* normed, const QuireQuantized& weight, const void* packed, const void* bias,
+                    void* out, long m) {
+    struct Row;
+    T* kept = static_cast<T*>(normed);
+    linear<T>(weight, packed, bias, out, m, [&](long row) {
+        T* to = kept ? kept + row * norm.dim : static_cast<T*>(scratch<Row>(norm.dim * long(sizeof(T))));
+        norm.row(row, to);
+        return to;
+    });
 }
 
 // fn(zero) with a zero of the dtype.
@@ -442,20 +445,25 @@ void quire_quantized_linear(const QuireQuantized* weight, int32_t dtype, const v
     });
 }
 
-void quire_norm_quantized_linear(int32_t dtype, const void* x, int64_t stride, const void* residual, const void* scale,
-                                 void* normed, void* total, int64_t m, int64_t dim, float eps, int32_t style,
-                                 const QuireQuantized* weight, const void* packed, const void* bias, void* out) {
+void quire_rms_norm_quantized_linear(int32_t dtype, const void* x, int64_t stride, const void* residual, const void* scale,
+                                     void* normed, void* total, int64_t m, int64_t dim, float eps, int32_t style,
+                                     const QuireQuantized* weight, const void* packed, const void* bias, void* out) {
     with_dtype(dtype, [&](auto zero) {
         using T = decltype(zero);
-        struct Normed;
         const RmsNorm<T> norm{static_cast<const T*>(x), static_cast<const T*>(residual), static_cast<const T*>(scale),
                               static_cast<T*>(total), stride, dim, eps, style};
-        T* kept = static_cast<T*>(normed);
-        linear<T>(*weight, packed, bias, out, m, [&](long row) {
-            T* to = kept ? kept + row * dim : static_cast<T*>(scratch<Normed>(dim * long(sizeof(T))));
-            norm.row(row, to);
-            return to;
-        });
+        linear_of_norm<T>(norm, normed, *weight, packed, bias, out, m);
+    });
+}
+
+void quire_layer_norm_quantized_linear(int32_t dtype, const void* x, int64_t stride, const void* scale, const void* shift,
+                                       void* normed, int64_t m, int64_t dim, float eps, const QuireQuantized* weight,
+                                       const void* packed, const void* bias, void* out) {
+    with_dtype(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        const LayerNorm<T> norm{static_cast<const T*>(x), static_cast<const T*>(scale), static_cast<const T*>(shift), stride,
+                                dim, eps};
+        linear_of_norm<T>(norm, normed, *weight, packed, bias, out, m);
     });
 }
 

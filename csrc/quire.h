@@ -33,12 +33,16 @@ QUIRE_API void quire_unpack_quantized(const QuireQuantized* weight, void* packed
                                       uint8_t* zeros);
 QUIRE_API void quire_quantized_linear(const QuireQuantized* weight, int32_t dtype, const void* x, int64_t x_stride,
                                       const void* packed, const void* bias, void* out, int64_t m);
-// The same of the rows that quire_rms_norm or quire_gated (below) would give, to the bit. normed: null, or where the rows
-// of the norm go.
-QUIRE_API void quire_norm_quantized_linear(int32_t dtype, const void* x, int64_t stride, const void* residual,
-                                           const void* scale, void* normed, void* total, int64_t m, int64_t dim,
-                                           float eps, int32_t style, const QuireQuantized* weight, const void* packed,
-                                           const void* bias, void* out);
+// The same of the rows that quire_rms_norm, quire_layer_norm or quire_gated (below) would give, to the bit. normed: null, or
+// where the rows of the norm go.
+QUIRE_API void quire_rms_norm_quantized_linear(int32_t dtype, const void* x, int64_t stride, const void* residual,
+                                               const void* scale, void* normed, void* total, int64_t m, int64_t dim,
+                                               float eps, int32_t style, const QuireQuantized* weight,
+                                               const void* packed, const void* bias, void* out);
+QUIRE_API void quire_layer_norm_quantized_linear(int32_t dtype, const void* x, int64_t stride, const void* scale,
+                                                 const void* shift, void* normed, int64_t m, int64_t dim, float eps,
+                                                 const QuireQuantized* weight, const void* packed, const void* bias,
+                                                 void* out);
 QUIRE_API void quire_gated_quantized_linear(int32_t dtype, const void* gate, const void* up, int64_t stride, int64_t m,
                                             int64_t dim, int32_t activation, const QuireQuantized* weight,
                                             const void* packed, const void* bias, void* out);

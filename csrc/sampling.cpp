@@ -150,17 +150,18 @@ private:
 
     // ---- bounds
 
-    float bound_of_top_k() const {
+    float bound_of_top_k() {
         const long chunks = (n_ + CHUNK - 1) / CHUNK;
         if (rule_.top_k >= chunks) return LOWEST;
-        static thread_local std::vector<float> maxima;
-        maxima.resize(size_t(chunks));
-        float* most = maxima.data();
+        maxima_.resize(size_t(chunks));
+        float* most = maxima_.data();
         for_each_part(n_, team_, [&](long first, long end) {
             for (long i = first; i < end; i += CHUNK) most[i / CHUNK] = largest_of(x_ + i, std::min(CHUNK, end - i));
         });
-        std::nth_element(most, most + (rule_.top_k - 1), most + chunks, std::greater<float>());
-        return most[rule_.top_k - 1];
+        static thread_local std::vector<float> order;
+        order = maxima_;
+        std::nth_element(order.begin(), order.begin() + (rule_.top_k - 1), order.end(), std::greater<float>());
+        return order[size_t(rule_.top_k - 1)];
     }
 
     float bound_of_top_p(double& total) const {
@@ -204,8 +205,8 @@ private:
         ids_.clear();
         logits_.clear();
         for (long c = 0; c < n_; c += CHUNK) {
-            const long end = std::min(CHUNK, n_ - c);
-            for_each_at_least(x_ + c, end, bound, [&](long i) {
+            if (!maxima_.empty() && maxima_[size_t(c / CHUNK)] < bound) continue;
+            for_each_at_least(x_ + c, std::min(CHUNK, n_ - c), bound, [&](long i) {
                 ids_.push_back(int32_t(c + i));
                 logits_.push_back(to_float(x_[c + i]));
                 return false;
@@ -310,6 +311,7 @@ private:
     const float largest_;
     std::vector<int32_t> ids_;
     std::vector<float> logits_, weights_;
+    std::vector<float> maxima_;  // of chunks, where the bound of top-k looked at them
 };
 
 // out[r] = choose(r, team) for all rows: one after the other with the team, or one for each of its threads.

@@ -1,5 +1,5 @@
-// The file with the instructions of a machine in it (integers.h has those for integers). Everything else is written with the few names below and is
-// compiled once per instruction-set level; the level is chosen by the build with one of
+// The file with the instructions of a machine in it (integers.h has those for integers). Everything else is written with
+// the few names below and is compiled once per instruction-set level; the level is chosen by the build with one of
 //     QUIRE_AVX512BF16 (AVX-512 with BF16 and VNNI)   QUIRE_AVX512   QUIRE_AVX2 (with FMA)   none (plain C++)
 //
 //   F                     W floats                 load, store, set1, add, sub, mul, div, fma, max, min, select_lt ...
@@ -253,8 +253,8 @@ QUIRE_INLINE F zero() { return set1(0.0f); }
 
 // The pointer p, which the compiler believes to depend on x: what is read through it is not read before x is there, and
 // does not wait in a register that something else needs. Only where there are but 16 registers.
-template <class P>
-QUIRE_INLINE P* after(F x, P* p) {
+template <class V, class P>
+QUIRE_INLINE P* after(V x, P* p) {
 #if defined(__x86_64__) && !defined(QUIRE_AVX512) && !defined(QUIRE_AVX512BF16)
     __asm__("" : "+r"(p) : "x"(x));
 #else

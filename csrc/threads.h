@@ -2,6 +2,7 @@
 // that the system holds up delays only the item it has in hand. Which thread does an item never changes its result.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <new>
@@ -12,6 +13,8 @@ namespace quire {
 // A body takes its work item by item, so it does not matter how many come.
 void run_on_team(void (*body)(void*), void* context);
 int team_size();
+
+constexpr long RUN_SHARES = 4;  // a run is at most this share of what is left for each thread
 
 // fn(item) for every item in [0, items). `worth` tells whether the whole is worth waking the team.
 template <class Fn>
@@ -29,6 +32,29 @@ void for_each_item(long items, bool worth, const Fn& fn) {
         [](void* context) {
             Job& job = *static_cast<Job*>(context);
             for (long i; (i = job.next.fetch_add(1, std::memory_order_relaxed)) < job.items;) job.fn(i);
+        },
+        &job);
+}
+
+// fn(first, end) for runs that together cover [0, items): long ones first and single items in the end, so that each thread
+// reads long streams and all of them end at about the same time.
+template <class Fn>
+void for_each_run(long items, bool worth, const Fn& fn) {
+    if (!worth || items <= 1 || team_size() == 1) return fn(0l, items);
+    struct Job {
+        const Fn& fn;
+        const long items, shares;
+        std::atomic<long> next;
+    } job{fn, items, RUN_SHARES * team_size(), {0}};
+    run_on_team(
+        [](void* context) {
+            Job& job = *static_cast<Job*>(context);
+            for (long first = 0; first < job.items;) {
+                const long end = first + std::max(1l, (job.items - first) / job.shares);
+                if (!job.next.compare_exchange_weak(first, end, std::memory_order_relaxed)) continue;
+                job.fn(first, end);
+                first = job.next.load(std::memory_order_relaxed);
+            }
         },
         &job);
 }

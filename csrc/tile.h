@@ -14,6 +14,7 @@
 #pragma once
 
 #include <array>
+#include <type_traits>
 #include <utility>
 
 #include "simd.h"
@@ -142,11 +143,21 @@ struct Tile {
     }
 };
 
+// One row alone: its values in their order, filled up with zeros. No weight is read meanwhile, so it is quick.
+template <class T, class Value>
+inline void pack_row(const Value* row, long k, long whole, typename Dot<T>::A* out) {
+    auto* values = reinterpret_cast<std::conditional_t<Dot<T>::DEPTH == Dot<T>::STEP_A, float, T>*>(out);
+    long j = 0;
+    for (; j + W <= k; j += W) store(values + j, load(row + j));
+    if (j < whole) store_some(values + j, load_some(row + j, k - j), whole - j);
+}
+
 // Rows of A packed for one tile: all rows of a value of k (or of a pair) side by side, k after k.
 //     row_at(i)[k], i < rows  ->  [k rounded up to DEPTH][rows], missing values 0
 template <class T, class RowAt>
 inline void pack_rows(const RowAt& row_at, int rows, long k, typename Dot<T>::A* out) {
     const long whole = (k + Dot<T>::DEPTH - 1) / Dot<T>::DEPTH * Dot<T>::DEPTH;
+    if (rows == 1) return pack_row<T>(row_at(0), k, whole, out);
     for (int i = 0; i < rows; i++) {
         const auto* row = row_at(i);
         if constexpr (Dot<T>::DEPTH == Dot<T>::STEP_A) {  // A is float
@@ -181,6 +192,10 @@ inline void widen(const bf16* panel, long steps, float* out) {
 
 // Every kernel keeps C in a small block of rows of 64 columns, wherever it goes in the end.
 constexpr long BLOCK_COLUMNS = 64;
+
+// How many lines ahead a stream of weights is fetched that nothing else fetches: over the edges of pages, where the machine's
+// own prefetcher begins anew. Further ahead there are more of them on their way than a core has room for.
+constexpr long FETCH_STEPS = 4;
 
 // What to fetch into the cache meanwhile: at step s the line at from[p] + s * step (bytes) for each panel p.
 constexpr int MAX_PANELS = 4;

@@ -159,14 +159,18 @@ def test_rows_of_quantized_layers_are_made_on_their_way_in(dtype: torch.dtype, o
             y, total = ops.add_rms_norm(total * 2, total, weight, 1e-5, style)
             y = ops.quantized_linear(y, wide)
             total = ops.quantized_linear(ops.gated(y, "silu"), narrow) + total
+        total = ops.quantized_linear(ops.layer_norm(total, weight, TABLE[60, :WIDTH].to(dtype), 1e-5), narrow)
         y = ops.rms_norm(total, weight, 1e-5, "plus_one")
-        return ops.quantized_linear(y, narrow) + y  # somebody else wants the norm
+        total = ops.quantized_linear(y, narrow) + y  # somebody else wants the norm
+        z = ops.layer_norm(total, weight, None, 1e-5)
+        return ops.quantized_linear(z, narrow) + z
 
     program = make(function, ops, dtype)
     names = [line.calls[0].function for line in program._draft.lines]  # type: ignore[attr-defined]
-    assert names.count("quire_norm_quantized_linear") == 4
+    assert names.count("quire_rms_norm_quantized_linear") == 4
+    assert names.count("quire_layer_norm_quantized_linear") == 2
     assert names.count("quire_gated_quantized_linear") == 3
-    assert not {"quire_rms_norm", "quire_gated", "quire_quantized_linear"} & set(names)
+    assert not {"quire_rms_norm", "quire_layer_norm", "quire_gated", "quire_quantized_linear"} & set(names)
     for rows in (1, 2, 30, 400):
         given = inputs(rows, 1, dtype)
         program.spoil(rows)

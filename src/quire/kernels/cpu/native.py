@@ -37,7 +37,8 @@ LONG_FUNCTIONS = {
     "quire_pack_quantized": (_P, _P, _P, _P, _P),
     "quire_unpack_quantized": (_P, _P, _P, _P, _P),
     "quire_quantized_linear": (_P, _I, _P, _L, _P, _P, _P, _L),
-    "quire_norm_quantized_linear": (_I, _P, _L, _P, _P, _P, _P, _L, _L, _F, _I, _P, _P, _P, _P),
+    "quire_rms_norm_quantized_linear": (_I, _P, _L, _P, _P, _P, _P, _L, _L, _F, _I, _P, _P, _P, _P),
+    "quire_layer_norm_quantized_linear": (_I, _P, _L, _P, _P, _P, _L, _L, _F, _P, _P, _P, _P),
     "quire_gated_quantized_linear": (_I, _P, _P, _L, _L, _L, _I, _P, _P, _P, _P),
     "quire_attention": (_P,),
     "quire_experts": (_P,),
@@ -183,7 +184,8 @@ class Library:
     quire_pack_quantized: Callable[..., None]
     quire_unpack_quantized: Callable[..., None]
     quire_quantized_linear: Callable[..., None]
-    quire_norm_quantized_linear: Callable[..., None]
+    quire_rms_norm_quantized_linear: Callable[..., None]
+    quire_layer_norm_quantized_linear: Callable[..., None]
     quire_gated_quantized_linear: Callable[..., None]
     quire_attention: Callable[..., None]
     quire_experts: Callable[..., None]

@@ -6,6 +6,7 @@ models where they occur, so only neighbours are looked at.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from quire.kernels.cpu import native
@@ -16,6 +17,7 @@ STRIDED = ("a", "b", "out", *(f"{name}{i}" for name in ("size", "a", "b", "out")
 STRIDED += ("kind", "a_dtype", "b_dtype", "out_dtype")  # the fields of QuireStrided in order
 ROTARY = tuple(field[0] for field in native.RotaryStruct._fields_)
 NORM = ("dtype", "x", "stride", "residual", "weight", "out", "total", "rows", "dim", "eps", "style")
+LAYER_NORM = ("dtype", "x", "stride", "weight", "bias", "out", "rows", "dim", "eps")
 WRITE = ("cache", "key", "key_stride", "value", "value_stride", "slots", "tokens")
 GATED = ("dtype", "x", "residual", "stride", "out", "rows", "dim", "activation")  # x: gate, residual: up
 QUANTIZED = ("layout", "dtype", "x", "stride", "packed", "bias", "out", "rows")
@@ -35,8 +37,8 @@ def fuse(draft: Draft) -> None:
 
 def fuse_rounding(draft: Draft) -> None:
     """The same for quantized linear layers, whose rows nobody looks for any more."""
-    layer = "quire_quantized_linear"
-    _fuse(draft, {("quire_rms_norm", layer): _linear_of_norm, ("quire_gated", layer): _linear_of_gated})
+    makers = {"quire_rms_norm": NORM, "quire_layer_norm": LAYER_NORM, "quire_gated": GATED}
+    _fuse(draft, {(name, "quire_quantized_linear"): partial(_linear_of, fields) for name, fields in makers.items()})
 
 
 def _fuse(draft: Draft, fusions: dict[tuple[str, str], Fusion]) -> None:
@@ -91,23 +93,20 @@ def _rotated_write(one: Call, two: Call, uses: Uses) -> Call | None:
     return Call(one.function, (Image(image.size, tuple(fields)),))
 
 
-def _linear_of_norm(one: Call, two: Call, uses: Uses) -> Call | None:
-    norm: dict[str, Any] = dict(zip(NORM, one.arguments, strict=True))
+def _linear_of(fields: tuple[str, ...], one: Call, two: Call, uses: Uses) -> Call | None:
+    """The call that makes rows as `one` does and takes them for those of the layer, `two`."""
+    maker: dict[str, Any] = dict(zip(fields, one.arguments, strict=True))
     linear = dict(zip(QUANTIZED, two.arguments, strict=True))
-    if not _feeds(norm, linear):
+    if not _feeds(maker, linear):
         return None
-    if uses[norm["out"].block] == 2:
-        norm["out"] = 0  # nobody else reads the rows of the norm
-    return Call("quire_norm_quantized_linear", (*norm.values(), *_weights(linear)))
-
-
-def _linear_of_gated(one: Call, two: Call, uses: Uses) -> Call | None:
-    gated: dict[str, Any] = dict(zip(GATED, one.arguments, strict=True))
-    linear = dict(zip(QUANTIZED, two.arguments, strict=True))
-    if not _feeds(gated, linear) or uses[gated["out"].block] != 2:
+    alone = uses[maker["out"].block] == 2  # nobody else reads the rows
+    if fields is not GATED:
+        maker["out"] = 0 if alone else maker["out"]
+    elif alone:
+        del maker["out"]
+    else:
         return None
-    del gated["out"]
-    return Call("quire_gated_quantized_linear", (*gated.values(), *_weights(linear)))
+    return Call(f"{one.function}_quantized_linear", (*maker.values(), *_weights(linear)))
 
 
 def _feeds(rows: dict[str, Any], linear: dict[str, Any]) -> bool:
