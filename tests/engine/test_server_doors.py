@@ -63,7 +63,7 @@ def test_tokens_to_and_from_text(server: Running) -> None:
 def test_keys() -> None:
     with served(Setup(keys=("secret", "other"))) as server:
         assert server.client.completions.create(model="", prompt=HELLO).choices[0].text == "hello"
-        with httpx.Client(base_url=server.url) as bare:
+        with httpx.Client(base_url=server.url, timeout=60) as bare:
             for path in ("/v1/models", "/v1/completions", "/tokenize", "/load", "/docs", "/openapi.json", "/nothing"):
                 response = bare.get(path)
                 refused(response, 401)
@@ -114,7 +114,10 @@ def test_public_addresses_need_a_key() -> None:
 
 def test_a_path_prefix_of_a_proxy() -> None:
     """The proxy takes the prefix off; the server only knows of it."""
-    with served(Setup(options=ServeOptions(root_path="/ai"), keys=("secret",))) as server, httpx.Client() as bare:
+    with (
+        served(Setup(options=ServeOptions(root_path="/ai"), keys=("secret",))) as server,
+        httpx.Client(timeout=60) as bare,
+    ):
         assert bare.get(server.url + "/health").is_success
         for path in ("/v1/models", "/ai/health", "/ai"):
             refused(bare.get(server.url + path), 401)

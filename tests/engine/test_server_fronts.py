@@ -193,7 +193,7 @@ def idle(server: StartedServer) -> bool:
 
 
 def generated(server: StartedServer) -> float:
-    return summed(httpx.get(server.url + "/metrics").text, "quire:generation_tokens_total")
+    return summed(httpx.get(server.url + "/metrics", timeout=60).text, "quire:generation_tokens_total")
 
 
 def test_no_stream_notices_the_death_of_the_engine(server: StartedServer, undisturbed: list[Stream]) -> None:
@@ -273,21 +273,21 @@ def test_a_request_is_found_and_ended_by_any_process(server: StartedServer) -> N
             assert seen.status_code == 200 and seen.json()["state"] == "decode", seen.text
         until(lambda: [answer.json()["server_load"] for answer in each(server, "GET", "/load")] == [1] * COUNT)
         until(lambda: live() == [["cmpl-mine"]] * COUNT)
-        gone = httpx.delete(server.url + "/v1/requests/mine")
+        gone = httpx.delete(server.url + "/v1/requests/mine", timeout=60)
         assert gone.status_code == 200 and gone.json()["cancelled"]
         assert '"finish_reason":"abort"' in "".join(lines)
     assert [answer.status_code for answer in each(server, "GET", "/v1/requests/mine")] == [404] * COUNT
 
 
 def test_a_response_is_kept_for_all(server: StartedServer) -> None:
-    made = httpx.post(server.url + "/v1/responses", json={"input": "Hello", "max_output_tokens": 5}).json()
+    made = httpx.post(server.url + "/v1/responses", json={"input": "Hello", "max_output_tokens": 5}, timeout=60).json()
     path = f"/v1/responses/{made['id']}"
     assert [answer.json() for answer in each(server, "GET", path)] == [made] * COUNT
     later = {"input": "And?", "max_output_tokens": 3, "previous_response_id": made["id"]}
     assert all(answer.status_code == 200 for answer in each(server, "POST", "/v1/responses", json=later))
-    refused = httpx.post(server.url + path + "/cancel")
+    refused = httpx.post(server.url + path + "/cancel", timeout=60)
     assert refused.status_code == 400 and "background" in refused.json()["error"]["message"]
-    assert httpx.delete(server.url + path).json()["deleted"]
+    assert httpx.delete(server.url + path, timeout=60).json()["deleted"]
     assert [answer.status_code for answer in each(server, "GET", path)] == [404] * COUNT
 
 

@@ -32,7 +32,9 @@ ENDLESS = {"prompt": "x|", "max_tokens": 400, "stream": True}
 def streaming(server: Running, name: str, **fields: Any) -> Iterator[Iterator[str]]:
     """The lines of a stream whose id is cmpl-NAME. Letting go of the iterator closes the connection."""
     headers = {**server.http.headers, "X-Request-Id": name}
-    with httpx.stream("POST", server.url + "/v1/completions", json=ENDLESS | fields, headers=headers) as response:
+    with httpx.stream(
+        "POST", server.url + "/v1/completions", json=ENDLESS | fields, headers=headers, timeout=60
+    ) as response:
         yield response.iter_lines()
 
 
@@ -56,7 +58,7 @@ def test_an_engine_that_stands_still_is_not_healthy() -> None:
         server.service.engine._command(lambda: blocked.wait(20) and None, lambda error: None)
         asker = threading.Thread(target=lambda: server.http.post("/v1/completions", json={"prompt": "say:a;|"}))
         asker.start()
-        with httpx.Client(base_url=server.url) as other:
+        with httpx.Client(base_url=server.url, timeout=60) as other:
             until(lambda: other.get("/livez").status_code == 503)
             assert other.get("/livez").json()["status"] == "stalled"
             assert other.get("/readyz").status_code == 503 == other.get("/health").status_code
@@ -107,7 +109,9 @@ def streaming_in_thread(server: Running, name: str) -> Iterator[None]:
     body = {"prompt": "y|", "max_tokens": 50}
     headers = {"X-Request-Id": name}
     before = len(server.service.live)
-    thread = threading.Thread(target=lambda: httpx.post(server.url + "/v1/completions", json=body, headers=headers))
+    thread = threading.Thread(
+        target=lambda: httpx.post(server.url + "/v1/completions", json=body, headers=headers, timeout=60)
+    )
     thread.start()
     until(lambda: len(server.service.live) > before)
     yield

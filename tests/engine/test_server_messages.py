@@ -23,7 +23,7 @@ def server() -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def client(server: Running) -> Iterator[anthropic.Anthropic]:
-    with anthropic.Anthropic(base_url=server.url, api_key="secret", max_retries=0, timeout=30) as found:
+    with anthropic.Anthropic(base_url=server.url, api_key="secret", max_retries=0, timeout=60) as found:
         yield found
 
 
@@ -156,7 +156,7 @@ CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</t
 def speaker() -> Iterator[anthropic.Anthropic]:
     """A client of a server whose model writes calls and thoughts in a known way."""
     with served(Setup(ServeOptions(tool_call_parser="hermes", reasoning_parser="qwen3"))) as running:
-        yield anthropic.Anthropic(base_url=running.url, api_key="none", max_retries=0, timeout=30)
+        yield anthropic.Anthropic(base_url=running.url, api_key="none", max_retries=0, timeout=60)
 
 
 def says(text: str) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import httpx
@@ -48,8 +48,18 @@ def process(shutdown_timeout: float, delay: float) -> Iterator[tuple[subprocess.
         started.communicate()
 
 
-def lines_of(response: httpx.Response) -> list[str]:
-    return [line.removeprefix("data: ") for line in response.iter_lines() if line]
+def streamed(url: str, tokens: int) -> AbstractContextManager[httpx.Response]:
+    """An answer of so many tokens as it comes."""
+    body = {"prompt": "x|", "max_tokens": tokens, "stream": True}
+    return httpx.stream("POST", url + "/v1/completions", json=body, timeout=60)
+
+
+def heard(response: httpx.Response) -> tuple[str, str]:
+    """The text of a stream that ends as it should, and why it ended."""
+    *chunks, last = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    assert last == "[DONE]"
+    choices = [json.loads(chunk)["choices"][0] for chunk in chunks]
+    return "".join(choice["text"] for choice in choices), choices[-1]["finish_reason"]
 
 
 def test_the_greeting_and_an_idle_end() -> None:
@@ -59,54 +69,44 @@ def test_the_greeting_and_an_idle_end() -> None:
         assert server.stdout is not None
         curl = server.stdout.readline() if not lines[-1].strip().startswith("curl") else lines[-1]
         assert curl.strip().startswith(f"curl {url}/v1/chat/completions")
-        assert httpx.get(url + "/health").is_success
+        assert httpx.get(url + "/health", timeout=60).is_success
         server.send_signal(signal.SIGTERM)
         assert server.wait(60) == 0
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
 def test_running_requests_finish_after_the_signal(stop: signal.Signals) -> None:
-    body = {"prompt": "x|", "max_tokens": 60, "stream": True}
-    with process(60, 0.02) as (server, url, _), httpx.stream("POST", url + "/v1/completions", json=body) as response:
+    with process(60, 0.02) as (server, url, _), streamed(url, 60) as response:
         server.send_signal(stop)
-        lines = lines_of(response)
-        assert lines[-1] == "[DONE]"
-        assert json.loads(lines[-2])["choices"][0]["finish_reason"] == "length"
-        assert len(lines) == 61
+        assert heard(response) == ("abcdefghij" * 6, "length")
         assert server.wait(60) == 0
 
 
 def test_late_requests_are_ended_properly_at_the_timeout() -> None:
-    body = {"prompt": "x|", "max_tokens": 400, "stream": True}
-    with process(0.3, 0.02) as (server, url, _), httpx.stream("POST", url + "/v1/completions", json=body) as response:
+    with process(0.3, 0.02) as (server, url, _), streamed(url, 400) as response:
         server.send_signal(signal.SIGTERM)
-        lines = lines_of(response)
-        assert lines[-1] == "[DONE]"
-        assert json.loads(lines[-2])["choices"][0]["finish_reason"] == "abort"
+        assert heard(response)[1] == "abort"
         assert server.wait(60) == 0
 
 
 def test_no_connection_is_taken_while_it_drains() -> None:
-    body = {"prompt": "x|", "max_tokens": 100, "stream": True}
-
     def refuses() -> bool:
         try:
-            httpx.get(url + "/health")
+            httpx.get(url + "/health", timeout=60)
             return False
-        except httpx.ConnectError:
+        except httpx.TransportError:
             return True
 
-    with process(60, 0.02) as (server, url, _), httpx.stream("POST", url + "/v1/completions", json=body) as response:
+    with process(60, 0.02) as (server, url, _), streamed(url, 100) as response:
         server.send_signal(signal.SIGTERM)
         until(refuses)
-        lines = lines_of(response)
-        assert lines[-1] == "[DONE]" and len(lines) == 101
+        assert heard(response) == ("abcdefghij" * 10, "length")
 
 
 def test_an_engine_that_dies_ends_the_process_with_an_error() -> None:
     """So that whoever supervises it starts it again."""
     with process(5, 0) as (server, url, _):
-        assert httpx.post(url + "/v1/completions", json={"prompt": "die"}).status_code == 503
+        assert httpx.post(url + "/v1/completions", json={"prompt": "die"}, timeout=60).status_code == 503
         assert server.wait(60) == 1
 
 
@@ -121,7 +121,7 @@ def starting(awaited: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     def answers() -> bool:
         assert started.poll() is None
         try:
-            return httpx.get(url + "/livez").json().get("phase") == "pretending"
+            return httpx.get(url + "/livez", timeout=60).json().get("phase") == "pretending"
         except httpx.TransportError:
             return False
 
@@ -135,21 +135,25 @@ def starting(awaited: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 def test_a_server_that_starts_says_so(tmp_path: Path) -> None:
     with starting(tmp_path / "ready") as (_, url):
-        live = httpx.get(url + "/livez").json()
+        live = httpx.get(url + "/livez", timeout=60).json()
         assert live["status"] == "starting" and live["phase"] == "pretending" and live["done"] == {"nothing": 0.0}
-        ready = httpx.get(url + "/readyz")
+        ready = httpx.get(url + "/readyz", timeout=60)
         assert ready.status_code == 503 and ready.json()["phase"] == "pretending"
-        assert httpx.get(url + "/health").status_code == 503 == httpx.get(url + "/ping").status_code
+        assert (
+            httpx.get(url + "/health", timeout=60).status_code
+            == 503
+            == httpx.get(url + "/ping", timeout=60).status_code
+        )
         body = {"prompt": "say:hello;|"}
-        assert httpx.post(url + "/v1/completions", json=body).status_code == 401
+        assert httpx.post(url + "/v1/completions", json=body, timeout=60).status_code == 401
         key = {"Authorization": "Bearer secret"}
-        answer = httpx.post(url + "/v1/completions", json=body, headers=key)
+        answer = httpx.post(url + "/v1/completions", json=body, headers=key, timeout=60)
         assert answer.status_code == 503 and int(answer.headers["retry-after"]) > 0
         assert "starting: pretending" in answer.json()["error"]["message"]
         (tmp_path / "ready").touch()
-        until(lambda: httpx.get(url + "/readyz").is_success)
-        assert httpx.get(url + "/livez").json()["status"] == "ready"
-        answer = httpx.post(url + "/v1/completions", json=body, headers=key)
+        until(lambda: httpx.get(url + "/readyz", timeout=60).is_success)
+        assert httpx.get(url + "/livez", timeout=60).json()["status"] == "ready"
+        answer = httpx.post(url + "/v1/completions", json=body, headers=key, timeout=60)
         assert answer.json()["choices"][0]["text"] == "hello"
 
 

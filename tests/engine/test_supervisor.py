@@ -73,6 +73,14 @@ def expected(prompt: str, count: int) -> list[int]:
     return tokens[-count:]
 
 
+async def all_free(engine: AsyncEngine) -> None:
+    """Wait until the engine says that nothing runs and no page is held."""
+    stats = await engine.stats()
+    while stats.running or stats.waiting or stats.free_pages != stats.pages:
+        await asyncio.sleep(0.01)
+        stats = await engine.stats()
+
+
 def pid_of(core: Supervisor) -> int | None:
     child = core._child
     return None if child is None or not core._is_up else child.pid
@@ -176,8 +184,7 @@ def test_a_poisonous_request_ends_alone(poison: str, most: int, tmp_path: Path) 
             heard = Heard()
             await listen(engine, "later", params, "later", heard)
             assert heard.tokens == expected("later", 120)
-            stats = await engine.stats()
-            assert stats.running == stats.waiting == 0 and stats.free_pages == stats.pages
+            await all_free(engine)
 
     asyncio.run(main())
 
@@ -226,7 +233,7 @@ def test_the_same_as_in_one_process() -> None:
     async def main() -> None:
         async with AsyncEngine(byte_engine(mixer, Shape(max_model_len=MAX_MODEL_LEN, num_pages=4000))) as plain:
             wanted = await outputs(plain)
-        core = supervisor({"delay": 0.001})
+        core = supervisor({"delay": 0.01})
         async with engine_over(core) as engine:
             found = await outputs(engine)
             assert found[:-1] == wanted[: len(found) - 1] and found[-1] == "ValidationError"
@@ -238,9 +245,7 @@ def test_the_same_as_in_one_process() -> None:
             await reader
             assert heard.reason == "abort"
             assert await engine.reset_prefix_cache()
-            await asyncio.sleep(0.1)
-            stats = await engine.stats()
-            assert stats.running == 0 and stats.free_pages == stats.pages
+            await all_free(engine)
 
     asyncio.run(main())
 
@@ -272,7 +277,7 @@ def test_a_start_that_fails_raises_its_own_error() -> None:
 def test_an_engine_beyond_repair_tells_everybody(tmp_path: Path) -> None:
     async def main() -> None:
         flag = tmp_path / "die"
-        core = supervisor({"delay": 0.002, "die": str(flag)}, Patience(failed_starts=3, first_pause=0.01))
+        core = supervisor({"delay": 0.02, "die": str(flag)}, Patience(failed_starts=3, first_pause=0.01))
         async with engine_over(core) as engine:
             heard = Heard()
             params = SamplingParams(max_tokens=390, output_kind=DELTA)
@@ -343,7 +348,8 @@ def test_a_server_with_many_connections_restarts_its_engine() -> None:
             await when(lambda: heard.tokens)
             os.kill(pid_of(core) or 0, signal.SIGKILL)
             await reader
-            assert heard.tokens == expected("x", 100) and core.restarts == 1
+            assert heard.tokens == expected("x", 100)
+            await when(lambda: core.restarts == 1)
 
     try:
         asyncio.run(main())

@@ -49,7 +49,7 @@ def bearer(key: str) -> dict[str, str]:
 def test_cve_2026_48746_cve_2026_48710_cve_2026_49468_the_path_is_not_taken_from_the_host_header(
     server: Running,
 ) -> None:
-    with httpx.Client(base_url=server.url) as bare:
+    with httpx.Client(base_url=server.url, timeout=60) as bare:
         for host in ("x/health", "x/health?", "x/health#", "health", "a@b/health", "x/metrics/.."):
             assert bare.get("/v1/models", headers={"Host": host}).status_code in (400, 401)
         assert bare.get("/v1/models", headers={"X-Forwarded-Prefix": "/health"}).status_code == 401
@@ -61,7 +61,7 @@ def test_every_route_but_the_public_ones_needs_a_key(server: Running) -> None:
     paths = {path for route in app.routes if (path := getattr(route, "path", None))}
     paths |= set(app.openapi()["paths"])
     assert {"/docs", "/openapi.json", "/v1/completions", "/tokenize", "/load"} <= paths
-    with httpx.Client(base_url=server.url) as bare:
+    with httpx.Client(base_url=server.url, timeout=60) as bare:
         for path in paths - PUBLIC:
             for method in ("GET", "POST", "PUT", "DELETE", "PATCH"):
                 response = bare.request(method, path.replace("{name:path}", "parrot"))
@@ -112,7 +112,7 @@ def test_a_key_file_that_all_can_read_is_noted(tmp_path: Path, caplog: pytest.Lo
 
 
 def test_the_header_of_anthropic_clients_counts_too(server: Running) -> None:
-    with httpx.Client(base_url=server.url) as bare:
+    with httpx.Client(base_url=server.url, timeout=60) as bare:
         assert bare.get("/v1/models", headers={"x-api-key": "second"}).is_success
         assert bare.get("/v1/models", headers={"x-api-key": "third"}).status_code == 401
 
@@ -197,7 +197,7 @@ def test_browsers_pages_are_let_in_only_by_name(server: Running) -> None:
     )
     other = server.http.options("/v1/completions", headers=asked | {"Origin": "https://evil.example"})
     assert other.status_code == 400 and "access-control-allow-origin" not in other.headers
-    with httpx.Client(base_url=server.url) as bare:
+    with httpx.Client(base_url=server.url, timeout=60) as bare:
         assert bare.post("/v1/completions", headers={"Origin": asked["Origin"]}).status_code == 401
     with served() as plain:
         response = plain.http.options("/v1/completions", headers=asked)
@@ -238,7 +238,7 @@ def test_https(tmp_path: Path) -> None:
         until(lambda: server.started)
         port = server.servers[0].sockets[0].getsockname()[1]
         trusted = ssl.create_default_context(cafile=cert)
-        assert httpx.get(f"https://127.0.0.1:{port}/version", verify=trusted).is_success
+        assert httpx.get(f"https://127.0.0.1:{port}/version", verify=trusted, timeout=60).is_success
         server.should_exit = True
         thread.join()
 

@@ -92,7 +92,7 @@ def test_stop_then_go_on(site: StartedServer, open_page: OpenPage) -> None:
     page.keyboard.press("Escape")
     wait_for_state(page, "stopped")
     before = text_of(page)
-    until(lambda: not httpx.get(site.url + "/load").json()["server_load"])  # for nobody listens
+    until(lambda: not httpx.get(site.url + "/load", timeout=60).json()["server_load"])  # for nobody listens
     set_number(page, "max_tokens", "30")
     page.get_by_role("button", name="Go on").click()
     grown(page, len(before) + 20)
@@ -177,7 +177,7 @@ def test_the_picture_shows_the_pages_of_running_requests(site: StartedServer, op
             "() => /[1-9][0-9]* of one request/.test(document.getElementById('page-text').textContent)"
         )
         page.wait_for_function("() => document.querySelectorAll('#roofline .now').length === 1")
-        until(lambda: shows_an_owner(httpx.get(site.url + "/v1/live").json()))
+        until(lambda: shows_an_owner(httpx.get(site.url + "/v1/live", timeout=60).json()))
         page.screenshot(path=SCREENSHOTS / "at-work.png", full_page=True)
     page.wait_for_function("() => / 0 of one request/.test(document.getElementById('page-text').textContent)")
     assert "cached" in page.inner_text("#page-text")
@@ -196,8 +196,8 @@ def test_a_server_with_a_key(open_page: OpenPage) -> None:
         set_number(page, "max_tokens", "20")
         ask(page, "Tell me a tale.")
         wait_for_state(page, "stopped")
-        assert httpx.get(site.url + "/v1/live").status_code == 401
-        policy = httpx.get(site.url + "/").headers["content-security-policy"]
+        assert httpx.get(site.url + "/v1/live", timeout=60).status_code == 401
+        policy = httpx.get(site.url + "/", timeout=60).headers["content-security-policy"]
         assert "default-src 'none'" in policy and "unsafe" not in policy
 
 
