@@ -76,9 +76,10 @@ number of experts that is no multiple of 16 last digits may still depend on the 
 - **Longrope across the original length** (phi3 and its kind). The library computes all keys of a sequence anew when it
   grows past the length that the model was first trained with. quire keeps the keys of positions before it as they were,
   because they may be shared with others; a prompt that is longer from the start is the same in both.
-- **Falcon with ALiBi.** The library's eager attention adds the biases twice (once to the scores, once with the mask), its
-  default one once. quire compares itself with the eager one and follows it, and the log warns: whether the two agree is
-  tried for every model (`Decider.attentions_disagree`).
+
+What the library's attention gives is the yardstick, and some models have two that disagree: for Falcon with ALiBi the eager
+one adds the biases twice (to the scores, and with the mask), the default one once. Both are tried on the twin; where they
+disagree the default one counts, and the model runs on it as a whole (tier C).
 
 | model type | class | tier | equal | largest difference | replaced | remarks |
 |---|---|---|---|---|---|---|

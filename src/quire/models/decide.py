@@ -21,16 +21,18 @@ from quire.kernels.table import Ops
 from quire.layers.spec import LayerSpec, ModelLayout
 from quire.models.fallback import SequentialModel, forward_parameters, private_cache
 from quire.models.interface import BATCH_ARGUMENT
-from quire.models.observe import ROWS, Observation, Observer, attention_implementation
+from quire.models.observe import ROWS, Observation, Observer
 from quire.models.report import CallPlan, MixerPlan, ProbeReport, SequentialPlan
 from quire.models.ropes import length_ropes
 from quire.models.served import ServedModel
-from quire.models.transformers import TransformersModel
+from quire.models.transformers import TransformersModel, set_attention
 from quire.models.trial import PagedLoop, Sequence
 from quire.models.twin import VOCAB, twin_model
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_ATTENTION = "sdpa"  # of the library, for models that have it
+ATTENTIONS_DISAGREE = "the library's default attention, which is followed, gives other answers"
 TOLERANCE = 2e-3  # of the largest logit of the twin, or of one: float32 differences are a hundred times smaller
 LENGTHS = (9, 14, 21)
 SINGLE = 5  # tokens at the end of each that come one by one where prompts stay whole
@@ -112,11 +114,19 @@ class Decider:
         self._config = twin_config
         self._ops = ops
         self.refused: list[str] = []
+        self.attention = ""  # the library's own that the answers follow, where it is not its plain one
         self.reference = Reference.make(self.twin())
+        if self._default_attention_differs():
+            self._refuse("eager attention", ATTENTIONS_DISAGREE)
+            self.attention = DEFAULT_ATTENTION
+            self.reference = Reference.make(self.twin())
 
     def twin(self) -> nn.Module:
         """A fresh twin; all of them have the same weights."""
-        return twin_model(self._class, self._config)
+        model = twin_model(self._class, self._config)
+        if self.attention:
+            set_attention(model, self.attention)
+        return model
 
     def decide(self) -> Decision:
         """The best tier that holds. Raises UnsupportedModelError when none does."""
@@ -139,18 +149,19 @@ class Decider:
             raise UnsupportedModelError(f"{self._class.__name__} cannot be served: " + " ".join(self.refused))
         return decision
 
-    def attentions_disagree(self) -> bool:
-        """Whether the library's default attention gives other answers than its plain one, which is the reference."""
+    def _default_attention_differs(self) -> bool:
+        """Whether the library's default attention gives other answers than its plain one."""
         model, tokens = self.twin(), self.reference.sequences[-1]
-        if not getattr(model, "_supports_sdpa", False):
+        if self.reference.own_cache_differs or not getattr(model, "_supports_sdpa", False):
             return False
+        set_attention(model, DEFAULT_ATTENTION)
         try:
-            with torch.no_grad(), attention_implementation(model, "sdpa"):
+            with torch.no_grad():
                 found = _whole(model, tokens)
         except Exception:  # it says that it has such an attention, and has none
             return False
         difference = float((found - self.reference.logits[-1]).abs().max())
-        return not self.reference.own_cache_differs and difference > 10 * TOLERANCE * self.reference.scale
+        return difference > 10 * TOLERANCE * self.reference.scale
 
     def trial(self, report: ProbeReport, prepare: Callable[[nn.Module], None] | None = None) -> float:
         """Serve a fresh twin by the report, after `prepare` has changed its modules; the largest difference."""
@@ -209,12 +220,13 @@ class Decider:
         cause = ""
         for chunked in (True, False):
             for mode in ("cache", "own_cache"):
-                report = model_report(model, layers, mode, chunked, self._why())
+                report = replace(model_report(model, layers, mode, chunked, self._why()), attention=self.attention)
                 difference = self._try(report)
                 if isinstance(difference, float) and self._equal(difference):
                     return Decision(report, difference, seen)
                 cause = difference if isinstance(difference, str) else f"logits differ by {difference:.2g}"
         report = model_report(model, layers, "recompute", True, [*self._why(), f"model per sequence: {cause}."])
+        report = replace(report, attention=self.attention)
         difference = self._try(report)
         if isinstance(difference, float) and math.isfinite(difference):
             # Each answer is the model's own on all tokens so far. It may differ from the reference where a model looks
@@ -249,6 +261,8 @@ class Decider:
 def serve(model: nn.Module, report: ProbeReport, ops: Ops) -> ServedModel:
     """The served model of a report. The model's modules are changed in place."""
     if report.layout.tier == "C":
+        if report.attention:
+            set_attention(model, report.attention)
         return SequentialModel(model, report)
     return TransformersModel(model, report, ops)
 

@@ -168,7 +168,7 @@ class Observer:
         """
         token = current_observer.set(self)
         try:
-            with self._hooks(), attention_implementation(self.model, implementation), torch.no_grad():
+            with self._hooks(), _implementation(self.model, implementation), torch.no_grad():
                 output = self.model(**arguments)
         finally:
             current_observer.reset(token)
@@ -316,7 +316,7 @@ def class_key(module: nn.Module) -> str:
 
 
 @contextlib.contextmanager
-def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
+def _implementation(model: nn.Module, name: str) -> Iterator[None]:
     """Every config that a module of the model reads names this attention implementation inside the block."""
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     before = {key: getattr(config, "_attn_implementation", None) for key, config in configs.items()}

@@ -42,8 +42,6 @@ from quire.models.twin import build, shrink
 
 logger = logging.getLogger(__name__)
 
-ATTENTIONS_DISAGREE = "the library's eager attention, which is followed here, gives other answers than its default one"
-
 
 def probe(files: ModelFiles, dtype: torch.dtype | None = None) -> ProbeReport:
     """The report for these files: remembered, or made now. Raises UnsupportedModelError when nothing runs the model."""
@@ -79,14 +77,11 @@ def examine(model_class: type, config: Any, dtype: torch.dtype) -> ProbeReport:
     if decision.report.mode != "recompute":  # there each answer is its own definition, and nothing is slower
         decision = replace(decision, report=replace(decision.report, rewrite=prove(decider, decision, ops)))
     try:
-        report = enlarge(model_class, config, dtype, decision)
+        return enlarge(model_class, config, dtype, decision)
     except Exception as error:  # code that cannot run without numbers
         logger.warning("%s: its layers cannot be read off a model without weights: %s", model_class.__name__, error)
         slower = decider.decide_sequential_model(f"sizes unknown: {type(error).__name__} {error}")
-        report = enlarge(model_class, config, dtype, slower)
-    if not decider.attentions_disagree():
-        return report
-    return replace(report, layout=replace(report.layout, notes=(*report.layout.notes, ATTENTIONS_DISAGREE)))
+        return enlarge(model_class, config, dtype, slower)
 
 
 def enlarge(model_class: type, config: Any, dtype: torch.dtype, decision: Decision) -> ProbeReport:
@@ -105,6 +100,7 @@ def enlarge(model_class: type, config: Any, dtype: torch.dtype, decision: Decisi
     else:
         layers = counted_layers(try_observe(model, seen_twin), model)
         report = model_report(model, layers, twin.mode, twin.layout.chunked_prefill, notes)
+        report = replace(report, attention=twin.attention)
     return with_latents(replace(report, rewrite=twin.rewrite), model)
 
 

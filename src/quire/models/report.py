@@ -74,6 +74,7 @@ class ProbeReport:
     mixers: tuple[MixerPlan, ...] = ()
     sequential: tuple[SequentialPlan, ...] = ()
     mode: SequentialMode = "cache"
+    attention: str = ""  # tier C: the library's own that is used, where it is not its plain one
     ropes: tuple[str, ...] = ()  # rotary modules whose frequencies depend on the length of the sequence
     rewrite: RewritePlan = field(default_factory=RewritePlan)
 
