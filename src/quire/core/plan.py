@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, NamedTuple, overload
+from typing import Literal, NamedTuple
 
 from quire.core.params import PoolingParams, SamplingParams
 
@@ -155,16 +155,8 @@ class Singles(Sequence[SpanResult]):
         """The number of spans."""
         return len(self.tokens)
 
-    @overload
-    def __getitem__(self, index: int) -> SpanResult: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Singles: ...
-
-    def __getitem__(self, index: int | slice) -> SpanResult | Singles:
-        """One result, or some."""
-        if isinstance(index, slice):
-            return Singles(self._spans[index], self.tokens[index])
+    def __getitem__(self, index: int) -> SpanResult:  # type: ignore[override]  # nobody asks for a part of it
+        """One result."""
         return SpanResult(self._spans[index].slot, (self.tokens[index],))
 
 
