@@ -256,6 +256,7 @@ def test_what_fails_in_a_stream_says_so(server: Running) -> None:
         ({"conversation": "x"}, "conversation"),
         ({"include": ["file_search_call.results"]}, "include"),
         ({"background": True, "store": False}, "background"),
+        ({"text": {"format": ""}}, "text.format"),
         ({"previous_response_id": "resp_none"}, "response_id"),
         ({"temperature": 5}, "temperature"),
         ({"repetition_penalty": 0}, "repetition_penalty"),

@@ -127,7 +127,9 @@ class ResponsesRequest(ApiRequest):
     def _form(self) -> dict[str, Any] | None:
         """text.format as the response_format of chat completions."""
         layout = (self.text or {}).get("format")
-        if not isinstance(layout, dict) or layout.get("type") != "json_schema":
+        if layout is not None and not isinstance(layout, dict):
+            raise ValidationError("text.format must be an object.", "text.format")
+        if layout is None or layout.get("type") != "json_schema":
             return layout
         return {"type": "json_schema", "json_schema": {name: layout[name] for name in layout if name != "type"}}
 
