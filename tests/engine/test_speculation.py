@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -155,57 +153,6 @@ def test_fewer_steps_where_the_output_repeats_its_input():
             llm.generate("red blue green " * 12, params, use_tqdm=False)
             steps.append(llm._engine.stats().steps)
     assert steps[1] < 0.7 * steps[0]
-
-
-def test_the_distribution_is_that_of_the_model():
-    """Chi-square of texts of four tokens over many seeds, drawn with guesses, against the model's own scores."""
-    seeds = 1500
-    wish = {"temperature": 1.0, "top_k": 3, "top_p": 0.9}
-    config = {"method": "draft_model", "num_speculative_tokens": 3, "adaptive": False}
-    with LLM(**SETTINGS, speculative_config=config) as llm:
-        ids = llm.get_tokenizer().encode(TEXT)
-        params = [SamplingParams(**wish, seed=seed, max_tokens=4, ignore_eos=True) for seed in range(seeds)]
-        outputs = llm.generate([{"prompt_token_ids": ids}] * seeds, params, use_tqdm=False)
-        stats = llm._engine.stats()
-        expected = chances(llm, ids, **wish)
-    said = Counter(tuple(output.outputs[0].token_ids) for output in outputs)
-    assert min(stats.accepted_tokens, stats.draft_tokens - stats.accepted_tokens) > seeds / 4
-    assert set(said) <= set(expected), "what is cut off is never said"
-    cells = [(said[text], seeds * chance) for text, chance in expected.items() if seeds * chance >= 5]
-    cells.append((seeds - sum(count for count, _ in cells), seeds - sum(chance for _, chance in cells)))
-    distance = sum((count - chance) ** 2 / chance for count, chance in cells)
-    freedom = len(cells) - 1
-    assert freedom >= 20
-    # The 0.9999 quantile, by Wilson and Hilferty; seeds are fixed, so this is no matter of luck.
-    assert distance < freedom * (1 - 2 / (9 * freedom) + 3.72 * (2 / (9 * freedom)) ** 0.5) ** 3
-
-
-def chances(llm: LLM, ids: list[int], temperature: float, top_k: int, top_p: float) -> dict[tuple[int, ...], float]:
-    """The chance of each text of four tokens, from the model's log-probabilities, asked for token by token."""
-    found: dict[tuple[int, ...], float] = {(): 1.0}
-    one = SamplingParams(max_tokens=1, temperature=0.0, logprobs=20, ignore_eos=True)
-    for _ in range(4):
-        texts = list(found)
-        outputs = llm.generate([{"prompt_token_ids": [*ids, *text]} for text in texts], one, use_tqdm=False)
-        longer: dict[tuple[int, ...], float] = {}
-        for text, output in zip(texts, outputs, strict=True):
-            entries = output.outputs[0].logprobs[0].items()
-            scores = {token: entry.logprob / temperature for token, entry in entries}
-            for token, share in kept_shares(scores, top_k, top_p).items():
-                longer[(*text, token)] = found[text] * share
-        found = longer
-    return found
-
-
-def kept_shares(scores: dict[int, float], top_k: int, top_p: float) -> dict[int, float]:
-    """What each token's chance is when only the likeliest are left: `top_k` and their equals, then `top_p` of those."""
-    ordered = sorted(scores, key=lambda token: (-scores[token], token))
-    weights = {token: math.exp(scores[token]) for token in ordered if scores[token] >= scores[ordered[top_k - 1]]}
-    total, kept = sum(weights.values()), {}
-    for token, weight in weights.items():
-        if sum(kept.values()) < top_p * total:
-            kept[token] = weight
-    return {token: weight / sum(kept.values()) for token, weight in kept.items()}
 
 
 def test_models_that_cannot_take_back_a_guess_get_no_drafts():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +25,10 @@ from quire.models.build import build_model
 from quire.models.medusa import MedusaHeads
 from quire.models.nextlayer import NextLayer
 from quire.resolve import resolve
-from quire.worker import draft_pages
+from quire.worker import draft_pages, worker
 from quire.worker.device import Device
 from quire.worker.draft_pages import DraftPages
+from quire.worker.governor import Governor
 from quire.worker.kvstore import KVStore
 from quire.worker.slots import Slots
 
@@ -117,6 +118,38 @@ def guesses_over(content: float, way: str, monkeypatch: pytest.MonkeyPatch) -> l
             ask(llm)
             ask(llm)
     return [guess for _, guess in made]
+
+
+class Late(Governor):
+    """Leaves rows alone for their first steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 0
+
+    def wanted(self, rows: int) -> bool:
+        return self.open()
+
+    def open(self) -> bool:
+        return self.steps > 20
+
+    def note(self, rows: Sequence[int], tokens: Sequence[float], seconds: float, blind: bool = False) -> None:
+        self.steps += 1
+
+
+@pytest.mark.parametrize("kind", ["eagle", "medusa"])
+def test_rows_that_were_left_alone_are_guessed_for_again(
+    heads: dict[str, dict[str, object]], kind: str, monkeypatch: pytest.MonkeyPatch
+):
+    params = SamplingParams(max_tokens=100, temperature=0.0, ignore_eos=True)
+    with LLM(**SETTINGS) as llm:
+        expected = llm.generate(TEXT, params, use_tqdm=False)[0].outputs[0].token_ids
+    monkeypatch.setattr(worker, "Governor", Late)
+    with LLM(**SETTINGS, speculative_config={**heads[kind], "adaptive": True}) as llm:
+        assert llm.generate(TEXT, params, use_tqdm=False)[0].outputs[0].token_ids == expected
+        stats = llm._engine.stats()
+    assert stats.draft_tokens > 60
+    assert stats.accepted_tokens > {"eagle": 0.15, "medusa": 0.03}[kind] * stats.draft_tokens
 
 
 def test_pages_that_were_filled_without_the_head_are_known():
