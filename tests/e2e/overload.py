@@ -58,7 +58,8 @@ async def ask(server: StartedServer, path: str, body: bytes = b"", key: str = ""
             head += b"Authorization: Bearer %s\r\n" % key.encode()
         head += b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
         writer.write(head + body)
-        answer = await asyncio.wait_for(reader.read(), 60)
+        async with asyncio.timeout(60):
+            answer = await reader.read()
         top, _, rest = answer.partition(b"\r\n\r\n")
         return int(top.split(b" ", 2)[1]), top.lower(), rest
     finally:
@@ -132,12 +133,13 @@ async def overload(server: StartedServer, seconds: float, rate: float) -> Load:
 
 
 async def crowd(server: StartedServer, clients: dict[str, int], answers: int, tokens: int = TOKENS) -> dict[str, Load]:
-    """So many clients of each key, each asking again at once whatever it got, until there are so many answers."""
+    """So many clients of each key, each asking again soon whatever it got, until there are so many answers."""
     loads = {key: Load() for key in clients}
 
     async def client(key: str) -> None:
         while True:
-            await generate(server, loads[key], key, tokens)
+            if not await generate(server, loads[key], key, tokens):
+                await asyncio.sleep(0.05)  # a port is in use for a while after each connection
 
     tasks = [asyncio.create_task(client(key)) for key, count in clients.items() for _ in range(count)]
     while sum(load.statuses[200] for load in loads.values()) < answers:
