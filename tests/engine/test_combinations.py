@@ -24,7 +24,8 @@ PROMPTS = [
     "a b c a b c a b",
     "It was a dark night, and the captain said",
 ]
-NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+# Not adaptive: whether guessing pays depends on the machine.
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1, "adaptive": False}
 OPEN, CLOSE = 40, 41
 FORMS: list[dict[str, Any]] = [
     {"choice": ["a long walk", "a house by the sea", "no"]},
@@ -242,7 +243,7 @@ def test_the_same_with_guesses_and_little_room(llm: LLM) -> None:
     prompts = [chance.choice(PROMPTS) for _ in range(16)]
     wishes = [drawn(chance) for _ in range(16)]
     wanted = llm.generate(prompts, wishes, use_tqdm=False)
-    narrow = {"num_gpu_blocks_override": 7, "max_model_len": 64, "max_num_batched_tokens": 16}
+    narrow = {"num_gpu_blocks_override": 6, "max_model_len": 64, "max_num_batched_tokens": 16}
     with LLM(**SETTINGS | narrow | {"speculative_config": NGRAM}) as other:
         found = other.generate(prompts, wishes, use_tqdm=False)
         stats = other._engine.stats()
