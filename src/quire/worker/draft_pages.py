@@ -55,7 +55,7 @@ class DraftPages:
                 first = self._first_own + grant.slot * self._own
                 row[grant.index : end] = grant.pages
                 row[end : end + self._own] = range(first, first + self._own)
-                fresh = max(starts[grant.slot] // self.size, grant.index)  # those before it hold what others computed
+                fresh = max(starts.get(grant.slot, 0) // self.size, grant.index)  # before it: what others computed
                 self._filled[row[fresh:end]] = 0
 
     def copy(self, copies: Sequence[PageCopy]) -> None:

@@ -14,13 +14,29 @@ import torch
 
 from quire.core.plan import Admission, Span, SpanResult, StepPlan
 
+MOST_LATE = 1 << 14  # tokens that wait to be entered
+
 
 class History:
-    """Tokens known so far, row by row: `tokens` int32 [num_slots, width], of which `lengths` [num_slots] are there."""
+    """Tokens known so far, row by row. What steps append is entered when somebody looks, which is seldom while nobody
+    drafts."""
 
     def __init__(self, num_slots: int, width: int) -> None:
-        self.tokens = np.empty((num_slots, width), dtype=np.int32)
-        self.lengths = np.zeros(num_slots, dtype=np.int64)
+        self._tokens = np.empty((num_slots, width), dtype=np.int32)
+        self._lengths = np.zeros(num_slots, dtype=np.int64)
+        self._late: tuple[list[int], list[int], list[int]] = ([], [], [])  # rows, positions, tokens
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """int32 [num_slots, width], of which `lengths` are there."""
+        self._enter()
+        return self._tokens
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [num_slots]."""
+        self._enter()
+        return self._lengths
 
     def admit(self, new: Admission) -> None:
         """Take in a request's tokens."""
@@ -32,11 +48,20 @@ class History:
         self.tokens[slot, known : known + len(tokens)] = tokens
         self.lengths[slot] = known + len(tokens)
 
-    def append(self, slots: np.ndarray, known: Sequence[int], tokens: Sequence[int]) -> None:
+    def append(self, slots: Sequence[int], known: Sequence[int], tokens: Sequence[int]) -> None:
         """The same with one token for each of the rows `slots`, which knew `known` tokens."""
-        ends = np.array(known, dtype=np.int64)
-        self.tokens[slots, ends] = tokens
-        self.lengths[slots] = ends + 1
+        for late, more in zip(self._late, (slots, known, tokens), strict=True):
+            late.extend(more)
+        if len(self._late[0]) > MOST_LATE:
+            self._enter()
+
+    def _enter(self) -> None:
+        slots, known, tokens = self._late
+        if slots:
+            rows, ends = np.array(slots), np.array(known)
+            self._tokens[rows, ends] = tokens
+            np.maximum.at(self._lengths, rows, ends + 1)
+            self._late = ([], [], [])
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,6 +95,8 @@ class Governor:
             return
         if ways.steps - ways.blind == 1:
             return  # the first step after a change still does what was prepared the other way
+        if not ways.drafting and not ways.trial and ways.steps <= ways.limit - TRIAL:
+            return  # long before anybody looks at the last steps
         ways.seconds = [*ways.seconds[1 - TRIAL :], seconds]
         ways.brought = [*ways.brought[1 - TRIAL :], dict(zip(rows, tokens, strict=True))]
         if not ways.trial and ways.drafting and ways.steps % TRIAL == 1 and ways.rate < ways.other:

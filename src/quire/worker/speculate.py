@@ -34,7 +34,7 @@ class Speculator:
         self._drafter = drafter
         self._governor = governor
         self._model = model
-        self._able = np.zeros(len(history.lengths), dtype=bool)
+        self._able = [False] * len(history.lengths)
         self._ended = 0.0  # when the last step did
         self._steady = 0  # its rows, if all of them were up to date
 
@@ -59,21 +59,22 @@ class Speculator:
         governor, found = self._governor, results
         if self._model is not None:
             self._follow(spans, results, self._model)
-        drafting = governor is None or governor.wanted(len(spans))
-        if drafting:
-            found = self._with_guesses(spans, results, told.able)
-        if governor is not None:
+        blind = False
+        if governor is None or governor.wanted(len(spans)):
+            able = [index for index, span in enumerate(spans) if told.tokens[index] and self._able[span.slot]]
+            found = self._with_guesses(spans, results, able)
             # Where the states of most rows are yet to be seen, there is nothing to judge.
-            blind = drafting and self._model is not None and 2 * sum(bool(one.drafts) for one in found) < len(told.able)
-            self._note(governor, [span.slot for span in spans], told, began, blind)
+            blind = self._model is not None and 2 * sum(bool(one.drafts) for one in found) < len(able)
+        if governor is not None:
+            self._note(governor, told, began, blind)
             if self._model is not None:
                 self._model.open = governor.open()
         return found
 
-    def _note(self, governor: Governor, slots: list[int], told: _Told, began: float, blind: bool) -> None:
+    def _note(self, governor: Governor, told: _Told, began: float, blind: bool) -> None:
         """Tell how long the step took: from the end of the one before it where nothing lay between, since drafts make
         work outside of the worker, too."""
-        now = time.perf_counter()
+        now, slots = time.perf_counter(), told.slots
         if told.up_to_date and all(told.tokens):
             seconds = now - (self._ended if self._steady == len(slots) else began)
             governor.note(slots, told.tokens, seconds, blind)
@@ -91,22 +92,15 @@ class Speculator:
 
     def _extend(self, spans: Sequence[Span], results: Sequence[SpanResult]) -> _Told:
         """Add what the step brought to the history."""
-        history, able = self._history, self._able
+        history, slots = self._history, [span.slot for span in spans]
         if isinstance(results, Singles) and all(span.count == 1 for span in spans):
-            slots = np.array([span.slot for span in spans])  # the common case, in one go
-            history.append(slots, [span.start + 1 for span in spans], results.tokens)
-            return _Told(np.flatnonzero(able[slots]).tolist(), [1] * len(spans), True)
-        told = _Told(
-            [],
-            [len(result.tokens) for result in results],
-            all(span.sample and span.count == 1 + len(span.drafts) for span in spans),
-        )
-        for index, (span, result) in enumerate(zip(spans, results, strict=True)):
+            history.append(slots, [span.start + 1 for span in spans], results.tokens)  # the common case, in one go
+            return _Told(slots, [1] * len(spans), True)
+        for span, result in zip(spans, results, strict=True):
             if result.tokens:
                 history.extend(span.slot, span.start + span.count - len(span.drafts), result.tokens)
-                if able[span.slot]:
-                    told.able.append(index)
-        return told
+        up_to_date = all(span.sample and span.count == 1 + len(span.drafts) for span in spans)
+        return _Told(slots, [len(result.tokens) for result in results], up_to_date)
 
     def _with_guesses(
         self, spans: Sequence[Span], results: Sequence[SpanResult], able: list[int]
@@ -133,6 +127,6 @@ class Speculator:
 class _Told:
     """What a step brought."""
 
-    able: list[int]  # indices of the spans that could use drafts
-    tokens: list[int]  # of each span
+    slots: list[int]  # of the spans
+    tokens: list[int]  # how many each of them brought
     up_to_date: bool  # every span reached the end of what was known, and computed nothing else
