@@ -179,7 +179,8 @@ class Rig:
 
     async def round(self) -> Outcome:
         """All requests at once. Nothing is left behind by them."""
-        answers = await asyncio.wait_for(asyncio.gather(*(self.ask(*request) for request in REQUESTS)), LIMIT)
+        async with asyncio.timeout(LIMIT):
+            answers = await asyncio.gather(*(self.ask(*request) for request in REQUESTS))
         self.faults.rest()  # what follows is asked by the test alone
         if not self.engine.is_running:
             return Outcome(list(answers), True)

@@ -82,7 +82,8 @@ async def drop(port: int, draw: random.Random) -> None:
         writer.write(whole[:sent])
         await asyncio.sleep(draw.random() * 0.02)
         while heard > 0:
-            data = await asyncio.wait_for(reader.read(heard), 10)
+            async with asyncio.timeout(10):
+                data = await reader.read(heard)
             if not data:
                 break
             heard -= len(data)

@@ -45,13 +45,14 @@ def test_who_says_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
         """What comes before the server closes the connection. All but the first part are sent one by one meanwhile."""
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(parts[0])
-        found = asyncio.create_task(asyncio.wait_for(reader.read(), LONGEST))
+        found = asyncio.create_task(reader.read())
         for part in parts[1:]:
             if not found.done():
                 writer.write(part)
                 await asyncio.sleep(0.01)
         try:
-            return await found
+            async with asyncio.timeout(LONGEST):
+                return await found
         except ConnectionError:  # it was written to after it had been closed
             return b""
         finally:

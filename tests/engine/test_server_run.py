@@ -223,5 +223,10 @@ def test_options_that_only_the_routes_understand_end_the_server(
     running = AsyncEngine(engine_of(Setup(), FakeExecutor(parrot), progress))
     running.start()
     service = Service(running, ModelCard(("parrot",), MAX_MODEL_LEN), options, progress=progress)
+
+    async def started() -> None:
+        async with asyncio.timeout(60):
+            await serve(lambda: service, options, (), bind(options), StartReport())
+
     with pytest.raises(ConfigError, match=words):
-        asyncio.run(asyncio.wait_for(serve(lambda: service, options, (), bind(options), StartReport()), 20))
+        asyncio.run(started())

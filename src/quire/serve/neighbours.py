@@ -162,7 +162,8 @@ class Neighbours:
         future = self._wanted[number] = asyncio.get_running_loop().create_future()
         self._send(message)
         try:
-            return await asyncio.wait_for(future, ANSWER_SECONDS)
+            async with asyncio.timeout(ANSWER_SECONDS):
+                return await future
         except TimeoutError:
             logger.warning("the other API processes do not answer")
             return otherwise

@@ -38,7 +38,8 @@ class _Child:
 
     async def ask(self, frame: bytes, seconds: float) -> dict[str, str]:
         """Its answer. TimeoutError when it takes longer, IncompleteReadError or OSError when it dies."""
-        return json.loads(await asyncio.wait_for(self._exchange(frame), seconds))
+        async with asyncio.timeout(seconds):
+            return json.loads(await self._exchange(frame))
 
     async def _exchange(self, frame: bytes) -> bytes:
         self.writer.write(frame)
@@ -47,7 +48,8 @@ class _Child:
 
     async def ready(self) -> None:
         """Wait until it has started."""
-        await asyncio.wait_for(self.reader.readexactly(4), START_SECONDS)
+        async with asyncio.timeout(START_SECONDS):
+            await self.reader.readexactly(4)
 
     def kill(self) -> None:
         """End it now."""

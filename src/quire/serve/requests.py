@@ -40,7 +40,8 @@ async def describe(service: Service, request_id: str, tenant: str) -> dict[str, 
     place = None
     if found.first_output is None:
         with contextlib.suppress(TimeoutError):  # an engine in the middle of a long step answers later
-            place = await asyncio.wait_for(service.engine.place(found.engine_ids), PLACE_SECONDS)
+            async with asyncio.timeout(PLACE_SECONDS):
+                place = await service.engine.place(found.engine_ids)
     return service.live.describe(found, service.progress.stats, place)
 
 

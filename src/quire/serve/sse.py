@@ -120,7 +120,8 @@ class Pipe:
     async def wait(self, patience: float = 0.0) -> bool:
         """Until events wait, the client reads too slowly, or wake() was called; False after `patience` seconds, if any."""
         try:
-            await asyncio.wait_for(self._news.wait(), patience or None)
+            async with asyncio.timeout(patience or None):
+                await self._news.wait()
         except TimeoutError:
             return False
         self._news.clear()

@@ -58,7 +58,8 @@ class Stored:
         assert self.events is not None, "it can be followed"
         if len(self.events) <= number and self.runs:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), seconds)
+                async with asyncio.timeout(seconds):
+                    await self._news.wait()
         return self.events[number:]
 
 
