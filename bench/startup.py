@@ -3,7 +3,7 @@
 python bench/startup.py [MODEL] [FLAGS of quire run] [--rounds 2]
 python bench/startup.py --shape llama-3.2-1b --folder /tmp/models    random weights and a tokenizer, written once
 python bench/startup.py --shape llama-3.2-1b --serve                 the same through quire serve, with both processes
-python bench/startup.py --shape llama-3.2-1b --fill 8192 --kv-cache-memory-bytes 268435456 --max-model-len 4096
+python bench/startup.py --shape llama-3.2-1b --fill 4096 --kv-cache-memory-bytes 134217728 --max-model-len 2048
                                                                         memory with all pages in use
 
 The first round begins with an empty cache of packed weights, the others find what it left. Weight files are read once
