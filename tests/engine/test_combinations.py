@@ -25,7 +25,13 @@ PROMPTS = [
     "It was a dark night, and the captain said",
 ]
 # Not adaptive: whether guessing pays depends on the machine.
-NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1, "adaptive": False}
+NGRAM = {
+    "method": "ngram",
+    "num_speculative_tokens": 3,
+    "prompt_lookup_max": 3,
+    "prompt_lookup_min": 1,
+    "adaptive": False,
+}
 OPEN, CLOSE = 40, 41
 FORMS: list[dict[str, Any]] = [
     {"choice": ["a long walk", "a house by the sea", "no"]},
