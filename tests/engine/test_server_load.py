@@ -29,15 +29,23 @@ def post(server: Running, body: dict[str, Any], key: str = "flood", **headers: s
 
 @contextmanager
 def flooded(server: Running, count: int, tokens: int = 400, waiting: int = 0) -> Iterator[None]:
-    """While the block runs, one tenant has sent so many requests at once. They are cancelled at its end."""
+    """While the block runs, one tenant has sent so many requests, again where one was refused. They are cancelled at its
+    end."""
+    over = threading.Event()
+
+    def insist(name: str) -> None:
+        while post(server, ENDLESS | {"max_tokens": tokens}, **{"X-Request-Id": name}).status_code == 503:
+            if over.wait(STEP):
+                return
+
     with ThreadPoolExecutor(count) as pool:
-        body = ENDLESS | {"max_tokens": tokens}
         names = [f"flood-{number}" for number in range(count)]
-        jobs = [pool.submit(post, server, body, **{"X-Request-Id": name}) for name in names]
+        jobs = [pool.submit(insist, name) for name in names]
         until(lambda: server.metrics.stats.waiting >= (waiting or count - 2))
         try:
             yield
         finally:
+            over.set()
             while not all(job.done() for job in jobs):
                 for name in names:
                     server.http.delete(f"/v1/requests/cmpl-{name}")

@@ -24,6 +24,7 @@ from quire.engine.admission import LATE
 from quire.engine.async_engine import AsyncEngine, together
 from quire.engine.beam_requests import Wishes, beam_output
 from quire.engine.beams import BeamSearchParams
+from quire.engine.engine import Prepared
 from quire.engine.metrics import Counted
 from quire.engine.outputs import CompletionOutput, RequestOutput
 from quire.engine.prompts import TextPrompt, TokensPrompt
@@ -272,15 +273,14 @@ class Service:
                 body.priority or 0, special, caller.tenant, caller.timeout if body.timeout is None else body.timeout
             )
             beams = body.beams(params, self.card.max_model_len)
-            works = []
-            for index, job in enumerate(jobs):
-                told = partial(_told, take, index, account, live)
-                salted = _salted(job, salt)
-                if beams is None:
-                    works.append(self._one(live, index, salted, params, wishes, told))
-                else:
-                    works.append(self._search(live, index, salted, beams, wishes, told))
-            await together(works)
+            salted = [_salted(job, salt) for job in jobs]
+            told = [partial(_told, take, index, account, live) for index in range(len(jobs))]
+            if beams is None:  # all are looked at before one is begun, so that a mistake in the last is told in time
+                ready = [await self._ready(live, index, job, params, wishes) for index, job in enumerate(salted)]
+                await together(map(partial(self._one, live), ready, told))
+            else:
+                search = partial(self._search, live, beams, wishes)
+                await together(map(search, range(len(jobs)), salted, told))
         except BaseException as error:
             account.fail(error)
             raise
@@ -302,24 +302,25 @@ class Service:
         shown = "".join(f", prompt {str(job.prompt.get('prompt'))[:most]!r}" for job in jobs[:8]) if most > 0 else ""
         logger.info("%s arrived: %d prompts, %d tokens in, %s%s", request_id, len(jobs), known, params, shown)
 
-    async def _one(
-        self, live: LiveRequest, index: int, job: Job, params: SamplingParams, wishes: Wishes, take: TakeOutput
-    ) -> None:
-        """The outputs of one prompt, several tokens at a time where that is wanted."""
+    async def _ready(self, live: LiveRequest, index: int, job: Job, params: SamplingParams, wishes: Wishes) -> Prepared:
+        """One prompt ready for the engine, several tokens at a time where that is wanted. Raises what is wrong with it."""
         engine_id = f"{live.id}-{index}-{uuid.uuid4().hex[:8]}"
         if params.stream_interval is None and self.options.stream_interval > 1:
             params = replace(params, stream_interval=self.options.stream_interval)
         live.engine_ids.add(engine_id)
+        return await self.engine.prepare(
+            job.prompt, params, engine_id, wishes.priority, wishes.special, wishes.tenant, wishes.timeout
+        )
+
+    async def _one(self, live: LiveRequest, ready: Prepared, take: TakeOutput) -> None:
+        """The outputs of one prompt."""
         try:
-            prepared = await self.engine.prepare(
-                job.prompt, params, engine_id, wishes.priority, wishes.special, wishes.tenant, wishes.timeout
-            )
-            await self.engine.deliver(prepared, take)
+            await self.engine.deliver(ready, take)
         finally:
-            live.engine_ids.discard(engine_id)
+            live.engine_ids.discard(ready.request_id)
 
     async def _search(
-        self, live: LiveRequest, index: int, job: Job, beams: BeamSearchParams, wishes: Wishes, take: TakeOutput
+        self, live: LiveRequest, beams: BeamSearchParams, wishes: Wishes, index: int, job: Job, take: TakeOutput
     ) -> None:
         """The one output of a beam search over one prompt."""
         name = f"{live.id}-{index}-{uuid.uuid4().hex[:8]}"
