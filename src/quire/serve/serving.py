@@ -108,7 +108,8 @@ async def serve(
     raised, and what is wrong with options that only the routes understand.
     """
     waiting = NotYet(report)
-    door = Doorway(None if place is not None and place.again else KeyCheck(waiting, keys) if keys else waiting)
+    closed = KeyCheck(waiting, keys) if keys else waiting
+    door = Doorway(None if place is not None and place.again else closed)
     server = _Server(_uvicorn_config(door, options), has_parent=place is not None)
     if place is not None:
         server.config.backlog = 1  # connections that are taken at once, for others may take from the same queue
