@@ -37,6 +37,10 @@ from quire.models.replaced import (
 from quire.models.report import RewritePlan
 from quire.quant.format import ROUTERS, full_ops, head_ops
 
+ROTARY = "apply_rotary_pos_emb"
+FUNCTIONS = "F"  # what the library calls torch.nn.functional
+WIDE = {"float32", "float"}  # a forward that uses one of these names computes in float32
+
 # ---------------------------------------------------------------- looking
 
 
@@ -150,11 +154,6 @@ def _names_in_forward(module: nn.Module) -> tuple[str, ...]:
 def _global_of(module: nn.Module, name: str) -> Any:
     """What its forward finds under a name of its file; None where it does not use it."""
     return type(module).forward.__globals__.get(name) if name in _names_in_forward(module) else None
-
-
-ROTARY = "apply_rotary_pos_emb"
-FUNCTIONS = "F"  # what the library calls torch.nn.functional
-WIDE = {"float32", "float"}  # a forward that uses one of these names computes in float32
 
 
 # ---------------------------------------------------------------- acting
