@@ -27,9 +27,9 @@ from quire.engine.blackbox import REGIONS, BlackBox
 from quire.engine.core import EngineCore
 from quire.engine.engine import EngineSettings
 from quire.engine.executor import Executor, Handle
-from quire.engine.far import LOOK_SECONDS, PICTURE_SECONDS, answered
 from quire.engine.heap import keep_for_good, uncollected
 from quire.engine.orphan import end_with, leave_signals_to_parent
+from quire.engine.remote_core import LOOK_SECONDS, PICTURE_SECONDS, answered
 from quire.grammar import Grammars
 
 logger = logging.getLogger(__name__)

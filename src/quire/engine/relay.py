@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from quire.core.plan import Event
 from quire.core.stats import Stats
 from quire.engine import wire
-from quire.engine.far import LOOK_SECONDS, PICTURE_SECONDS, answered
+from quire.engine.remote_core import LOOK_SECONDS, PICTURE_SECONDS, answered
 from quire.engine.supervisor import Supervisor
 from quire.errors import EngineDeadError
 

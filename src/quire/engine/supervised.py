@@ -12,7 +12,7 @@ from quire.engine import wire
 from quire.engine.child import Child, ChildProcess
 from quire.engine.engine import Engine
 from quire.engine.observe import Observer
-from quire.engine.remote import Remote
+from quire.engine.shared_core import SharedCore
 from quire.engine.supervisor import Patience, Supervisor
 from quire.grammar import Grammars, Vocabulary
 from quire.text.chat import read_template
@@ -35,7 +35,7 @@ def start_supervised(
 
 
 def engine_over(
-    core: Supervisor | Remote,
+    core: Supervisor | SharedCore,
     options: EngineOptions,
     observer: Observer | None = None,
     on_phase: Callable[[str, float | None], None] | None = None,

@@ -19,9 +19,9 @@ from quire.core.request import CoreRequest
 from quire.core.stats import Queue, Stats, joined
 from quire.engine import wire
 from quire.engine.child import Child, ChildProcess, came_from_outside, ending
-from quire.engine.coming import Coming, add_waiting
-from quire.engine.far import TICK, FarCore, OnPhase, OnTokenizer
+from quire.engine.in_transit import InTransit, add_waiting
 from quire.engine.journal import Entry, Journal
+from quire.engine.remote_core import TICK, OnPhase, OnTokenizer, RemoteCore
 from quire.engine.spare import Spare
 from quire.engine.suspects import QUARANTINED, Suspects
 from quire.engine.totals import Totals
@@ -42,7 +42,7 @@ class Patience:
     spare_after: float | None = 10.0  # after a start, until a spare process is made ready; None: never
 
 
-class Supervisor(FarCore):
+class Supervisor(RemoteCore):
     """One engine process at a time."""
 
     def __init__(
@@ -65,7 +65,7 @@ class Supervisor(FarCore):
         self._spare = Spare(new_process, self._patience.spare_after, clock)
         self._is_up = False  # the present child takes requests
         self._running: set[int] = set()  # tickets that the present child was given
-        self._coming = Coming()  # those of them that it has not yet taken in
+        self._in_transit = InTransit()  # those of them that it has not yet taken in
         self._early: list[Event] = []  # events that came about outside of a step
         self._totals = Totals()
         self._silent = 0.0
@@ -167,7 +167,7 @@ class Supervisor(FarCore):
                 if entry.ticket not in self._running:
                     held = joined(held, self._gate.queue_of(entry.request))
         add_waiting(stats, held)
-        self._coming.count_in(stats)
+        self._in_transit.count_in(stats)
         return stats
 
     def picture(self) -> Picture | None:
@@ -200,18 +200,18 @@ class Supervisor(FarCore):
             self._child.close()
         self._child = None
         self._spare.close()
-        self._bell.close()
+        self._wakeup.close()
 
     # ---------------------------------------------------------------- listening
 
     def _wait(self, beside: Sequence[wire.Connection[Any]] = ()) -> None:
         """Until there is something to read, of the engine or of others, or to do."""
         connections = beside if self._child is None else [self._child.connection, *beside]
-        readers = [self._bell.fileno(), *(connection.fileno() for connection in connections)]
+        readers = [self._wakeup.fileno(), *(connection.fileno() for connection in connections)]
         writers = [connection.fileno() for connection in connections if connection.has_unsent]
         pause = TICK if self._child is not None else max(0.0, min(TICK, self._start_at - self._clock()))
-        if self._bell.fileno() in wire.wait_for(readers, writers, pause):
-            self._bell.hush()
+        if self._wakeup.fileno() in wire.wait_for(readers, writers, pause):
+            self._wakeup.clear()
 
     def _listen(self) -> None:
         """Take in everything that the engine has sent."""
@@ -237,7 +237,7 @@ class Supervisor(FarCore):
                 self._failure = message
 
     def _stepped(self, message: wire.Stepped) -> None:
-        self._coming.taken(message.taken)
+        self._in_transit.taken(message.taken)
         self._totals.take(message.stats)
         if message.picture is not None:
             self._picture = wire.named(message.picture)
@@ -282,7 +282,7 @@ class Supervisor(FarCore):
         assert self._child is not None, "there is a child when it is up"
         message = self._child.connection.encode(wire.add_message(entry.ticket, entry.request, entry.emitted))
         self._running.add(entry.ticket)
-        self._coming.sent(self._gate.queue_of(entry.request))
+        self._in_transit.sent(self._gate.queue_of(entry.request))
         self._child.connection.send_encoded(message)
 
     def _take_back(self, entry: Entry) -> None:
@@ -356,7 +356,7 @@ class Supervisor(FarCore):
         how += ending(status)
         self.phase = "restarting"
         self._totals.bury()
-        self._coming.clear()
+        self._in_transit.clear()
         self._running.clear()
         if not was_up:
             self._count_failed_start(how if self._failure is None else self._failure.message)

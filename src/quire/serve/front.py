@@ -17,7 +17,7 @@ from quire import env
 from quire.engine import wire
 from quire.engine.async_engine import AsyncEngine
 from quire.engine.orphan import end_with, leave_signals_to_parent
-from quire.engine.remote import Remote
+from quire.engine.shared_core import SharedCore
 from quire.engine.supervised import engine_over
 from quire.serve.assemble import start_service
 from quire.serve.neighbours import Begin, FromParent, Neighbours
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     report = StartReport(begin.began)
 
     def open_engine(progress: Progress) -> AsyncEngine:
-        running = AsyncEngine(engine_over(Remote(connection, begin.life), begin.engine, progress, report.add))
+        running = AsyncEngine(engine_over(SharedCore(connection, begin.life), begin.engine, progress, report.add))
         running.start()
         return running
 

@@ -35,7 +35,7 @@ class Gate:
         return {name: Queue(1, len(request.prompt_token_ids))}
 
 
-class Coming:
+class InTransit:
     """Requests that were sent and not yet taken in, in the order in which they were sent."""
 
     def __init__(self) -> None:

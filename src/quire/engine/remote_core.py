@@ -1,6 +1,6 @@
-"""FarCore: an EngineCore in another process, as far as it is the same whoever has that process.
+"""RemoteCore: an EngineCore in another process, as far as it is the same whoever has that process.
 
-Supervisor has one of its own, Remote shares its parent's. Knows messages, no process.
+Supervisor has one of its own, SharedCore shares its parent's. Knows messages, no process.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from quire import errors
 from quire.core.request import CoreRequest
 from quire.core.stats import Queue
 from quire.engine import wire
-from quire.engine.bell import Bell
-from quire.engine.coming import Gate
 from quire.engine.core import EngineCore
+from quire.engine.in_transit import Gate
+from quire.engine.wakeup import Wakeup
 from quire.errors import EngineError, QuireError, ValidationError
 
 OnPhase = Callable[[str, float | None], None]  # a phase of the start begins, or is over after so many seconds
@@ -26,13 +26,13 @@ LOOK_SECONDS = 3.0  # a look at the pages lasts so long
 PICTURE_SECONDS = 0.2  # between two pictures
 
 
-class FarCore(ABC):
+class RemoteCore(ABC):
     """Not thread-safe, except for interrupt(): one thread calls it."""
 
     resumable = True  # what has arrived is kept until it is handed out
 
     def __init__(self) -> None:
-        self._bell = Bell()
+        self._wakeup = Wakeup()
         self._calls = itertools.count(1)
         self._answers: dict[int, bool | Queue | None] = {}
         self._gate: Gate  # known with the start
@@ -68,7 +68,7 @@ class FarCore(ABC):
 
     def interrupt(self) -> None:
         """Let a step() that waits return. May be called from any thread."""
-        self._bell.ring()
+        self._wakeup.set()
 
     def before(self, request_id: str) -> Queue | None:
         """What has its turn before a request that waits; None for one that does not, or while there is no engine."""
@@ -89,7 +89,7 @@ class FarCore(ABC):
         """Call a method of the core and wait for its answer."""
 
 
-def answered(core: EngineCore | FarCore, call: wire.Call) -> wire.Answer:
+def answered(core: EngineCore | RemoteCore, call: wire.Call) -> wire.Answer:
     """The other side of it: what the core says to a call."""
     if call.name == "before":
         return wire.Answer(call.number, core.before(wire.core_id(call.ticket, call.request_id)))

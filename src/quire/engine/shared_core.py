@@ -1,4 +1,4 @@
-"""Remote: an EngineCore that this process shares with others; the parent process has it, see relay.py.
+"""SharedCore: an EngineCore that this process shares with others; the parent process has it, see relay.py.
 
 It has the methods of EngineCore. The journal is the parent's: when the engine dies, this side sees a pause. Knows token
 ids only, no text and no engine process.
@@ -14,12 +14,12 @@ from quire.core.plan import Event
 from quire.core.request import CoreRequest
 from quire.core.stats import Queue, Stats
 from quire.engine import wire
-from quire.engine.coming import Coming
-from quire.engine.far import TICK, FarCore, OnPhase, OnTokenizer
+from quire.engine.in_transit import InTransit
+from quire.engine.remote_core import TICK, OnPhase, OnTokenizer, RemoteCore
 from quire.errors import EngineDeadError, EngineError, ValidationError
 
 
-class Remote(FarCore):
+class SharedCore(RemoteCore):
     """One API process's view.
 
     `life` numbers the API processes of a server; no two have the same, a restarted one included.
@@ -33,7 +33,7 @@ class Remote(FarCore):
         self._tickets: dict[str, int] = {}
         self._messages: deque[wire.FromEngine] = deque()  # arrived, not yet taken in
         self._events: list[Event] = []
-        self._coming = Coming()
+        self._in_transit = InTransit()
         self._stats = Stats()
         self._picture: Picture | None = None
 
@@ -62,7 +62,7 @@ class Remote(FarCore):
         self._ticket = ticket
         self._ids[ticket] = request.request_id
         self._tickets[request.request_id] = ticket
-        self._coming.sent(self._gate.queue_of(request))
+        self._in_transit.sent(self._gate.queue_of(request))
         self._connection.send_encoded(message)
         return None
 
@@ -90,7 +90,7 @@ class Remote(FarCore):
     def stats(self) -> Stats:
         """Figures of the engine, which all API processes share, with this one's requests that are on their way."""
         stats = replace(self._stats)
-        self._coming.count_in(stats)
+        self._in_transit.count_in(stats)
         return stats
 
     def picture(self) -> Picture | None:
@@ -101,7 +101,7 @@ class Remote(FarCore):
     def close(self) -> None:
         """Leave the engine to the others. A second call changes nothing."""
         self._connection.close()
-        self._bell.close()
+        self._wakeup.close()
 
     # ---------------------------------------------------------------- inside
 
@@ -117,9 +117,9 @@ class Remote(FarCore):
         return self._answers.pop(number)
 
     def _wait(self) -> None:
-        end, bell = self._connection.fileno(), self._bell.fileno()
-        if bell in wire.wait_for([bell, end], [end] if self._connection.has_unsent else [], TICK):
-            self._bell.hush()
+        end, wakeup = self._connection.fileno(), self._wakeup.fileno()
+        if wakeup in wire.wait_for([wakeup, end], [end] if self._connection.has_unsent else [], TICK):
+            self._wakeup.clear()
 
     def _listen(self) -> None:
         self._connection.push()
@@ -148,7 +148,7 @@ class Remote(FarCore):
             if event.finish_reason is not None:
                 self._forget(event.ticket)
         self._events += found
-        self._coming.taken(message.taken)
+        self._in_transit.taken(message.taken)
         self._stats = message.stats
         self._picture = picture or self._picture
 
