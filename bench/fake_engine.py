@@ -16,8 +16,8 @@ from quire.config import EngineOptions
 from quire.core.options import SchedulerOptions
 from quire.core.plan import GroupSpec, StepPlan
 from quire.engine.engine import EngineSettings
+from quire.engine.engine_process import Served, Tell, run
 from quire.engine.executor import FakeExecutor, Handle
-from quire.engine.processes import Served, Tell, run
 from quire.engine.wire import Phase, Tokenizing
 
 UNIT = 1e-4  # seconds

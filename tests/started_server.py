@@ -29,7 +29,7 @@ def engine_pid(server_pid: int) -> int | None:
     for path in Path(f"/proc/{server_pid}/task").glob("*/children"):
         for child in path.read_text().split():
             try:
-                if b"quire.engine.processes" in Path(f"/proc/{child}/cmdline").read_bytes():
+                if b"quire.engine.engine_process" in Path(f"/proc/{child}/cmdline").read_bytes():
                     found.append(
                         (int(Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[19]), int(child))
                     )

@@ -22,9 +22,9 @@ from quire.engine.beam_requests import best_tokens, scoring, search_of
 from quire.engine.beams import BeamSearch, BeamSearchOutput, BeamSearchParams
 from quire.engine.engine import Engine, Prepared
 from quire.engine.metrics import Metrics
+from quire.engine.metrics_reader import Counter, Gauge, Histogram, read_metrics
 from quire.engine.outputs import RequestOutput
 from quire.engine.prompts import Prompt, ReadPrompt
-from quire.engine.reader import Counter, Gauge, Histogram, read_metrics
 from quire.errors import ConfigError, NoSuchMethodError, ValidationError
 from quire.text.chat import ChatOptions, prompt_text, read_template
 from quire.text.speech import ToolWish, speech_of, tool_wish

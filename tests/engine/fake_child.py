@@ -22,8 +22,8 @@ from quire.config import EngineOptions
 from quire.core.options import SchedulerOptions
 from quire.core.plan import GroupSpec
 from quire.engine.engine import EngineSettings
+from quire.engine.engine_process import Served, Tell, run
 from quire.engine.executor import FakeExecutor, NextToken
-from quire.engine.processes import Served, Tell, run
 from quire.engine.wire import Phase
 
 MAX_MODEL_LEN = 400

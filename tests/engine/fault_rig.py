@@ -31,8 +31,8 @@ from tiny import write_tiny
 from quire.config import EngineOptions, ServeOptions
 from quire.engine.async_engine import AsyncEngine
 from quire.engine.engine import Engine
+from quire.engine.engine_process import Served, Tell
 from quire.engine.metrics import Metrics
-from quire.engine.processes import Served, Tell
 from quire.engine.start import Loaded
 from quire.engine.start import load as load_parts
 from quire.engine.supervisor import Patience, Supervisor

@@ -21,8 +21,8 @@ from quire.core.options import SchedulerOptions
 from quire.core.plan import GroupSpec
 from quire.engine.child import ChildProcess
 from quire.engine.engine import EngineSettings
+from quire.engine.engine_process import Served, Tell, run
 from quire.engine.executor import FakeExecutor
-from quire.engine.processes import Served, Tell, run
 from quire.engine.wire import Phase, Tokenizing
 from quire.serve.run import run_server
 

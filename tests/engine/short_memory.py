@@ -23,7 +23,7 @@ from quire.config import EngineOptions
 from quire.core.params import SamplingParams
 from quire.engine.async_engine import AsyncEngine
 from quire.engine.child import ChildProcess
-from quire.engine.processes import Served, Tell, import_heavy, load_model, run
+from quire.engine.engine_process import Served, Tell, import_heavy, load_model, run
 from quire.engine.supervised import start_supervised
 from quire.engine.supervisor import Patience, Supervisor
 from quire.errors import EngineDeadError

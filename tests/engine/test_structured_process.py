@@ -13,8 +13,8 @@ from quire.core.scheduler import Scheduler
 from quire.engine import wire
 from quire.engine.blackbox import BlackBox, new_file
 from quire.engine.core import EngineCore
+from quire.engine.engine_process import EngineLoop, NotedExecutor
 from quire.engine.executor import FakeExecutor
-from quire.engine.processes import EngineLoop, NotedExecutor
 
 
 class Scripted:

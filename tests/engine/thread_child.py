@@ -13,7 +13,7 @@ from collections.abc import Callable
 from quire.config import EngineOptions
 from quire.engine import wire
 from quire.engine.blackbox import BlackBox, new_file
-from quire.engine.processes import Served, Tell, live
+from quire.engine.engine_process import Served, Tell, live
 
 
 class ThreadChild:

@@ -15,7 +15,7 @@ from tiny import write_tiny
 
 from quire.cli.compare import run_served
 from quire.config import EngineOptions
-from quire.engine import head_start
+from quire.engine import prefetch
 from quire.kernels.memory import AHEAD
 from quire.kernels.table import Ops, load_ops
 from quire.kernels.weights import KeptLinear
@@ -258,7 +258,7 @@ def test_by_default_only_what_takes_long_is_kept(tmp_path: Path, cache_folder: P
 
 def begin_ahead(config: EngineConfig) -> None:
     """What happens before torch is imported, with all of the file read."""
-    head_start.begin(config.options)
+    prefetch.begin(config.options)
     for thread in threading.enumerate():
         if thread.name == "memory":
             thread.join()

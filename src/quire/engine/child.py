@@ -19,7 +19,7 @@ from quire.engine import wire
 from quire.engine.blackbox import BlackBox, new_file
 from quire.errors import EngineError
 
-COMMAND = (sys.executable, "-m", "quire.engine.processes")
+COMMAND = (sys.executable, "-m", "quire.engine.engine_process")
 LAST_SECONDS = 5.0  # that a process gets to end before it is killed
 OUTSIDE = frozenset((signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT))
 

@@ -23,15 +23,15 @@ from quire.core.picture import Picture
 from quire.core.plan import Event, FinishReason
 from quire.core.request import CoreRequest
 from quire.core.stats import Queue, Stats
-from quire.engine import head_start
+from quire.engine import prefetch
 from quire.engine.admission import LATE, Admission, Limits
 from quire.engine.core import Core
 from quire.engine.generation import Completion, Generation
 from quire.engine.heap import uncollected
-from quire.engine.notes import StepNotes, finished
 from quire.engine.observe import Observer
 from quire.engine.outputs import RequestOutput
 from quire.engine.prompts import Prompt, PromptLimits, ReadPrompt, check_length, read_prompt
+from quire.engine.step_figures import StepNotes, finished
 from quire.errors import ValidationError
 from quire.grammar import Grammars
 from quire.text.speech import thinking_marks
@@ -128,7 +128,7 @@ class Engine:
         on_phase: Callable[[str, float | None], None] | None = None,
     ) -> Engine:
         """Find, load and start a model; `on_phase` is told each phase and its seconds. Raises as start_engine does."""
-        head_start.begin(options)
+        prefetch.begin(options)
         # Imported here: torch and the model come with it, and an Engine over another executor needs neither.
         with uncollected():
             from quire.engine.start import start_engine

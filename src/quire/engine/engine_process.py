@@ -1,4 +1,4 @@
-"""The engine process: `python -m quire.engine.processes SOCKET MEMORY`, two inherited file descriptors.
+"""The engine process: `python -m quire.engine.engine_process SOCKET MEMORY`, two inherited file descriptors.
 
 It loads the model that the first message names, takes messages between steps and sends what a step brought in one message.
 It ends with its API process, at once. Signals that end a server are left to that process, which drains.
@@ -22,7 +22,7 @@ from quire.core.options import SchedulerOptions
 from quire.core.picture import Ceiling, Picture
 from quire.core.plan import Event, StepPlan, StepResult
 from quire.core.scheduler import Scheduler
-from quire.engine import head_start, wire
+from quire.engine import prefetch, wire
 from quire.engine.blackbox import REGIONS, BlackBox
 from quire.engine.core import EngineCore
 from quire.engine.engine import EngineSettings
@@ -119,7 +119,7 @@ def live(
     def listen() -> None:
         messages.extend(_wait(connection, None))
         if messages and isinstance(messages[0], wire.Start):
-            head_start.begin(messages[0].options)
+            prefetch.begin(messages[0].options)
 
     since = time.perf_counter()
     listener = threading.Thread(target=listen, name="first message", daemon=True)
