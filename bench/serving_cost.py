@@ -100,8 +100,8 @@ def measure(streams: list[Stream], pid: int, options: argparse.Namespace) -> dic
     listen(streams, lambda: time.monotonic() > rest)
     api = psutil.Process(pid)
     engine = next(child for child in api.children() if "fake_engine.py" in " ".join(child.cmdline()))
-    fronts = [child for child in api.children() if "quire.serve.front" in child.cmdline()]
-    sides = ((api, *fronts), (engine,), (psutil.Process(),))
+    api_processes = [child for child in api.children() if "quire.serve.api_process" in child.cmdline()]
+    sides = ((api, *api_processes), (engine,), (psutil.Process(),))
     before, began = [seconds(side) for side in sides], time.monotonic()
     ages = listen(streams, lambda: time.monotonic() > began + options.seconds)
     took = time.monotonic() - began

@@ -20,9 +20,9 @@ SERVER = Path(__file__).parent / "mixer_server.py"
 SILENCE = 8  # seconds
 
 
-def is_front(process: psutil.Process) -> bool:
+def is_api_process(process: psutil.Process) -> bool:
     try:
-        return "quire.serve.front" in process.cmdline()
+        return "quire.serve.api_process" in process.cmdline()
     except psutil.NoSuchProcess:  # it has just ended
         return False
 
@@ -31,13 +31,13 @@ def test_an_api_process_that_stands_still_is_followed_by_another_one() -> None:
     command = [sys.executable, str(SERVER), "--port", "0", "--api-server-count", "2", "--no-engine-spare"]
     with server_process([*command, "--engine-timeout", str(SILENCE)], PYTHONHASHSEED="0") as server:
 
-        def fronts() -> list[psutil.Process]:
-            return [child for child in psutil.Process(server.process.pid).children() if is_front(child)]
+        def api_processes() -> list[psutil.Process]:
+            return [child for child in psutil.Process(server.process.pid).children() if is_api_process(child)]
 
-        before = fronts()
+        before = api_processes()
         os.kill(before[0].pid, signal.SIGSTOP)
         until(lambda: not before[0].is_running())
-        until(lambda: len(fronts()) == 2)
+        until(lambda: len(api_processes()) == 2)
         body = {"prompt": [30, 31], "max_tokens": 5, "ignore_eos": True}
         for _ in range(8):  # to either of them
             assert httpx.post(server.url + "/v1/completions", json=body, timeout=60).status_code == 200

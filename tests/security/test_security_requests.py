@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from served import CHAT, HELLO, Running, Setup, refused, served
 
 from quire.errors import ValidationError
-from quire.serve.layers import DEEPEST_JSON, MOST_JSON_PARTS, check_json_shape, check_json_text
+from quire.serve.middleware import DEEPEST_JSON, MOST_JSON_PARTS, check_json_shape, check_json_text
 
 
 @pytest.fixture(scope="module")

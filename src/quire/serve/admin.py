@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 import quire
 from quire.errors import NotFoundError, ValidationError
 from quire.serve.errors import Failure
-from quire.serve.layers import JsonRoute
+from quire.serve.middleware import JsonRoute
 from quire.serve.protocol import DetokenizeRequest, TokenizeRequest
 from quire.serve.service import LONG_TEXT, ModelCard, Service
 from quire.text import ChatOptions

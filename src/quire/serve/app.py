@@ -15,7 +15,7 @@ from quire.errors import ConfigError
 from quire.serve import admin, chats, completions, errors, kept_responses, messages, page, requests, responses
 from quire.serve.auth import KeyCheck
 from quire.serve.document import ERRORS, Limits, described
-from quire.serve.layers import BodyLimit, ErrorShield, HeaderLimit, RequestIds, SameRoute
+from quire.serve.middleware import BodyLimit, ErrorShield, HeaderLimit, RequestIds, SameRoute
 from quire.serve.service import Service
 from quire.serve.sse import ClientLeft
 from quire.serve.traffic import Traffic, TrafficLayer

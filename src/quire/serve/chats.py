@@ -11,13 +11,13 @@ from starlette.responses import Response
 
 from quire.engine.outputs import CompletionOutput, RequestOutput
 from quire.serve.caller import caller_of
-from quire.serve.layers import JsonRoute
+from quire.serve.conversation import Conversation
 from quire.serve.legacy_calls import in_old_form
 from quire.serve.logprobs import TokenNames, chat_logprobs, prompt_logprobs
+from quire.serve.middleware import JsonRoute
 from quire.serve.protocol import ChatRequest
 from quire.serve.service import Service, new_id
 from quire.serve.sse import Emit, Frame, json_response, stream, until_left
-from quire.serve.talk import Talk
 from quire.serve.usage import Usage
 from quire.text.speech import AnswerReader, tool_wish
 
@@ -33,7 +33,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     answer = _Answer(
         service,
         body,
-        Talk(
+        Conversation(
             service,
             body,
             new_id("chatcmpl", request.headers.get("x-request-id"), body.request_id),
@@ -53,13 +53,13 @@ class _Answer:
 
     service: Service
     body: ChatRequest
-    talk: Talk
+    conversation: Conversation
     created: int = field(default_factory=lambda: int(time.time()))
     readers: dict[int, AnswerReader] = field(default_factory=dict)  # by the number of the choice
 
     async def whole(self) -> dict[str, Any]:
         """The answer as one object."""
-        output = await self.talk.whole()
+        output = await self.conversation.whole()
         usage = Usage(self.service.options.enable_prompt_tokens_details)
         usage.add_prompt(0, len(output.prompt_token_ids), output.num_cached_tokens)
         usage.completion_tokens = sum(len(completion.token_ids) for completion in output.outputs)
@@ -68,10 +68,10 @@ class _Answer:
             "choices": [self._choice(completion) for completion in output.outputs],
             "service_tier": None,
             "system_fingerprint": self.service.card.fingerprint,
-            "usage": usage.body() | self.talk.told(),
+            "usage": usage.body() | self.conversation.told(),
             "prompt_logprobs": prompt_logprobs(output.prompt_logprobs, self._names()),
             "prompt_token_ids": output.prompt_token_ids if wants_ids else None,
-            "prompt_text": self.talk.prompt if self.body.return_prompt_text else None,
+            "prompt_text": self.conversation.prompt if self.body.return_prompt_text else None,
         }
 
     async def events(self, send: Emit) -> None:
@@ -96,7 +96,7 @@ class _Answer:
                 usage.add_prompt(0, len(output.prompt_token_ids), output.num_cached_tokens)
             if not begun:
                 begun = True
-                for number in range(self.talk.params.n):
+                for number in range(self.conversation.params.n):
                     send(frame.event(chunk(self._opening(number)) | self._prompt_ids(output)))
             for completion in output.outputs:
                 usage.completion_tokens += len(completion.token_ids)
@@ -104,13 +104,18 @@ class _Answer:
                 if delta is not None:
                     send(frame.event(chunk(delta, completion.finish_reason is not None)))
 
-        await self.talk.answer(take)
+        await self.conversation.answer(take)
         if forced or self.body.include_usage:
-            told = usage.body() | self.talk.told()
+            told = usage.body() | self.conversation.told()
             send(frame.event({"choices": [], "system_fingerprint": fingerprint, "usage": told}))
 
     def _frame(self, kind: str) -> dict[str, Any]:
-        return {"id": self.talk.id, "object": kind, "created": self.created, "model": self.service.card.names[0]}
+        return {
+            "id": self.conversation.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.service.card.names[0],
+        }
 
     def _prompt_ids(self, output: RequestOutput) -> dict[str, Any]:
         return {"prompt_token_ids": output.prompt_token_ids} if self.body.return_token_ids else {}
@@ -125,7 +130,7 @@ class _Answer:
     def _echoed(self) -> str:
         """The last message's text where the answer shall begin with it."""
         last = self.body.messages[-1]
-        if not self.body.echo or last.get("role") != self.talk.role():
+        if not self.body.echo or last.get("role") != self.conversation.role():
             return ""
         content = last.get("content")
         return content if isinstance(content, str) else ""
@@ -142,7 +147,7 @@ class _Answer:
     def _reader(self, number: int) -> AnswerReader:
         """What reads the choice of that number."""
         if number not in self.readers:
-            self.readers[number] = self.talk.speech.reader()
+            self.readers[number] = self.conversation.speech.reader()
         return self.readers[number]
 
     def _choice(self, completion: CompletionOutput) -> dict[str, Any]:
@@ -151,7 +156,7 @@ class _Answer:
         said = reader.read(completion.text, finished=True)
         content = self._echoed() + said.content
         message: dict[str, Any] = {
-            "role": self.talk.role(),
+            "role": self.conversation.role(),
             "content": None if said.calls and not content else content,
             "refusal": None,
             "annotations": None,
@@ -173,7 +178,7 @@ class _Answer:
 
     def _opening(self, number: int) -> dict[str, Any]:
         """The first chunk of a choice."""
-        delta = {"role": self.talk.role(), "content": self._echoed()}
+        delta = {"role": self.conversation.role(), "content": self._echoed()}
         return {"index": number, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def _delta(self, new: CompletionOutput) -> dict[str, Any] | None:

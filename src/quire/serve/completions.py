@@ -14,8 +14,8 @@ from quire.engine.logprobs import Logprob
 from quire.engine.outputs import CompletionOutput, RequestOutput
 from quire.serve.account import Account
 from quire.serve.caller import Caller, caller_of
-from quire.serve.layers import JsonRoute
 from quire.serve.logprobs import TokenNames, completion_logprobs, prompt_logprobs
+from quire.serve.middleware import JsonRoute
 from quire.serve.protocol import CompletionRequest
 from quire.serve.service import LONG_TEXT, NOBODY, Job, Service, Take, new_id
 from quire.serve.sse import Emit, Frame, json_response, stream, until_left

@@ -16,7 +16,7 @@ from quire.errors import ValidationError
 from quire.serve.anywhere import anywhere, topic
 from quire.serve.caller import caller_of
 from quire.serve.errors import Failure
-from quire.serve.layers import JsonRoute
+from quire.serve.middleware import JsonRoute
 from quire.serve.service import Service
 from quire.serve.sse import Emit, EventStyle, event, json_response, stream
 

@@ -16,12 +16,12 @@ from quire.engine.outputs import CompletionOutput, RequestOutput
 from quire.errors import OverloadedError
 from quire.serve.blocks import Block, Blocks, Growth
 from quire.serve.caller import caller_of
+from quire.serve.conversation import Conversation
 from quire.serve.errors import Failure
-from quire.serve.layers import JsonRoute
 from quire.serve.messages_body import MessagesRequest, TokensRequest
+from quire.serve.middleware import JsonRoute
 from quire.serve.service import Service, new_id
 from quire.serve.sse import Emit, EventStyle, event, json_response, named_event, stream, until_left
-from quire.serve.talk import Talk
 from quire.text import ChatOptions
 from quire.text.speech import AnswerReader, tool_wish
 
@@ -52,7 +52,7 @@ async def create_message(body: MessagesRequest, request: Request) -> Response:
         params = replace(params, thinking_token_budget=None)  # it has no thoughts that could be limited
     own_id = new_id("msg", request.headers.get("x-request-id"), None)
     wish = tool_wish(chat.tools, chat.tool_choice, chat.parallel_tool_calls)
-    answer = _Answer(service, Talk(service, chat, own_id, params, caller_of(request), wish=wish))
+    answer = _Answer(service, Conversation(service, chat, own_id, params, caller_of(request), wish=wish))
     if not body.stream:
         return json_response(await until_left(request, answer.whole()))
     return await stream(request, answer.events, STYLE, service.options.sse_keep_alive_interval)
@@ -80,17 +80,17 @@ class _Answer:
     """One answer in the making."""
 
     service: Service
-    talk: Talk
+    conversation: Conversation
     blocks: Blocks = field(default_factory=Blocks)
     reader: AnswerReader | None = None  # known with the first output
 
     async def whole(self) -> dict[str, Any]:
         """The answer as one object."""
-        output = await self.talk.whole()
+        output = await self.conversation.whole()
         completion = output.outputs[0]
         _raise_ended(completion)
         self._grow(completion)
-        usage = self._usage(output) | {"output_tokens": len(completion.token_ids)} | self.talk.told()
+        usage = self._usage(output) | {"output_tokens": len(completion.token_ids)} | self.conversation.told()
         content = [_block(block, block.text) for block in self.blocks.found]
         return self._message(usage) | {"content": content, **self._stopped(completion)}
 
@@ -113,16 +113,16 @@ class _Answer:
                 if completion.finish_reason is not None:
                     for content in self._closed(len(self.blocks.found) - 1):
                         send(content)
-                    usage = self._usage(output) | {"output_tokens": tokens} | self.talk.told()
+                    usage = self._usage(output) | {"output_tokens": tokens} | self.conversation.told()
                     send(named_event({"type": "message_delta", "delta": self._stopped(completion), "usage": usage}))
 
-        await self.talk.answer(take)
+        await self.conversation.answer(take)
         send(named_event({"type": "message_stop"}))
 
     def _grow(self, completion: CompletionOutput) -> list[Growth]:
         """What the new text adds to the blocks."""
         if self.reader is None:
-            self.reader = self.talk.speech.reader()
+            self.reader = self.conversation.speech.reader()
         finished = completion.finish_reason is not None
         parts = self.reader.read_in_order(completion.text, finished)
         grown = [growth for said in parts for growth in self.blocks.take(said)]
@@ -147,7 +147,7 @@ class _Answer:
 
     def _message(self, usage: dict[str, Any]) -> dict[str, Any]:
         return {
-            "id": self.talk.id,
+            "id": self.conversation.id,
             "type": "message",
             "role": "assistant",
             "model": self.service.card.names[0],

@@ -21,16 +21,16 @@ from quire.errors import ValidationError
 from quire.serve.anywhere import anywhere
 from quire.serve.blocks import Growth
 from quire.serve.caller import caller_of
+from quire.serve.conversation import Conversation
 from quire.serve.errors import failure_of
 from quire.serve.kept_responses import STYLE, follow, kept_response
-from quire.serve.layers import JsonRoute
 from quire.serve.logprobs import TokenNames, chat_logprobs
+from quire.serve.middleware import JsonRoute
 from quire.serve.response_items import Items
 from quire.serve.responses_body import ResponsesRequest
 from quire.serve.service import Service, new_id
 from quire.serve.sse import Emit, json_response, named_event, stream, until_left
 from quire.serve.store import Stored
-from quire.serve.talk import Talk
 from quire.text.speech import AnswerReader, tool_wish
 
 logger = logging.getLogger(__name__)
@@ -48,8 +48,8 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
     params = chat.params(service.card.defaults, service.card.limit)
     own_id = new_id("resp", request.headers.get("x-request-id"), None).replace("-", "_", 1)
     wish = tool_wish(chat.tools, chat.tool_choice, chat.parallel_tool_calls)
-    talk = Talk(service, chat, own_id, params, caller, wish=wish)
-    answer = _Answer(service, body, talk, body.kept_messages(earlier))
+    conversation = Conversation(service, chat, own_id, params, caller, wish=wish)
+    answer = _Answer(service, body, conversation, body.kept_messages(earlier))
     if body.background:
         if service.options.max_stored_responses < 1:
             raise ValidationError("This server keeps no responses, so none can run in the background.", "background")
@@ -71,7 +71,7 @@ async def count_input_tokens(body: ResponsesRequest, request: Request) -> dict[s
     service.check_model(body.model)
     caller = caller_of(request)
     chat = body.chat(await _earlier(service, body.previous_response_id, caller.tenant))
-    text = await Talk(service, chat, "", service.card.defaults, caller).render()
+    text = await Conversation(service, chat, "", service.card.defaults, caller).render()
     return {"object": "response.input_tokens", "input_tokens": len(await service.ids_of(text, special=False))}
 
 
@@ -95,7 +95,7 @@ class _Answer:
 
     service: Service
     body: ResponsesRequest
-    talk: Talk
+    conversation: Conversation
     kept: list[dict[str, Any]]
     items: Items = field(default_factory=Items)
     stored: Stored | None = None  # where it is made in the background
@@ -107,7 +107,7 @@ class _Answer:
 
     async def whole(self) -> dict[str, Any]:
         """The response as one object."""
-        output = await self.talk.whole()
+        output = await self.conversation.whole()
         completion = output.outputs[0]
         self._grow(completion)
         self.items.logprobs = self._logprobs(completion)
@@ -116,7 +116,9 @@ class _Answer:
     def in_background(self) -> Stored:
         """Start it, and keep it, queued at first."""
         events: list[bytes] | None = [] if self.body.stream else None
-        stored = Stored(self.talk.caller.tenant, self._frame("queued"), items=self.body.input_items(), events=events)
+        stored = Stored(
+            self.conversation.caller.tenant, self._frame("queued"), items=self.body.input_items(), events=events
+        )
         self.stored = stored
         stored.run(self._run(stored))
         self.service.store.put(stored)
@@ -160,7 +162,7 @@ class _Answer:
                         send(self._event(kind, content))
 
         try:
-            await self.talk.answer(take)
+            await self.conversation.answer(take)
         except Exception as error:
             if last is None or self.stored is not None:
                 raise
@@ -181,7 +183,7 @@ class _Answer:
     def _grow(self, completion: CompletionOutput) -> list[Growth]:
         """What the new text adds to the items."""
         if self.reader is None:
-            self.reader = self.talk.speech.reader()
+            self.reader = self.conversation.speech.reader()
         finished = completion.finish_reason is not None
         parts = self.reader.read_in_order(completion.text, finished)
         grown = [growth for said in parts for growth in self.items.blocks.take(said)]
@@ -198,7 +200,7 @@ class _Answer:
         if status == "completed":
             response["completed_at"] = int(time.time())
         if self.body.stores and self.service.options.max_stored_responses > 0:
-            stored = self.stored or Stored(self.talk.caller.tenant, response, items=self.body.input_items())
+            stored = self.stored or Stored(self.conversation.caller.tenant, response, items=self.body.input_items())
             stored.body, stored.messages = response, [*self.kept, self.items.message()]
             self.service.store.put(stored)
         return response
@@ -210,7 +212,7 @@ class _Answer:
 
     def _frame(self, status: str) -> dict[str, Any]:
         return {
-            "id": self.talk.id,
+            "id": self.conversation.id,
             "object": "response",
             "created_at": self.created,
             "completed_at": None,
@@ -220,8 +222,8 @@ class _Answer:
             "model": self.service.card.names[0],
             "output": [],
             "usage": None,
-            "temperature": self.talk.params.temperature,
-            "top_p": self.talk.params.top_p,
+            "temperature": self.conversation.params.temperature,
+            "top_p": self.conversation.params.top_p,
             "service_tier": "default",
             **self.body.echoed(),
         }
@@ -235,11 +237,11 @@ class _Answer:
             "output_tokens": tokens,
             "output_tokens_details": {"reasoning_tokens": 0},  # tokens of thoughts are not told apart
             "total_tokens": prompt + tokens,
-            **self.talk.told(),
+            **self.conversation.told(),
         }
 
     def _logprobs(self, completion: CompletionOutput) -> list[dict[str, Any]]:
-        if self.talk.body.top is None or completion.logprobs is None:
+        if self.conversation.body.top is None or completion.logprobs is None:
             return []
         names = TokenNames(self.service.engine.tokenizer)
-        return chat_logprobs(completion.token_ids, completion.logprobs, self.talk.body.top, names)["content"]
+        return chat_logprobs(completion.token_ids, completion.logprobs, self.conversation.body.top, names)["content"]

@@ -16,7 +16,7 @@ from quire import env
 from quire.config import EngineOptions, ServeOptions
 from quire.engine.child import Child, ChildProcess
 from quire.engine.supervisor import Patience
-from quire.serve.fronts import run_fronts
+from quire.serve.api_processes import run_api_processes
 from quire.serve.listen import bind, checked_keys, make_room
 from quire.serve.setup import Processes, Setup
 from quire.text.chat import read_template
@@ -51,7 +51,7 @@ def run_server(
     processes = Processes(new_process)
     try:
         setup = Setup(engine_options, options, keys, listener, patience, processes, began)
-        return run_fronts(setup) if options.api_server_count > 1 else run_alone(setup)
+        return run_api_processes(setup) if options.api_server_count > 1 else run_alone(setup)
     finally:
         processes.stop()
         listener.close()

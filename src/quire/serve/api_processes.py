@@ -1,4 +1,4 @@
-"""run_fronts: the parent of several API processes: it has their engine, starts them, and starts again what dies.
+"""run_api_processes: the parent of several API processes: it has their engine, starts them, and starts again what dies.
 
 Every process listens on the socket that its seat inherits; what waits there when it dies is its successor's. The parent
 answers no client: it carries messages between them and the engine (engine/relay.py), and between each other
@@ -29,7 +29,7 @@ from quire.serve.setup import Setup
 
 logger = logging.getLogger(__name__)
 
-COMMAND = (sys.executable, "-m", "quire.serve.front")
+COMMAND = (sys.executable, "-m", "quire.serve.api_process")
 LATE_SECONDS = 10.0  # beyond the time for draining, until an API process that does not end is killed
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds before the second restart of a place in a row; doubled each time
 LONG_LIFE = 30.0  # seconds after which a death is no longer one in a row
@@ -37,7 +37,7 @@ LONGEST_LOOK = 1.0  # seconds between two looks; what is beyond, this process di
 
 
 @dataclass(slots=True, eq=False)
-class Front:
+class ApiProcess:
     """One API process. `life` is its number."""
 
     life: int
@@ -54,7 +54,7 @@ class Seat:
     """One of so many API processes that there shall be; who dies is followed by another one, on the same socket."""
 
     listener: socket.socket
-    front: Front | None = None
+    api: ApiProcess | None = None
     deaths: int = 0  # in a row
     start_at: float = 0.0
 
@@ -63,25 +63,25 @@ class Seat:
 class Asked:
     """A question that is with the others. `left`: who has not answered."""
 
-    asker: Front
+    asker: ApiProcess
     question: Question
     left: set[int]
     found: list[object] = field(default_factory=list)
 
 
-def run_fronts(setup: Setup) -> int:
+def run_api_processes(setup: Setup) -> int:
     """Serve until told to stop. Returns the exit status; raises what the engine could not be started for."""
-    fronts = Fronts(setup, one_for_each(setup.listener, setup.serve.api_server_count))
-    before = {number: signal.signal(number, fronts.told_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    processes = ApiProcesses(setup, one_for_each(setup.listener, setup.serve.api_server_count))
+    before = {number: signal.signal(number, processes.told_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return fronts.run()
+        return processes.run()
     finally:
-        fronts.close()
+        processes.close()
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-class Fronts:
+class ApiProcesses:
     """All API processes of a server, one for each listening socket, and their engine. One thread uses it."""
 
     def __init__(self, setup: Setup, listeners: Sequence[socket.socket]) -> None:
@@ -132,17 +132,17 @@ class Fronts:
 
     def close(self) -> None:
         """End what lives."""
-        for front in self._alive():
-            front.process.kill()
-            front.process.wait()
+        for api in self._alive():
+            api.process.kill()
+            api.process.wait()
         for seat in self._seats:
             seat.listener.close()
         self._supervisor.close()
 
     # ---------------------------------------------------------------- processes
 
-    def _alive(self) -> list[Front]:
-        return [seat.front for seat in self._seats if seat.front is not None]
+    def _alive(self) -> list[ApiProcess]:
+        return [seat.api for seat in self._seats if seat.api is not None]
 
     def _start(self, index: int) -> None:
         self._lives += 1
@@ -161,12 +161,12 @@ class Fronts:
         finally:
             theirs.close()
             engine_end.close()
-        seat.front = Front(life, process, wire.Connection(ours, ToParent), time.monotonic())
+        seat.api = ApiProcess(life, process, wire.Connection(ours, ToParent), time.monotonic())
         setup = self._setup
         again = self._has_greeted
         begin = Begin(life, index, len(self._seats), again, setup.engine, setup.serve, setup.keys, setup.began)
-        seat.front.connection.send(begin)
-        self._supervisor.beside.append(seat.front.connection)
+        seat.api.connection.send(begin)
+        self._supervisor.beside.append(seat.api.connection)
         self._relay.join(life, wire.Connection(relay_end, wire.ToEngine))
 
     def _plan(self, seat: Seat) -> None:
@@ -180,11 +180,11 @@ class Fronts:
         now = time.monotonic()
         passed, self._looked = min(now - self._looked, LONGEST_LOOK), now
         for index, seat in enumerate(self._seats):
-            if seat.front is not None:
-                self._hear(seat.front)
-                self._end_silent(seat.front, passed)
-                if seat.front.connection.ended or now > self._kill_at:
-                    self._bury(seat, seat.front)
+            if seat.api is not None:
+                self._hear(seat.api)
+                self._end_silent(seat.api, passed)
+                if seat.api.connection.ended or now > self._kill_at:
+                    self._bury(seat, seat.api)
             elif not self._signals and now >= seat.start_at:
                 self._start(index)
         while self._heeded < self._signals:
@@ -192,86 +192,86 @@ class Fronts:
             self._kill_at = now + self._setup.serve.shutdown_timeout + LATE_SECONDS
             for seat in self._seats:
                 seat.listener.close()  # so that whoever comes now is refused, once the API processes have closed theirs
-            for front in self._alive():
-                front.connection.send(Stop())
+            for api in self._alive():
+                api.connection.send(Stop())
 
-    def _end_silent(self, front: Front, passed: float) -> None:
+    def _end_silent(self, api: ApiProcess, passed: float) -> None:
         """An API process that stands still keeps those waiting who come to its socket."""
-        front.silent += passed
-        if front.lines is not None and 0 < self._setup.patience.silence <= front.silent:
-            logger.error("API process %d has said nothing for %.1f s; it is ended", front.process.pid, front.silent)
-            front.silent = 0.0
-            front.process.kill()
+        api.silent += passed
+        if api.lines is not None and 0 < self._setup.patience.silence <= api.silent:
+            logger.error("API process %d has said nothing for %.1f s; it is ended", api.process.pid, api.silent)
+            api.silent = 0.0
+            api.process.kill()
 
-    def _bury(self, seat: Seat, front: Front) -> None:
+    def _bury(self, seat: Seat, api: ApiProcess) -> None:
         """An API process is gone, or cut off: nothing of it stays but its counts."""
-        status = ended(front.process)
-        seat.front = None
-        self._supervisor.beside.remove(front.connection)
-        front.connection.close()
-        self._relay.leave(front.life)
-        self._past = total((self._past, front.note.tallies))
-        for number in [number for number, asked in self._asked.items() if front.life in asked.left]:
-            self._replied(number, front.life, None)
+        status = ended(api.process)
+        seat.api = None
+        self._supervisor.beside.remove(api.connection)
+        api.connection.close()
+        self._relay.leave(api.life)
+        self._past = total((self._past, api.note.tallies))
+        for number in [number for number, asked in self._asked.items() if api.life in asked.left]:
+            self._replied(number, api.life, None)
         if self._signals:
             return
-        logger.error("API process %d %s; its connections are lost", front.process.pid, ending(status))
-        if time.monotonic() - front.began > LONG_LIFE:
+        logger.error("API process %d %s; its connections are lost", api.process.pid, ending(status))
+        if time.monotonic() - api.began > LONG_LIFE:
             seat.deaths = 0
         self._plan(seat)
 
     def _wait_for_all(self) -> None:
         """The engine is lost: let those who wait be told so."""
         end = time.monotonic() + LATE_SECONDS
-        for front in self._alive():
+        for api in self._alive():
             try:
-                front.process.wait(max(0.0, end - time.monotonic()))
+                api.process.wait(max(0.0, end - time.monotonic()))
             except subprocess.TimeoutExpired:
-                front.process.kill()
+                api.process.kill()
 
     # ---------------------------------------------------------------- messages
 
-    def _hear(self, front: Front) -> None:
+    def _hear(self, api: ApiProcess) -> None:
         try:
-            front.connection.push()
-            for message in front.connection.receive():
-                self._take(front, message)
+            api.connection.push()
+            for message in api.connection.receive():
+                self._take(api, message)
         except Exception:
-            logger.exception("what API process %d says is not understood; it is ended", front.process.pid)
-            front.process.kill()
+            logger.exception("what API process %d says is not understood; it is ended", api.process.pid)
+            api.process.kill()
 
-    def _take(self, front: Front, message: ToParent) -> None:
-        front.silent = 0.0
+    def _take(self, api: ApiProcess, message: ToParent) -> None:
+        api.silent = 0.0
         if isinstance(message, Note):
-            front.note = message
+            api.note = message
         elif isinstance(message, SumWanted):
             notes = [other.note for other in self._alive()]
             counts = total((self._past, *(note.tallies for note in notes)))
-            front.connection.send(Sum(message.number, counts, sum(note.load for note in notes)))
+            api.connection.send(Sum(message.number, counts, sum(note.load for note in notes)))
         elif isinstance(message, Question):
-            self._pass_on(front, message)
+            self._pass_on(api, message)
         elif isinstance(message, Reply):
-            self._replied(message.number, front.life, message)
+            self._replied(message.number, api.life, message)
         elif isinstance(message, Up):
-            front.lines = message.lines
+            api.lines = message.lines
             self._greet()
 
     def _greet(self) -> None:
         """Once, when all are up."""
-        fronts = self._alive()
-        lines = fronts[0].lines
-        if self._has_greeted or lines is None or not all(front.lines for front in fronts):
+        processes = self._alive()
+        lines = processes[0].lines
+        if self._has_greeted or lines is None or not all(api.lines for api in processes):
             return
         self._has_greeted = True
         print("\n".join(lines), flush=True)
 
-    def _pass_on(self, asker: Front, question: Question) -> None:
+    def _pass_on(self, asker: ApiProcess, question: Question) -> None:
         """Ask all others that are up."""
-        others = [front for front in self._alive() if front is not asker and front.lines is not None]
+        others = [api for api in self._alive() if api is not asker and api.lines is not None]
         self._numbers += 1
-        self._asked[self._numbers] = Asked(asker, question, {front.life for front in others})
-        for front in others:
-            front.connection.send(Question(self._numbers, question.topic, question.key, question.tenant))
+        self._asked[self._numbers] = Asked(asker, question, {api.life for api in others})
+        for api in others:
+            api.connection.send(Question(self._numbers, question.topic, question.key, question.tenant))
         self._settle(self._numbers)
 
     def _replied(self, number: int, life: int, reply: Reply | None) -> None:

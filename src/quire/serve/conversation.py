@@ -1,4 +1,4 @@
-"""Talk: from a conversation to the engine's outputs, the same for every route that takes messages.
+"""Conversation: from a conversation to the engine's outputs, the same for every route that takes messages.
 
 Knows no shape of an answer.
 """
@@ -20,7 +20,7 @@ from quire.text.speech import Speech, ToolWish, speech_of
 
 
 @dataclass(slots=True)
-class Talk:
+class Conversation:
     """One request's conversation. `prompt` is known when the first output has come."""
 
     service: Service

@@ -1,4 +1,4 @@
-"""One of several API processes: `python -m quire.serve.front LISTENER ENGINE PARENT`, three inherited descriptors.
+"""One of several API processes: `python -m quire.serve.api_process LISTENER ENGINE PARENT`, three inherited descriptors.
 
 It serves what comes to the listening socket, from the engine that its parent has (engine/relay.py), and is told by
 its parent when to end. It ends with its parent, at once.

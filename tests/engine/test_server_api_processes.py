@@ -35,7 +35,7 @@ ROWS, QUEUE = 16, 40
 
 
 @contextmanager
-def fronts(*flags: str) -> Iterator[StartedServer]:
+def several(*flags: str) -> Iterator[StartedServer]:
     command = [sys.executable, str(SERVER), "--port", "0", "--api-server-count", str(COUNT), "--no-engine-spare"]
     with server_process([*command, *flags], PYTHONHASHSEED="0") as server:
         yield server
@@ -43,7 +43,7 @@ def fronts(*flags: str) -> Iterator[StartedServer]:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[StartedServer]:
-    with fronts("--max-num-seqs", str(ROWS), "--max-num-queued-reqs", str(QUEUE)) as started:
+    with several("--max-num-seqs", str(ROWS), "--max-num-queued-reqs", str(QUEUE)) as started:
         yield started
 
 
@@ -52,8 +52,8 @@ def children(pid: int, word: str) -> list[int]:
     return sorted(pid for pid in found if word in Path(f"/proc/{pid}/cmdline").read_bytes().decode())
 
 
-def front_pids(server: StartedServer) -> list[int]:
-    return children(server.pid, "quire.serve.front")
+def api_pids(server: StartedServer) -> list[int]:
+    return children(server.pid, "quire.serve.api_process")
 
 
 def engines_of(server: StartedServer) -> list[int]:
@@ -62,7 +62,7 @@ def engines_of(server: StartedServer) -> list[int]:
 
 def owners(server: StartedServer) -> dict[int, int]:
     """The API process that a client's port is connected to."""
-    connections = {pid: psutil.Process(pid).net_connections("tcp") for pid in front_pids(server)}
+    connections = {pid: psutil.Process(pid).net_connections("tcp") for pid in api_pids(server)}
     return {link.raddr.port: pid for pid, links in connections.items() for link in links if link.raddr}
 
 
@@ -201,7 +201,7 @@ def test_no_stream_notices_the_death_of_the_engine(server: StartedServer, undist
     found = run_streams(server, lambda: os.kill(before, signal.SIGKILL))
     assert found == undisturbed
     until(lambda: engines_of(server) not in ([], [before]))
-    assert len(front_pids(server)) == COUNT
+    assert len(api_pids(server)) == COUNT
 
 
 def test_a_request_that_kills_the_engine_is_ended_alone(server: StartedServer, undisturbed: list[Stream]) -> None:
@@ -241,7 +241,7 @@ def test_a_process_that_dies_takes_only_its_own_connections(server: StartedServe
             return killed, streams
 
     killed, streams = asyncio.run(run())
-    until(lambda: len({*front_pids(server)} - {killed}) == COUNT)
+    until(lambda: len({*api_pids(server)} - {killed}) == COUNT)
     until(lambda: idle(server))  # its requests end in the engine, and its successor is there
     whole = [stream for stream in streams if stream.ending == "length"]
     until(lambda: generated(server) >= before + TOKENS * len(whole))
@@ -254,7 +254,7 @@ def test_counts_are_the_same_whoever_is_asked() -> None:
         texts = [answer.text for answer in each(server, "GET", "/metrics")]
         return [{name: summed(text, name) for name in wanted} for text in texts]
 
-    with fronts() as server:
+    with several() as server:
         run_streams(server)
         until(lambda: told() == [wanted] * COUNT)  # what the others have counted is told four times a second
         assert [answer.json()["server_load"] for answer in each(server, "GET", "/load")] == [0] * COUNT
@@ -314,8 +314,8 @@ def test_the_queue_is_one(server: StartedServer) -> None:
 @pytest.mark.parametrize("signals", [1, 2])
 def test_an_orderly_end(signals: int) -> None:
     """The first signal lets everything finish, the second ends it at once; nothing stays behind."""
-    with fronts("--max-num-seqs", "32") as server:
-        pids = [*front_pids(server), *engines_of(server)]
+    with several("--max-num-seqs", "32") as server:
+        pids = [*api_pids(server), *engines_of(server)]
 
         def refuses() -> bool:
             try:
@@ -338,5 +338,5 @@ def test_an_orderly_end(signals: int) -> None:
 
 
 def test_what_cannot_start_is_said() -> None:
-    with pytest.raises(SystemExit, match="did not start"), fronts("--api-server-count", "0"):
+    with pytest.raises(SystemExit, match="did not start"), several("--api-server-count", "0"):
         pass
