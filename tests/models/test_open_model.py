@@ -13,7 +13,7 @@ from quire.config import ModelOptions
 from quire.kernels.table import load_ops
 from quire.models.build import build_model
 from quire.models.hub import find_model
-from quire.models.open import KeepsStates, OpenModel
+from quire.models.open_model import KeepsStates, OpenModel
 from quire.models.trial import PagedLoop
 
 IDS = [[5, 9, 200, 31, 7, 7, 90], [41, 300, 12]]

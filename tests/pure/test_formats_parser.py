@@ -14,8 +14,8 @@ from format_texts import ADD, BARE, BOTH, IDS, PARIS, SCHEMAS, SUM
 from quire.errors import ConfigError
 from quire.text.format_parser import CallArguments, CallEnd, CallStart, Content, FormatParser, Reasoning
 from quire.text.formats import hidden_markers
+from quire.text.non_json_calls import NON_JSON, Elements
 from quire.text.reasoning_formats import REASONING_FORMATS, reasoning_format, reasoning_format_of
-from quire.text.spelled import SPELLED, Elements
 from quire.text.streamed import HEADS
 from quire.text.tool_formats import TOOL_FORMATS, tool_format, tool_format_of
 
@@ -209,10 +209,10 @@ def test_arguments_come_as_they_are_written(name: str) -> None:
     assert json.loads(said) == PARIS[1]
 
 
-SPELLED_FORMATS = [name for name in BOTH if tool_format(name).regions[0].reader in SPELLED]
+NON_JSON_FORMATS = [name for name in BOTH if tool_format(name).regions[0].reader in NON_JSON]
 
 
-@pytest.mark.parametrize("name", SPELLED_FORMATS)
+@pytest.mark.parametrize("name", NON_JSON_FORMATS)
 def test_other_arguments_come_one_by_one(name: str) -> None:
     """What is told is a growing beginning of JSON, and texts within elements grow while they are written."""
     parser = FormatParser(tool_format(name), schemas=SCHEMAS)
@@ -224,7 +224,7 @@ def test_other_arguments_come_one_by_one(name: str) -> None:
                 told.append(said)
                 assert whole.startswith(said)
     assert said == whole and told[-2].startswith('{"city": "Paris"')
-    writing = SPELLED[tool_format(name).regions[0].reader]
+    writing = NON_JSON[tool_format(name).regions[0].reader]
     assert ('{"city": "Par' in told) == (isinstance(writing, Elements) and writing.opens is not None)
 
 
@@ -325,7 +325,7 @@ def test_other_arguments_come_one_by_one(name: str) -> None:
         ("glm45", "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>1e999</arg_value>", [("f", '{"a": "inf"')], ""),
     ],
 )
-def test_calls_that_are_spelled(name: str, text: str, calls: list, content: str) -> None:
+def test_calls_that_are_not_json(name: str, text: str, calls: list, content: str) -> None:
     for pieces in ([text], list(text)):
         found = read(pieces, name)
         assert (found.calls, found.content) == (calls, content)

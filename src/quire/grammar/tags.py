@@ -12,7 +12,7 @@ from typing import Any
 from quire.core.structured import FIELD
 from quire.errors import ValidationError
 from quire.grammar.lark import TEXT, Lark, Parts
-from quire.grammar.spelled import STYLES, spelled
+from quire.grammar.non_json_arguments import STYLES, non_json
 
 MOST_LEVELS = 16  # of formats within formats
 JSON_STYLES = ("json", "template_json")  # spaced freely, or as chat templates write JSON
@@ -85,7 +85,7 @@ class _Reader:
     def _schema(self, given: Mapping[str, Any], level: int, last: bool) -> str:
         style = given.get("style", "json")
         if style in STYLES:
-            return spelled(given.get("json_schema", {}), style, self._lark, self._parts)
+            return non_json(given.get("json_schema", {}), style, self._lark, self._parts)
         if style not in JSON_STYLES:
             raise _wrong(f"asks for the style {str(style)[:40]!r}; known are {', '.join((*JSON_STYLES, *STYLES))}")
         return self._lark.other(self._parts.schema(given.get("json_schema", {}), style))

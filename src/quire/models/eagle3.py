@@ -27,7 +27,7 @@ from quire.models.frequencies import frequencies_of
 from quire.models.hub import ModelFiles
 from quire.models.load import LoadRules, load_into
 from quire.models.native import Layer, native_layout, shape_of
-from quire.models.open import OpenModel
+from quire.models.open_model import OpenModel
 
 LLAMA = {
     "model_type": "llama",

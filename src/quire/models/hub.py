@@ -23,8 +23,8 @@ from quire.models.describe import (
     tokenizer_limit,
 )
 from quire.models.headers import WeightHeader, read_index
+from quire.models.hub_client import fetch, fetch_headers, nearest_folder, repository_files
 from quire.models.native_config import NativeConfig
-from quire.models.remote import fetch, fetch_headers, nearest_folder, repository_files
 from quire.quant.checkpoints import Scheme
 from quire.quant.format import KEEP_HEAD
 

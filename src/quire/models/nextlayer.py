@@ -27,7 +27,7 @@ from quire.models.headers import weight_headers
 from quire.models.hub import ModelFiles
 from quire.models.load import LoadRules, load_into
 from quire.models.native import FAMILIES, Layer, native_layout, opaque_experts, shape_of
-from quire.models.open import OpenModel
+from quire.models.open_model import OpenModel
 from quire.models.recorded import Recordable
 
 

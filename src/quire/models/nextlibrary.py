@@ -22,11 +22,11 @@ from quire.layers.spec import ModelLayout
 from quire.models.assemble import build_transformers
 from quire.models.checkpoint import Checkpoint
 from quire.models.headers import weight_headers
+from quire.models.hidden_states import Tapped
 from quire.models.hub import ModelFiles
-from quire.models.inside import Tapped
 from quire.models.load import LoadRules, load_into
 from quire.models.nextlayer import Style
-from quire.models.open import OpenModel
+from quire.models.open_model import OpenModel
 from quire.models.probe import probe
 from quire.models.transformers import TransformersModel
 

@@ -18,7 +18,7 @@ from quire.layers.batch import Batch
 from quire.layers.latent import LatentProjection
 from quire.layers.spec import ModelLayout
 from quire.models.fallback import PrivateCaches, SequentialModule
-from quire.models.inside import AroundBody, Tapped, layers_of
+from quire.models.hidden_states import AroundBody, Tapped, layers_of
 from quire.models.interface import (
     BATCH_ARGUMENT,
     PAGED,

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from quire.text.format_readers import READERS, Call
 from quire.text.formats import ReasoningFormat, Region, ToolFormat
-from quire.text.spelled import SPELLED, SpelledCalls, Told
+from quire.text.non_json_calls import NON_JSON, NonJsonCalls, Told
 from quire.text.streamed import Arguments, head_of
 
 MOST_REREAD = 32 * 1024  # characters of regions that turn out to be no calls; they are read twice, so there is an end
@@ -82,7 +82,7 @@ class _Open:
     head: int = 0  # where in the text the head of the next call begins
     before: str = ""  # the last character that is no space
     arguments: Arguments | None = None  # of the call that is being told
-    spelled: SpelledCalls | None = None  # what reads calls that are not written as JSON
+    non_json: NonJsonCalls | None = None  # what reads calls that are not written as JSON
     told: int = 0  # calls
 
 
@@ -241,8 +241,8 @@ class FormatParser:
     def _enter(self, region: Region, marker: str) -> _Open:
         """A region begins."""
         opened = self._open = _Open(region, marker, [])
-        if region.reader in SPELLED:
-            opened.spelled = SpelledCalls(SPELLED[region.reader], self._schemas, region.closer)
+        if region.reader in NON_JSON:
+            opened.non_json = NonJsonCalls(NON_JSON[region.reader], self._schemas, region.closer)
         return opened
 
     def _inside(self, opened: _Open, character: str) -> None:
@@ -254,9 +254,9 @@ class FormatParser:
                 self._fail(opened)
                 return
             self._follow(opened, character)
-        if opened.spelled is not None:
-            self._tell_spelled(opened, opened.spelled.step(character))
-            if opened.spelled.broken and not opened.told:
+        if opened.non_json is not None:
+            self._tell_non_json(opened, opened.non_json.step(character))
+            if opened.non_json.broken and not opened.told:
                 self._fail(opened)
                 return
         elif region.ending != "marker":
@@ -325,12 +325,12 @@ class FormatParser:
     def _close(self, opened: _Open, at_end: bool = False) -> None:
         """The region is over: calls, or content."""
         region = opened.region
-        if opened.spelled is not None and not at_end:
-            self._tell_spelled(opened, opened.spelled.close())
+        if opened.non_json is not None and not at_end:
+            self._tell_non_json(opened, opened.non_json.close())
         if opened.told:
             self._close_streamed(opened, at_end)
             return
-        if opened.spelled is not None:
+        if opened.non_json is not None:
             self._fail(opened)
             return
         inside = "".join(opened.text)
@@ -357,16 +357,16 @@ class FormatParser:
         self._fresh = True
         if opened.arguments is not None and not opened.arguments.stopped:
             return
-        if opened.spelled is not None and opened.spelled.cut_off:
+        if opened.non_json is not None and opened.non_json.cut_off:
             return
-        rest = "".join(opened.text[opened.head :]) if opened.spelled is None else opened.spelled.untold
+        rest = "".join(opened.text[opened.head :]) if opened.non_json is None else opened.non_json.untold
         closer = opened.region.closer
         if closer:
             rest = _without_part(rest, closer) if at_end else rest.removesuffix(closer)
         if rest.strip(_FORM):
             self._tell(rest)
 
-    def _tell_spelled(self, opened: _Open, found: Sequence[Told]) -> None:
+    def _tell_non_json(self, opened: _Open, found: Sequence[Told]) -> None:
         """Tell what became certain of calls that are not written as JSON."""
         for told in found:
             if told.kind == "arguments":

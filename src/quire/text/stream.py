@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from quire.core.params import SamplingParams
-from quire.text.pieces import Pieces
+from quire.text.token_bytes import Pieces
 from quire.text.tokenizer import Tokenizer
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"

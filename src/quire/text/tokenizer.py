@@ -22,8 +22,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from quire.errors import ValidationError
 from quire.text.codec import Described
 from quire.text.library_tokenizer import is_own, read_with_library
-from quire.text.pieces import Pieces, pieces_of
 from quire.text.render_worker import answer
+from quire.text.token_bytes import Pieces, pieces_of
 from quire.text.tokenizer_files import read_tokenizer
 
 logger = logging.getLogger(__name__)

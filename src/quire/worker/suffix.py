@@ -11,7 +11,7 @@ import numpy as np
 
 from quire.core.plan import Admission, StepPlan
 from quire.worker.drafter import History, Seen
-from quire.worker.memory import GRAM, Memory
+from quire.worker.past_outputs import GRAM, PastOutputs
 
 SURE = 8  # tokens of a match that needs no better one
 
@@ -29,7 +29,7 @@ class SuffixDrafter:
         self._places = np.zeros(rows, dtype=np.int64)  # what comes next is guessed to be the token there; 0 for none
         self._matched = np.zeros(rows, dtype=np.int64)  # tokens before it that are those at the row's end
         self._known = np.zeros(rows, dtype=np.int64)  # the row's length then
-        self._memory = Memory()
+        self._past = PastOutputs()
         self._salts = [b""] * rows
         self._begins = np.zeros(rows, dtype=np.int64)  # where the row's output does
 
@@ -42,7 +42,7 @@ class SuffixDrafter:
         """What the row's request has said may be said again."""
         output = self._history.tokens[slot, self._begins[slot] : self._history.lengths[slot]].tolist()
         if len(output) > GRAM:
-            self._memory.of(self._salts[slot]).add(output)
+            self._past.of(self._salts[slot]).add(output)
 
     def begin(self, plan: StepPlan) -> None:
         """No pages are used."""
@@ -68,7 +68,7 @@ class SuffixDrafter:
             place, matched = self._search(tokens, place, matched)
         self._places[slot], self._matched[slot], self._known[slot] = place, matched, length
         if matched < SURE:
-            said = self._memory.of(self._salts[slot])
+            said = self._past.of(self._salts[slot])
             there, same = said.find(tokens[-self._longest :].tolist(), self._longest)
             if same > matched:
                 return said.after(there, self._promised(same))

@@ -26,7 +26,7 @@ from quire.models.eagle3 import FusedLayer
 from quire.models.hub import ModelFiles, OnShare
 from quire.models.medusa import MedusaHeads
 from quire.models.nextlayer import Head, NextLayer
-from quire.models.open import KeepsStates, OpenModel
+from quire.models.open_model import KeepsStates, OpenModel
 from quire.models.proved_programs import ProvedPrograms
 from quire.models.recorded import Plan, with_program
 from quire.models.served import ServedModel

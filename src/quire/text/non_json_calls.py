@@ -68,7 +68,7 @@ class Notation:
 
 
 @dataclass(slots=True)
-class SpelledCalls:
+class NonJsonCalls:
     """The calls of one region. `broken`: what follows is no call; `inside`: a call has begun and not ended.
 
     `untold` is the text that nothing was told of.
@@ -320,7 +320,7 @@ def _pairs(suffix: str) -> Elements:
     return replace(found, call=None, bare_end=f"<arg_key{suffix}>", separator=f"<tool_sep{suffix}>")
 
 
-SPELLED: dict[str, Elements | Notation] = {
+NON_JSON: dict[str, Elements | Notation] = {
     "function_xml": _elements(
         r"\s*<parameter=(?P<key>[^>]+)>", "</parameter>", r"\s*<function=([^>\s]+)>", "</function>"
     ),

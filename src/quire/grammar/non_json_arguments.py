@@ -1,6 +1,6 @@
 """Arguments that are not written as JSON: an element for each property, or name(key=value, ...) and the like, as grammars.
 
-The styles are plain data; text/spelled.py reads what they let through. Raises ValidationError for what a style cannot say.
+The styles are plain data; text/non_json_calls.py reads what they let through. Raises ValidationError for what a style cannot say.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ STYLES: dict[str, Elements | Notation] = {
 }
 
 
-def spelled(schema: Any, style: str, lark: Lark, parts: Parts) -> str:
+def non_json(schema: Any, style: str, lark: Lark, parts: Parts) -> str:
     """The expression for the properties of an object, in the order of its schema."""
     chosen = STYLES[style]
     if isinstance(chosen, Elements):

@@ -1,4 +1,4 @@
-"""Memory: what ended requests have said, kept apart by their salts, and where a text goes on as one of them did.
+"""PastOutputs: what ended requests have said, kept apart by their salts, and where a text goes on as one of them did.
 
 A salt stands for whoever may share cached pages (a tenant, a model, an adapter): nobody is guessed for from what another
 one was told. Knows tokens only.
@@ -50,7 +50,7 @@ class Said:
         return tuple(found[: found.index(-1)] if -1 in found else found)
 
 
-class Memory:
+class PastOutputs:
     """Said of each salt, of those that were used last."""
 
     def __init__(self) -> None:

@@ -10,7 +10,7 @@ from test_speculation import SETTINGS
 
 from quire import LLM, SamplingParams
 from quire.core.plan import Admission
-from quire.worker.memory import KEPT, SALTS, Memory, Said
+from quire.worker.past_outputs import KEPT, SALTS, PastOutputs, Said
 from quire.worker.suffix import SuffixDrafter
 
 
@@ -33,11 +33,11 @@ def test_suffix_lookup_remembers_what_the_same_salt_said():
 
 
 def test_memory_has_limits():
-    memory, rng = Memory(), random.Random(4)
+    past, rng = PastOutputs(), random.Random(4)
     for number in range(SALTS + 5):
-        memory.of(b"%d" % number).add([number] * 6)
-    assert memory.of(b"1").find([1] * 6, 64) == (0, 0), "the least recently used have gone"
-    assert memory.of(b"30").find([30] * 6, 64)[1] == 6
+        past.of(b"%d" % number).add([number] * 6)
+    assert past.of(b"1").find([1] * 6, 64) == (0, 0), "the least recently used have gone"
+    assert past.of(b"30").find([30] * 6, 64)[1] == 6
     said = Said()
     outputs = [[rng.randrange(5) for _ in range(300)] for _ in range(60)]
     for output in outputs:
