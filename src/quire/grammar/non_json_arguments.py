@@ -1,6 +1,7 @@
 """Arguments that are not written as JSON: an element for each property, or name(key=value, ...) and the like, as grammars.
 
-The styles are plain data; text/non_json_calls.py reads what they let through. Raises ValidationError for what a style cannot say.
+The styles are plain data; text/non_json_calls.py reads what they let through. Raises ValidationError for what a style
+cannot say.
 """
 
 from __future__ import annotations
