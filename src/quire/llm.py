@@ -26,9 +26,10 @@ from quire.engine.metrics_reader import Counter, Gauge, Histogram, read_metrics
 from quire.engine.outputs import RequestOutput
 from quire.engine.prompts import Prompt, ReadPrompt
 from quire.errors import ConfigError, NoSuchMethodError, ValidationError
+from quire.text.answer_format import answer_format_of
 from quire.text.chat import ChatOptions, prompt_text, read_template
-from quire.text.speech import ToolWish, speech_of, tool_wish
 from quire.text.tokenizer import Tokenizer
+from quire.text.tool_choice import ToolWish, tool_wish
 
 logger = logging.getLogger(__name__)
 
@@ -297,7 +298,7 @@ class LLM:
         assert tokenizer is not None, "chat() needs one"
 
         def spoken(one: SamplingParams) -> SamplingParams:
-            return speech_of(tokenizer, template, wish, one, prompt, None, None).params(one)
+            return answer_format_of(tokenizer, template, wish, one, prompt, None, None).params(one)
 
         if params is None:
             params = self._engine.settings.default_params

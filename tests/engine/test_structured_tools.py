@@ -13,8 +13,9 @@ from served import Running, Setup, refused, served
 from quire.config import ServeOptions
 from quire.core.params import SamplingParams
 from quire.errors import ConfigError
+from quire.text.answer_format import AnswerFormat, answer_format_of, check_formats
 from quire.text.reasoning_formats import reasoning_format
-from quire.text.speech import Speech, ToolWish, check_formats, speech_of, tool_wish
+from quire.text.tool_choice import ToolWish, tool_wish
 from quire.text.tool_formats import tool_format
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -226,7 +227,7 @@ def test_unknown_formats_are_refused_at_the_start() -> None:
 
 
 class _Tokens:
-    """The part of a tokenizer that a speech is made of."""
+    """The part of a tokenizer that a format is made of."""
 
     has_response_template = False
 
@@ -239,23 +240,23 @@ class _Tokens:
         return template or self._template
 
 
-def speech(template: str, choice: Any = None, prompt: str = "", special: str = "") -> Speech:
+def answer_format(template: str, choice: Any = None, prompt: str = "", special: str = "") -> AnswerFormat:
     wish = tool_wish([WEATHER, ADD], choice, None)
-    return speech_of(_Tokens(template, special), None, wish, SamplingParams(), prompt, None, None)  # type: ignore[arg-type]
+    return answer_format_of(_Tokens(template, special), None, wish, SamplingParams(), prompt, None, None)  # type: ignore[arg-type]
 
 
 def test_the_template_decides() -> None:
-    found = speech("<tool_call> <think>", prompt="user: hi <think>\n")
+    found = answer_format("<tool_call> <think>", prompt="user: hi <think>\n")
     assert (found.tools, found.reasoning, found.thinking) == (tool_format("hermes"), reasoning_format("qwen3"), True)
     assert not found.shows_special
-    assert not speech("<tool_call> <think>", prompt="<think>\n\n</think>\n\n").thinking
-    hidden = speech("[TOOL_CALLS]", special="[TOOL_CALLS]")
+    assert not answer_format("<tool_call> <think>", prompt="<think>\n\n</think>\n\n").thinking
+    hidden = answer_format("[TOOL_CALLS]", special="[TOOL_CALLS]")
     assert hidden.shows_special and not hidden.params(SamplingParams()).skip_special_tokens
 
 
 def test_forced_calls_are_written_as_the_model_does() -> None:
     for template, begins in (("<tool_call>", "<tool_call>"), ("<|python_tag|>", '{"name'), ("<|python_start|>", "[")):
-        found = speech(template, "required")
+        found = answer_format(template, "required")
         assert found.form is not None and found.form.structural_tag is not None
         assert found.reasoning is None and found.form.after is None
         assert json.dumps(begins)[1:-1] in found.form.structural_tag
@@ -265,11 +266,11 @@ def test_strict_tools_are_held_to_their_schemas() -> None:
     strict = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
     for tools, held in (([WEATHER, ADD], False), ([strict, ADD], True)):
         wish = tool_wish(tools, "auto", None)
-        found = speech_of(_Tokens("<tool_call>"), None, wish, SamplingParams(), "", None, None)  # type: ignore[arg-type]
+        found = answer_format_of(_Tokens("<tool_call>"), None, wish, SamplingParams(), "", None, None)  # type: ignore[arg-type]
         assert (found.form is not None) is held
         assert wish.strict == (frozenset({"get_weather"}) if held else frozenset())
     asked = SamplingParams(structured_outputs={"json_object": True})
-    found = speech_of(_Tokens("<tool_call>"), None, wish, asked, "", None, None)  # type: ignore[arg-type]
+    found = answer_format_of(_Tokens("<tool_call>"), None, wish, asked, "", None, None)  # type: ignore[arg-type]
     assert found.form is not None and "get_weather" in str(found.form.structural_tag)  # calls, or the form
 
 
@@ -277,7 +278,7 @@ def test_thoughts_stand_before_forms() -> None:
     asked = SamplingParams(structured_outputs={"json_object": True})
     for prompt, begun in (("hi", False), ("hi <think>\n", True)):
         wish = ToolWish()
-        found = speech_of(_Tokens("<think></think>"), None, wish, asked, prompt, None, None)  # type: ignore[arg-type]
+        found = answer_format_of(_Tokens("<think></think>"), None, wish, asked, prompt, None, None)  # type: ignore[arg-type]
         assert found.form is not None and found.form.after is not None and found.form.after.begun is begun
         assert found.params(asked).structured_outputs == found.form
         reader = found.reader()

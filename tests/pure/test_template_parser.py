@@ -11,10 +11,11 @@ from small_tokenizers import byte_level, small, wrapped
 
 from quire.core.params import SamplingParams
 from quire.errors import ConfigError
+from quire.text.answer_format import LIBRARY, answer_format_of
 from quire.text.format_parser import CallArguments, CallStart, Content, Reasoning
-from quire.text.speech import LIBRARY, ToolWish, speech_of
 from quire.text.template_parser import TemplateParser
 from quire.text.tokenizer import Tokenizer
+from quire.text.tool_choice import ToolWish
 
 pytest.importorskip("transformers.utils.chat_parsing")
 
@@ -76,11 +77,11 @@ def test_every_split_gives_the_same(text: str, prompt: str, expected: Any) -> No
 
 def test_it_is_used_where_nothing_else_is_known() -> None:
     wish, params = ToolWish("auto", {"add": {}}), SamplingParams()
-    found = speech_of(tokenizer(), None, wish, params, PROMPT, None, None)
+    found = answer_format_of(tokenizer(), None, wish, params, PROMPT, None, None)
     assert found.library is not None and found.shows_special
     said = found.reader().read(f"<hm>so</hm>Yes<call>{CALL}</call>", finished=True)
     assert (said.content, said.reasoning, said.calls[0]["function"]["name"]) == ("Yes", "so", "add")
-    assert speech_of(tokenizer(), "<tool_call>", wish, params, PROMPT, None, None).library is None
-    assert speech_of(tokenizer(), "<tool_call>", wish, params, PROMPT, LIBRARY, None).library is not None
+    assert answer_format_of(tokenizer(), "<tool_call>", wish, params, PROMPT, None, None).library is None
+    assert answer_format_of(tokenizer(), "<tool_call>", wish, params, PROMPT, LIBRARY, None).library is not None
     with pytest.raises(ConfigError, match=LIBRARY):
-        speech_of(small("byte_level"), "<tool_call>", wish, params, PROMPT, LIBRARY, None)
+        answer_format_of(small("byte_level"), "<tool_call>", wish, params, PROMPT, LIBRARY, None)

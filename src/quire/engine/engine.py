@@ -34,7 +34,7 @@ from quire.engine.prompts import Prompt, PromptLimits, ReadPrompt, check_length,
 from quire.engine.step_figures import StepNotes, finished
 from quire.errors import ValidationError
 from quire.grammar import Grammars
-from quire.text.speech import thinking_marks
+from quire.text.answer_format import thinking_marks
 from quire.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)

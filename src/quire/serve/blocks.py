@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from quire.text.speech import Said
+from quire.text.answer_format import Said
 
 
 @dataclass(slots=True)

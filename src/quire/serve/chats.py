@@ -19,7 +19,8 @@ from quire.serve.protocol import ChatRequest
 from quire.serve.service import Service, new_id
 from quire.serve.sse import Emit, Frame, json_response, stream, until_left
 from quire.serve.usage import Usage
-from quire.text.speech import AnswerReader, tool_wish
+from quire.text.answer_format import AnswerReader
+from quire.text.tool_choice import tool_wish
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -147,7 +148,7 @@ class _Answer:
     def _reader(self, number: int) -> AnswerReader:
         """What reads the choice of that number."""
         if number not in self.readers:
-            self.readers[number] = self.conversation.speech.reader()
+            self.readers[number] = self.conversation.answer_format.reader()
         return self.readers[number]
 
     def _choice(self, completion: CompletionOutput) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from quire.serve.caller import Caller
 from quire.serve.protocol import ChatRequest
 from quire.serve.service import NOBODY, Service
 from quire.text import ChatOptions
-from quire.text.speech import Speech, ToolWish, speech_of
+from quire.text.answer_format import AnswerFormat, answer_format_of
+from quire.text.tool_choice import ToolWish
 
 
 @dataclass(slots=True)
@@ -31,7 +32,7 @@ class Conversation:
     prompt: str = ""
     account: Account = field(default_factory=Account)
     wish: ToolWish | None = None  # of a route that reads calls and thoughts out of the text; None leaves it as it is
-    speech: Speech = field(default_factory=Speech)  # how to read the answers, known with the first output
+    answer_format: AnswerFormat = field(default_factory=AnswerFormat)  # known with the first output
 
     async def render(self) -> str:
         """The conversation as the model reads it."""
@@ -51,8 +52,8 @@ class Conversation:
         body = self.body
         self.prompt = await self.render()
         if self.wish is not None:
-            self.speech = self._speech(self.wish)
-            self.params = self.speech.params(self.params)
+            self.answer_format = self._answer_format(self.wish)
+            self.params = self.answer_format.params(self.params)
         special = bool(body.add_special_tokens)
         job = await self.service.encode(self.prompt, body, special, self.params.max_tokens or 1)
         await self.service.answer(
@@ -65,9 +66,9 @@ class Conversation:
         await self.answer(outputs.append)
         return outputs[-1]
 
-    def _speech(self, wish: ToolWish) -> Speech:
+    def _answer_format(self, wish: ToolWish) -> AnswerFormat:
         options = self.service.options
-        return speech_of(
+        return answer_format_of(
             self.service.tokenizer,
             self.body.chat_template,
             wish,

@@ -15,8 +15,8 @@ from pathlib import Path
 from quire.config import ServeOptions
 from quire.errors import ConfigError, ValidationError
 from quire.serve.auth import check_bind, read_keys
+from quire.text.answer_format import check_formats
 from quire.text.chat import check_template_kwargs, own_variables
-from quire.text.speech import check_formats
 
 BACKLOG = 2048  # connections that may wait to be taken
 MOST_FILES = 65_536  # open at once, where the system sets no bound

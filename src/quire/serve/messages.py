@@ -23,7 +23,8 @@ from quire.serve.middleware import JsonRoute
 from quire.serve.service import Service, new_id
 from quire.serve.sse import Emit, EventStyle, event, json_response, named_event, stream, until_left
 from quire.text import ChatOptions
-from quire.text.speech import AnswerReader, tool_wish
+from quire.text.answer_format import AnswerReader
+from quire.text.tool_choice import tool_wish
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -122,7 +123,7 @@ class _Answer:
     def _grow(self, completion: CompletionOutput) -> list[Growth]:
         """What the new text adds to the blocks."""
         if self.reader is None:
-            self.reader = self.conversation.speech.reader()
+            self.reader = self.conversation.answer_format.reader()
         finished = completion.finish_reason is not None
         parts = self.reader.read_in_order(completion.text, finished)
         grown = [growth for said in parts for growth in self.blocks.take(said)]

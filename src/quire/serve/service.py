@@ -47,8 +47,8 @@ from quire.serve.renderer import RenderPool
 from quire.serve.store import Store
 from quire.serve.tracing import Tracing
 from quire.text import ChatOptions, Tokenizer, prompt_text
+from quire.text.answer_format import thinking_marks
 from quire.text.chat import render_job
-from quire.text.speech import thinking_marks
 
 logger = logging.getLogger(__name__)
 

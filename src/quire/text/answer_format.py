@@ -1,16 +1,15 @@
-"""Speech: what a conversation wishes of tools and what its answer says of them: forced calls, and reading the text.
+"""AnswerFormat: how the answers to one request are written and read: their thoughts, their tool calls, the form they keep.
 
 Knows the formats and the shape of calls in the OpenAI API; knows no engine and no route.
 """
 
 from __future__ import annotations
 
-import re
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 from quire.core.params import SamplingParams, ThinkingMarks
 from quire.core.structured import StructuredOutputsParams, Thoughts
@@ -21,95 +20,14 @@ from quire.text.formats import ReasoningFormat, ToolFormat, hidden_markers
 from quire.text.reasoning_formats import reasoning_format, reasoning_format_of
 from quire.text.template_parser import TemplateParser
 from quire.text.tokenizer import Tokenizer
+from quire.text.tool_choice import ToolWish
 from quire.text.tool_formats import PLAIN_LIST, tool_format, tool_format_of
 
 LIBRARY = "hf"  # the name, for options, of reading answers by the tokenizer's own response template
-_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
 
 
 @dataclass(frozen=True, slots=True)
-class ToolWish:
-    """The tools of a request by name, with the schemas of their arguments, and whether they must be used.
-
-    `only` is the one tool that must be called; `strict` are those whose arguments must keep to their schemas even where
-    the model is free to call.
-    """
-
-    choice: Literal["none", "auto", "required"] = "none"
-    schemas: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    only: str | None = None
-    parallel: bool = True
-    strict: frozenset[str] = frozenset()
-
-
-def tool_wish(tools: Sequence[Mapping[str, Any]] | None, choice: Any, parallel: bool | None) -> ToolWish:
-    """The fields tools, tool_choice and parallel_tool_calls together. Raises ValidationError."""
-    schemas = dict(_tool(tool, f"tools[{index}]") for index, tool in enumerate(tools or ()))
-    many = parallel is not False
-    if choice is None:
-        choice = "auto" if schemas else "none"
-    if choice == "none" or (choice == "auto" and not schemas):
-        return ToolWish("none", schemas)
-    if not schemas:
-        raise ValidationError("tool_choice needs tools to choose from.", "tool_choice")
-    if choice in ("auto", "required"):
-        return ToolWish(choice, schemas, None, many, _strict(tools or ()))
-    if isinstance(choice, Mapping) and choice.get("type") == "allowed_tools":
-        return _allowed(choice.get("allowed_tools"), schemas, many)
-    name = _chosen(choice, schemas)
-    return ToolWish("required", {name: schemas[name]}, name, False)
-
-
-def _chosen(choice: Any, schemas: Mapping[str, Any]) -> str:
-    """The name of a tool, from {"type": "function", "function": {"name": ...}}."""
-    function = choice.get("function") if isinstance(choice, Mapping) and choice.get("type") == "function" else None
-    name = function.get("name") if isinstance(function, Mapping) else None
-    if not isinstance(name, str):
-        raise ValidationError(
-            'tool_choice must be "none", "auto", "required", {"type": "function", "function": {"name": ...}}, or '
-            '{"type": "allowed_tools", "allowed_tools": {"mode": ..., "tools": [...]}}.',
-            "tool_choice",
-        )
-    if name not in schemas:
-        raise ValidationError(f"tool_choice names {name[:64]!r}, which is not among the tools.", "tool_choice")
-    return name
-
-
-def _allowed(given: Any, schemas: Mapping[str, Mapping[str, Any]], parallel: bool) -> ToolWish:
-    """Some of the tools, of which the model may or must call one; the prompt goes on to show all.
-
-    They count as strict: a form is what keeps a model that is free to call from calling another one.
-    """
-    mode, tools = (given.get("mode"), given.get("tools")) if isinstance(given, Mapping) else (None, None)
-    if mode not in ("auto", "required") or not isinstance(tools, Sequence) or isinstance(tools, str) or not tools:
-        raise ValidationError(
-            'tool_choice.allowed_tools must have mode "auto" or "required", and a list of tools.', "tool_choice"
-        )
-    names = [_chosen(tool, schemas) for tool in tools]
-    return ToolWish(mode, {name: schemas[name] for name in names}, None, parallel, frozenset(names))
-
-
-def _strict(tools: Sequence[Mapping[str, Any]]) -> frozenset[str]:
-    """The names of the tools that say "strict": true."""
-    return frozenset(tool["function"]["name"] for tool in tools if tool["function"].get("strict") is True)
-
-
-def _tool(tool: Mapping[str, Any], place: str) -> tuple[str, Mapping[str, Any]]:
-    function = tool.get("function")
-    if tool.get("type") != "function" or not isinstance(function, Mapping):
-        raise ValidationError(f"{place} must have the type function, and an object function.", "tools")
-    name, schema = function.get("name"), function.get("parameters")
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ValidationError(f"{place}.function.name must have 1 to 64 letters, digits, _, - or dots.", "tools")
-    if schema is None:
-        schema = {}
-    if not isinstance(schema, Mapping):
-        raise ValidationError(f"{place}.function.parameters must be a JSON schema, an object.", "tools")
-    return name, schema
-
-
-@dataclass(frozen=True, slots=True)
-class Speech:
+class AnswerFormat:
     """How the answers to one request are asked for and read."""
 
     wish: ToolWish = field(default_factory=ToolWish)
@@ -144,7 +62,7 @@ class Speech:
         return AnswerReader(self, FormatParser(self.tools, self.reasoning, self.thinking, self.wish.schemas))
 
 
-def speech_of(
+def answer_format_of(
     tokenizer: Tokenizer,
     template: str | None,
     wish: ToolWish,
@@ -152,8 +70,8 @@ def speech_of(
     prompt: str,
     tool_parser: str | None,
     reasoning_parser: str | None,
-) -> Speech:
-    """The speech of a request. The formats are those of the options, else those of the chat template."""
+) -> AnswerFormat:
+    """How the answers to a request will be read. The formats are those of the options, else those of the chat template."""
     try:
         used = tokenizer.template_for(list(wish.schemas), template)
     except ValidationError:  # a tokenizer that renders by its own code needs no template
@@ -164,7 +82,7 @@ def speech_of(
         shown = [
             {"type": "function", "function": {"name": name, "parameters": wish.schemas[name]}} for name in wish.schemas
         ]
-        return Speech(wish, shows_special=True, library=lambda: tokenizer.response_parser(prompt, shown))
+        return AnswerFormat(wish, shows_special=True, library=lambda: tokenizer.response_parser(prompt, shown))
     reasoning = formats.reasoning
     thinking = reasoning is not None and prompt.rstrip().endswith(reasoning.opener)
     tools = _tools(wish, formats.tools)
@@ -177,7 +95,7 @@ def speech_of(
     limits = params.thinking_token_budget is not None and reasoning is not None
     marks = _marks(tokenizer, reasoning) if limits and reasoning is not None else None
     markers = (*(tools.markers if tools else ()), *(reasoning.markers if reasoning else ()))
-    return Speech(wish, tools, reasoning, thinking, form, marks, hidden_markers(markers, special))
+    return AnswerFormat(wish, tools, reasoning, thinking, form, marks, hidden_markers(markers, special))
 
 
 def _by_template(tokenizer: Tokenizer, formats: Formats, tool_parser: str | None, reasoning_parser: str | None) -> bool:
@@ -288,11 +206,11 @@ class Said:
 class AnswerReader:
     """Reads one answer as it comes."""
 
-    def __init__(self, speech: Speech, parser: FormatParser | TemplateParser | None) -> None:
-        self._speech = speech
+    def __init__(self, how: AnswerFormat, parser: FormatParser | TemplateParser | None) -> None:
+        self._format = how
         self._parser = parser
         self.calls = 0
-        self._strips = speech.form is not None and speech.reasoning is not None  # spaces between thoughts and form
+        self._strips = how.form is not None and how.reasoning is not None  # spaces between thoughts and form
 
     def read(self, text: str, finished: bool) -> Said:
         """The next text of the answer, all of a kind together."""
@@ -312,7 +230,7 @@ class AnswerReader:
 
     def finish_reason(self, reason: str | None) -> str | None:
         """What the API calls the end of an answer that ended by `reason`."""
-        called = self.calls > 0 and self._speech.wish.only is None
+        called = self.calls > 0 and self._format.wish.only is None
         return "tool_calls" if called and reason == "stop" else reason
 
     def _said(self, deltas: Sequence[Delta]) -> list[Said]:
@@ -325,7 +243,7 @@ class AnswerReader:
                     parts.append(Said(text))
             elif isinstance(delta, Reasoning):
                 parts.append(Said(reasoning=delta.text))
-            elif isinstance(delta, CallStart) and (self._speech.wish.parallel or delta.index == 0):
+            elif isinstance(delta, CallStart) and (self._format.wish.parallel or delta.index == 0):
                 self.calls += 1
                 function = {"name": delta.name, "arguments": ""}
                 call_id = delta.id or f"chatcmpl-tool-{uuid.uuid4().hex}"
