@@ -4,7 +4,8 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-STAMPS := .stamps
+# What is done: a file each, within the environment, so that they go when it is deleted.
+STAMPS := $(VENV)/stamps
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -qq
 NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -type f 2>/dev/null)
 ARGS   ?=
@@ -25,25 +26,26 @@ help:
 	@echo "make clean      remove everything that these targets made"
 
 # The packages and the native library do not need each other, so both are made at once.
-setup: $(BIN)/python
-	@$(MAKE) -s --no-print-directory -j2 $(STAMPS)/packages $(STAMPS)/quire
+MAKEFLAGS += --jobs=2
+setup: $(STAMPS)/packages $(STAMPS)/quire
 
-$(BIN)/python:
-	@echo "Making $(VENV)"
-	@$(PYTHON) -c 'import sys; sys.exit("quire needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Set PYTHON=...") if sys.version_info < (3, 11) else None'
-	@$(PYTHON) -m venv $(VENV)
+$(STAMPS)/venv:
+	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON). Name one: make setup PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "quire needs Python 3.11 or newer; this is %d.%d. Name another: make setup PYTHON=/path/to/python3.12" % sys.version_info[:2])'
+	@command -v $(CXX) c++ clang++ >/dev/null || { echo "quire needs a C++ compiler, and there is no $(CXX). Install one (apt install g++), or name it with CXX=" >&2; exit 1; }
+	@echo "Setting up, once; it takes some minutes. Making $(VENV)"
+	@$(PYTHON) -m venv --clear $(VENV)
 	@mkdir -p $(STAMPS)
+	@touch $@
 
-$(STAMPS)/packages: pyproject.toml constraints.txt | $(BIN)/python
+$(STAMPS)/packages: pyproject.toml constraints.txt | $(STAMPS)/venv
 	@echo "Installing packages"
-	@mkdir -p $(STAMPS)
 	@$(BIN)/python tools/requirements.py > $@.txt
 	@$(PIP) install --no-compile -c constraints.txt -r $@.txt
 	@touch $@
 
-$(STAMPS)/quire: $(NATIVE) | $(BIN)/python
+$(STAMPS)/quire: $(NATIVE) | $(STAMPS)/venv
 	@echo "Building the native library"
-	@mkdir -p $(STAMPS)
 	@$(PIP) install --no-deps --editable .
 	@touch $@
 
@@ -81,6 +83,6 @@ bench: setup
 	$(BIN)/python bench/cpu/compare.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(STAMPS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src -name '*.so' -delete
 	find src tests tools bench -name __pycache__ -prune -exec rm -rf {} +
