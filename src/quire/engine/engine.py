@@ -284,10 +284,10 @@ class Engine:
         """End what still runs of a request; its last output says why."""
         for completion in generation.completions:
             if completion.finish_reason is None:
+                self._note_news(completion)
                 self._core.abort(completion.core_id)
                 completion.push(Event(completion.core_id, finish_reason=reason, error=error))
                 self._end(completion, self._clock())
-                self._note_news(completion)
 
     def _note_news(self, completion: Completion) -> None:
         parent = completion.parent
@@ -358,10 +358,11 @@ class Engine:
                 if stopped:
                     self._core.abort(completion.core_id)
                 self._end(completion, now)
+            if parent.streams or not parent.unfinished:
+                self._note_news(completion)
         except Exception as error:
             logger.exception("request %s failed on the way from tokens to text", event.request_id)
             self._fail(completion, error, now)
-        if parent.streams or not parent.unfinished:
             self._note_news(completion)
 
     def _fail(self, completion: Completion, error: Exception, now: float) -> None:
