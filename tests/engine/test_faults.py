@@ -43,8 +43,8 @@ def test_a_fault_at_any_call_is_noticed_by_one_request_at_most(
         await try_faults(rig, [(site, moments(sites[site])[-1]) for site in picked], healthy, tally)
         # What the sample may have missed, and what matters most: the whole step, in its beginning, middle and end.
         names = ("Runner.run", "Sampler.choose", "Scheduler.apply", "Scheduler.schedule", "step_message", "event_of")
-        names += ("Supervisor._stepped", "Engine._take", "Engine._note_news", "AsyncEngine._deliver", "NotedExecutor.submit")
-    names += ("gather",)
+        names += ("Supervisor._stepped", "Engine._take", "Engine._note_news", "AsyncEngine._deliver")
+        names += ("NotedExecutor.submit", "gather")
         named = [site for site in sites if site.name in names]
         assert len(named) == len(names), {site.name for site in named}
         await try_faults(rig, [(site, moments(sites[site])[1]) for site in named], healthy, tally)
