@@ -34,7 +34,7 @@ $(STAMPS)/venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "quire needs Python 3.11 or newer; this is %d.%d. Name another: make setup PYTHON=/path/to/python3.12" % sys.version_info[:2])'
 	@command -v $(CXX) c++ clang++ >/dev/null || { echo "quire needs a C++ compiler, and there is no $(CXX). Install one (apt install g++), or name it with CXX=" >&2; exit 1; }
 	@echo "Setting up, once; it takes some minutes. Making $(VENV)"
-	@$(PYTHON) -m venv --clear $(VENV)
+	@$(PYTHON) -m venv $(VENV)
 	@mkdir -p $(STAMPS)
 	@touch $@
 

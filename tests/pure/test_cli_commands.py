@@ -25,6 +25,12 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in text for name in COMMANDS)
 
 
+def test_help_of_bench_lists_what_can_be_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"quire bench {name}" in text for name in ("latency", "throughput", "serve"))
+
+
 def test_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["srve"]) == 2
     assert "Did you mean 'serve'?" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from quire import env, roofline
 from quire.cli import bench_serve
 from quire.cli.flags import FlagParser
-from quire.cli.options import add_engine_flags, engine_options, section_of
+from quire.cli.options import add_engine_flags, add_model_argument, engine_options, section_of
 from quire.cli.workloads import Item, WorkloadOptions, make_items
 from quire.config import EngineOptions, option
 from quire.errors import ConfigError
@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from quire.engine.engine import Engine
     from quire.resolve import EngineConfig
 
+USAGE = """usage: quire bench latency [MODEL] [options]     how long one batch takes
+       quire bench throughput [MODEL] [options]  requests and tokens per second
+       quire bench serve [options]               how any server that speaks the OpenAI API answers under load
+
+Each with --help shows its options."""
 PERCENTILES = (10, 25, 50, 75, 90, 99)
 
 
@@ -54,9 +59,12 @@ def main(argv: Sequence[str]) -> int:
     """Run the command."""
     if argv and argv[0] == "serve":
         return bench_serve.main(argv[1:])
+    if argv and argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
     kinds = {"latency": latency, "throughput": throughput}
     if not argv or argv[0] not in kinds:
-        raise ConfigError("Say what to measure: quire bench latency, throughput, or serve.")
+        raise ConfigError(f"Say what to measure.\n{USAGE}")
     env.set_up_logging("warning")
     kinds[argv[0]](argv[1:])
     return 0
@@ -121,7 +129,7 @@ def throughput(argv: Sequence[str]) -> None:
 
 def parse_bench(parser: FlagParser, argv: Sequence[str]) -> Any:
     """The flags that both benchmarks share."""
-    parser.add_argument("model_argument", metavar="MODEL", nargs="?", help="local folder or hub id")
+    add_model_argument(parser)
     parser.add_argument("--output-json", metavar="FILE", help="write the figures there, too")
     parser.add_argument("--disable-detokenize", action="store_true", help="leave out turning tokens into text")
     add_engine_flags(parser)

@@ -46,15 +46,18 @@ class SampleOptions:
         return {name: value for name, value in found.items() if value is not None and value != ()}
 
 
-def engine_parser(prog: str, description: str, model_argument: bool = True) -> FlagParser:
+def engine_parser(prog: str, description: str) -> FlagParser:
     """A parser with all engine flags, --config, and the model as an argument."""
-    parser = FlagParser(prog, description, "[MODEL]" if model_argument else "")
-    if model_argument:
-        parser.add_argument(
-            "model_argument", metavar="MODEL", nargs="?", help="local folder or hub id; nothing means the bundled model"
-        )
+    parser = FlagParser(prog, description, "[MODEL]")
+    add_model_argument(parser)
     add_engine_flags(parser)
     return parser
+
+
+def add_model_argument(parser: FlagParser) -> None:
+    """The model as the first word behind the command."""
+    text = "local folder or hub id; nothing means the bundled model"
+    parser.add_argument("model_argument", metavar="MODEL", nargs="?", help=text)
 
 
 def add_engine_flags(parser: FlagParser, without: Sequence[str] = ()) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from quire import env, roofline
 from quire.cli.flags import FlagParser
-from quire.cli.options import add_engine_flags, engine_options
+from quire.cli.options import add_engine_flags, add_model_argument, engine_options
 
 if TYPE_CHECKING:
     from quire.resolve import EngineConfig
@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
     parser = FlagParser(
         "quire plan", "Say what a model will need and how fast it can be, without loading it.", "[MODEL]"
     )
-    parser.add_argument("model_argument", metavar="MODEL", nargs="?", help="local folder or hub id")
+    add_model_argument(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_engine_flags(parser)
     found = parser.parse(argv)

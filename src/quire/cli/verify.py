@@ -12,7 +12,7 @@ from pathlib import Path
 
 from quire import env
 from quire.cli.flags import FlagParser
-from quire.cli.options import add_engine_flags, engine_options, section_of
+from quire.cli.options import add_engine_flags, add_model_argument, engine_options, section_of
 from quire.config import option
 
 BUILT_IN_PROMPTS = (
@@ -62,7 +62,7 @@ class Report:
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     parser = FlagParser("quire verify", "Compare a model's logits with those of Transformers.", "[MODEL]")
-    parser.add_argument("model_argument", metavar="MODEL", nargs="?", help="local folder or hub id")
+    add_model_argument(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_section(VerifyOptions, "comparison")
     add_engine_flags(parser)

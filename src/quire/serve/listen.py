@@ -108,8 +108,9 @@ def one_for_each(listener: socket.socket, count: int) -> list[socket.socket]:
 
 
 def _cannot_listen(address: object, error: Exception) -> ConfigError:
+    reason = getattr(error, "strerror", None) or error
     return ConfigError(
-        f"Cannot listen on {address}: {error}. Choose another address with --host and --port (0 takes a free one), or "
+        f"Cannot listen on {address}: {reason}. Choose another address with --host and --port (0 takes a free one), or "
         "stop what uses it."
     )
 

@@ -51,7 +51,8 @@ class StartReport:
     def lines(self, address: str, model: str, key_needed: bool) -> list[str]:
         """What to print when the server is ready."""
         total = self.seconds
-        phases = [*self.phases, ("all the rest", total - sum(seconds for _, seconds in self.phases))]
+        rest = max(0.0, total - sum(seconds for _, seconds in self.phases))  # two processes may import at once
+        phases = [*self.phases, ("all the rest", rest)]
         shown = "".join(f"\n  {name:<26} {seconds:6.2f} s" for name, seconds in phases)
         key = ' -H "Authorization: Bearer $QUIRE_API_KEY"' if key_needed else ""
         body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Tell me a tale."}}]}}'
