@@ -37,6 +37,17 @@ def test_a_slash_at_the_end_means_nothing(server: Running) -> None:
     refused(server.http.get("/nothing/"), 404)
 
 
+def test_a_path_that_nearly_is_a_route_says_so(server: Running) -> None:
+    """Base addresses with a slash too many, or with one /v1 too many or too few, are the commonest mistakes."""
+    slashes = b"GET //v1///models HTTP/1.1\r\nHost: x\r\n\r\n"
+    assert b"200 OK" in raw(server, slashes) and b'"object":"list"' in raw(server, slashes)
+    for path in ("/chat/completions", "/v1/v1/chat/completions", "/openai/deployments/x/chat/completions"):
+        assert "/v1/chat/completions" in refused(server.http.post(path, json={}), 404)["message"]
+    for path in ("/v1/files", "/v1/batches", "/v1/assistants", "/v1/embeddings", "/api/chat", "/v1"):
+        assert "/docs" in refused(server.http.post(path, json={}), 404)["message"]
+    assert "POST" in refused(server.http.get("/v1/completions"), 405)["message"]
+
+
 @pytest.mark.parametrize(
     ("coding", "status", "words"),
     [("gzip", 415, "Content-Encoding"), ("br, gzip", 415, "Content-Encoding"), ("identity", 400, "UTF-8")],
@@ -60,6 +71,11 @@ def test_json_in_no_unicode(server: Running) -> None:
     response = server.http.post("/v1/completions", content=body, headers=JSON)
     refused(response)
     assert "UTF-8" in response.json()["error"]["message"]
+
+
+def test_a_number_too_long_to_read(server: Running) -> None:
+    response = server.http.post("/v1/completions", content=b'{"seed": %s}' % (b"9" * 5000), headers=JSON)
+    assert "JSON" in refused(response)["message"]
 
 
 def raw(server: Running, request: bytes) -> bytes:
@@ -90,6 +106,8 @@ def test_http_of_other_times(server: Running) -> None:
     assert raw(server, twice * 2).count(b"200 OK") == 2
     assert raw(server, b"\x16\x03\x01\x02\x00\x01").startswith(b"HTTP/1.1 400")
     assert raw(server, head % (b"1.1", length + b"Content-Length: 3\r\n") + body).startswith(b"HTTP/1.1 400")
+    both = raw(server, head % (b"1.1", length + b"Transfer-Encoding: chunked\r\n") + chunked + twice)
+    assert both.startswith(b"HTTP/1.1 400") and both.count(b"HTTP/1.1") == 1, "nothing behind it is believed"
 
 
 def test_what_the_anthropic_library_looks_for(server: Running) -> None:

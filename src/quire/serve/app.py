@@ -26,8 +26,10 @@ def create_app(service: Service, keys: Sequence[str] = ()) -> FastAPI:
     options = service.options
     app = FastAPI(title="quire", version=quire.__version__, redirect_slashes=False)
     app.state.service = service
-    for module in (completions, chats, responses, kept_responses, messages, requests, admin, page):
+    modules = (completions, chats, responses, kept_responses, messages, requests, admin, page)
+    for module in modules:
         app.include_router(module.router, responses=ERRORS)
+    app.state.paths = [getattr(route, "path", "") for module in modules for route in module.router.routes]
     settings = service.engine.engine.settings
     logprobs = settings.vocab_size if settings.max_logprobs < 0 else settings.max_logprobs
     limits = Limits(service.card.names, settings.vocab_size, logprobs)

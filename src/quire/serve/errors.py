@@ -119,9 +119,25 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     kind = _NAMES.get(error.status_code, "BadRequestError" if error.status_code < 500 else "InternalServerError")
     message = str(error.detail)
-    if isinstance(error.__cause__, UnicodeDecodeError):  # FastAPI tells no more than that the body could not be parsed
+    if error.status_code == 404 and message == "Not Found":
+        message = "There is no such route." + _meant(request)
+    elif error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "other methods")
+        message = f"This route does not take {request.method}, but {allowed}."
+    elif isinstance(
+        error.__cause__, UnicodeDecodeError
+    ):  # FastAPI tells no more than that the body could not be parsed
         message = "The body is not valid UTF-8."
+    elif isinstance(error.__cause__, ValueError):  # such as a number of 5,000 digits
+        message = "The body is not valid JSON."
     return Failure(error.status_code, kind, message, headers=dict(error.headers or {})).response(request.scope["path"])
+
+
+def _meant(request: Request) -> str:
+    """The route that was probably meant: one whose path this one ends with, whatever stands before it."""
+    path, routes = request.scope["path"], request.app.state.paths
+    ends = [route for route in routes if route != "/" and path.endswith(route.removeprefix("/v1"))]
+    return f" Was {max(ends, key=len)} meant?" if ends else " GET /docs lists all there are."
 
 
 async def _invalid_body(request: Request, error: Exception) -> JSONResponse:

@@ -5,6 +5,7 @@ Each does one thing and knows no route. Who may come in is decided in auth.py.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import uuid
@@ -25,9 +26,12 @@ from quire.serve.sse import ClientLeft
 
 DEEPEST_JSON = 64  # objects and lists within each other
 MOST_JSON_PARTS = 250_000  # objects and lists in one body
+LONG_BODY = 256 * 1024  # bytes from which on its shape is looked at in a thread, so that streams go on
 _STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _MAYBE_HALF = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]|\x00")  # escaped, as bytes of UTF-8, or not UTF-8 at all
 _OPENING, _CLOSING = b"[{", b"]}"
+_LENGTHS = {b"content-length", b"transfer-encoding"}
+_SLASHES = re.compile("/{2,}")
 
 
 class RequestIds:
@@ -61,7 +65,7 @@ class RequestIds:
 
 class SameRoute:
     """Finds the route of requests that differ from it in form only: HEAD is a GET, of which the HTTP server leaves out
-    the body, and a slash at the end of a path means nothing.
+    the body, and a slash at the end of a path, or a second one beside another, means nothing.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -70,14 +74,16 @@ class SameRoute:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on."""
         if scope["type"] == "http":
-            scope = {**scope, "path": scope["path"].rstrip("/") or "/"}
+            scope = {**scope, "path": _SLASHES.sub("/", scope["path"]).rstrip("/") or "/"}
             if scope["method"] == "HEAD":
                 scope["method"] = "GET"
         await self._app(scope, receive, send)
 
 
 class HeaderLimit:
-    """Refuses requests with too many headers. How long they may be in all is the HTTP parser's limit."""
+    """Refuses requests with too many headers, and those that tell the length of their body in two ways, of which a proxy
+    may have believed the other one. How long headers may be in all is the HTTP parser's limit.
+    """
 
     def __init__(self, app: ASGIApp, most: int) -> None:
         self._app = app
@@ -88,6 +94,11 @@ class HeaderLimit:
         if scope["type"] == "http" and len(scope["headers"]) > self._most:
             message = f"The request has more than {self._most} headers."
             await Failure(431, "RequestTooLargeError", message).response(scope["path"])(scope, receive, send)
+            return
+        if scope["type"] == "http" and {name for name, _ in scope["headers"]} >= _LENGTHS:
+            message = "The request has a Content-Length and a Transfer-Encoding. Send one of them."
+            failure = Failure(400, "BadRequestError", message, headers={"Connection": "close"})
+            await failure.response(scope["path"])(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
@@ -149,7 +160,7 @@ class JsonRoute(APIRoute):
     """A route that looks at the shape of its body before anything is built from it."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """FastAPI's handler behind check_json_shape and check_json_text."""
+        """FastAPI's handler behind check_json."""
         handler = super().get_route_handler()
 
         async def checked(request: Request) -> Response:
@@ -161,11 +172,19 @@ class JsonRoute(APIRoute):
                     body = await request.body()
                 except ClientDisconnect as error:
                     raise ClientLeft from error
-                check_json_shape(body)
-                check_json_text(body)
+                if len(body) > LONG_BODY:
+                    await asyncio.to_thread(check_json, body)
+                else:
+                    check_json(body)
             return await handler(request)
 
         return checked
+
+
+def check_json(body: bytes) -> None:
+    """Raise ValidationError for JSON that is not looked at any further."""
+    check_json_shape(body)
+    check_json_text(body)
 
 
 def check_json_shape(body: bytes) -> None:
