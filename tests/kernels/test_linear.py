@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from quire.kernels.cpu import packing
 from quire.kernels.table import Ops
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -36,6 +37,19 @@ def test_unpacking_gives_the_weight_back_bit_for_bit(ops: Ops, dtype: torch.dtyp
     for n, k in SHAPES:
         weight = torch.randn(n, k).to(dtype)
         assert torch.equal(ops.unpack_linear(ops.pack_linear(weight, None)), weight)
+
+
+@pytest.mark.parametrize("given", [torch.float16, *DTYPES])
+def test_a_weight_packed_slice_by_slice_is_the_same(ops: Ops, given: torch.dtype, monkeypatch) -> None:
+    """Slices end in the middle of a part; parts are converted, and their rows may stand apart."""
+    parts = [torch.randn(70, 48).to(given), torch.randn(33, 96).to(given)[:, ::2], torch.randn(48, 25).to(given).T]
+    for dtype in DTYPES:
+        whole = ops.pack_linear(parts, None, dtype)
+        monkeypatch.setattr(packing, "SLICE", 16 * 48 * given.itemsize * 2)
+        sliced = ops.pack_linear(parts, None, dtype)
+        monkeypatch.undo()
+        assert torch.equal(whole.data, sliced.data)
+        assert torch.equal(ops.unpack_linear(sliced), torch.cat(parts).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import pickle
 import struct
 import subprocess
@@ -18,6 +19,7 @@ from quire.config import ModelOptions
 from quire.engine.start import ShareTold
 from quire.errors import CheckpointError
 from quire.kernels import reference
+from quire.kernels.memory import FilePages
 from quire.kernels.table import load_ops, ops_of
 from quire.layers.linear import Linear
 from quire.layers.target import Target
@@ -447,3 +449,21 @@ def test_the_share_is_told_in_words_now_and_then(
         share_told(share)
     assert told == [("loading the model: 25% of the weights", None), ("loading the model: 90% of the weights", None)]
     assert [record.message for record in caplog.records] == ["90 % of the weights are loaded"]
+
+
+def test_pages_of_a_file_are_let_go_and_come_back(tmp_path: Path) -> None:
+    """What was written to a page in this process is gone with it; other memory is left alone."""
+    path, page = tmp_path / "weights", mmap.PAGESIZE
+    path.write_bytes(b"a" * (3 * page + 10))
+    with path.open("rb") as file:
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    view = torch.frombuffer(memory, dtype=torch.uint8)
+    other = torch.full((page,), 7, dtype=torch.uint8)
+    view.fill_(ord("b"))
+    pages = FilePages()
+    pages.add(memory)
+    pages.let_go(other.data_ptr(), page)
+    pages.let_go(view[page:].data_ptr(), page)
+    assert bytes(view[::page].tolist()) == b"babb" and bool((other == 7).all())
+    pages.let_go(view.data_ptr(), len(memory) + page)
+    assert bool((view == ord("a")).all())

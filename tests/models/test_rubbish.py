@@ -93,6 +93,17 @@ def test_headers_of_weights(tmp_path: Path, change: dict[str, Any]) -> None:
         read_headers(path)
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("version https://git-lfs.github.com/spec/v1\n", "git lfs pull"), ("<!DOCTYPE html>", "web page")],
+)
+def test_what_lies_where_weights_should(tmp_path: Path, text: str, told: str) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_text(text)
+    with pytest.raises(CheckpointError, match=told):
+        read_headers(path)
+
+
 def test_json_without_end(tmp_path: Path) -> None:
     head = b"[" * 100_000
     path = tmp_path / "model.safetensors"

@@ -12,6 +12,7 @@ import ctypes
 import mmap
 import os
 import threading
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -88,6 +89,29 @@ def mapped_file(file: BinaryIO) -> mmap.mmap:
     return memory
 
 
+class FilePages:
+    """Mapped files that nobody writes to, whose pages can be let go: what is read again comes back from the file."""
+
+    def __init__(self) -> None:
+        self._maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+        self._lock = threading.Lock()  # several models may be loaded at once
+
+    def add(self, memory: mmap.mmap) -> None:
+        """A file that was mapped. It is forgotten when its last view is gone."""
+        with self._lock:
+            self._maps.add(memory)
+
+    def let_go(self, address: int, nbytes: int) -> None:
+        """Give the pages of these bytes back, where they are those of such a file."""
+        with self._lock:
+            maps = list(self._maps)
+        for memory in maps:
+            start = address - ctypes.addressof(ctypes.c_char.from_buffer(memory))
+            if 0 <= start < len(memory):
+                first = start // mmap.PAGESIZE * mmap.PAGESIZE
+                memory.madvise(mmap.MADV_DONTNEED, first, min(start + nbytes, len(memory)) - first)
+
+
 class Ahead:
     """Memory that a thread touches until somebody takes it: a fresh piece for weights, or a file of packed ones."""
 
@@ -153,3 +177,4 @@ class Ahead:
 
 
 AHEAD = Ahead()
+FILE_PAGES = FilePages()

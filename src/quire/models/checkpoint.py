@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 
 from quire.errors import CheckpointError
+from quire.kernels.memory import FILE_PAGES
 from quire.models.headers import WeightHeader, merge_headers, read_index, weight_headers, with_stored_linears
 from quire.models.hub import ModelFiles
 from quire.quant.checkpoints import StoredWeight
@@ -101,6 +102,7 @@ class _SafetensorsFile:
             with path.open("rb") as file:
                 # Copy-on-write: a stray write into a view changes this process's memory, never the file.
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            FILE_PAGES.add(self._map)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"The weight file {path} cannot be mapped into memory: {error}.") from error
         self._resident = 0  # bytes of tensors that were read since the last sweep

@@ -41,6 +41,12 @@ DTYPES = {
     "C64": torch.complex64,
 }
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format itself
+# What lies where weights should, by its first eight bytes.
+PLACEHOLDERS = {
+    b"version ": "a placeholder of Git LFS, not the weights. Run 'git lfs pull' in its folder, or download it again",
+    b"<!DOCTYP": "a web page, not weights. Download it again, with access to the repository",
+    b"<!doctyp": "a web page, not weights. Download it again, with access to the repository",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +98,8 @@ def read_headers(path: Path) -> dict[str, WeightHeader]:
         with path.open("rb") as file:
             head = file.read(8)
             length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+            if head in PLACEHOLDERS:
+                raise CheckpointError(f"The weight file {path} is {PLACEHOLDERS[head]}.")
             if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
                 raise _broken(path, f"its {size} bytes cannot hold the header of {length} bytes that it announces")
             text = file.read(length)

@@ -15,11 +15,13 @@ import torch
 
 from quire.kernels import reference
 from quire.kernels.cpu import native
-from quire.kernels.memory import AHEAD, HUGE, fresh_memory
+from quire.kernels.memory import AHEAD, FILE_PAGES, HUGE, fresh_memory
 from quire.kernels.weights import KeptLinear, PackedLinear, Parts, QuantizedLinear, QuantizedWeights
 
 CODES = {torch.float32: 0, torch.bfloat16: 1}
 CHUNK = 128 << 20
+PANEL = 16  # outputs
+SLICE = 32 << 20  # bytes of a weight
 
 
 @dataclass(slots=True)
@@ -82,15 +84,23 @@ class NativePacking:
     # ------------------------------------------------------------ plain weights
 
     def pack_linear(self, weight: Parts, bias: torch.Tensor | None, dtype: torch.dtype | None = None) -> PackedLinear:
-        parts = _parts(weight, dtype)
-        dtype, k = parts[0].dtype, parts[0].shape[1]
+        parts = [weight] if isinstance(weight, torch.Tensor) else list(weight)
+        dtype, k = dtype or parts[0].dtype, parts[0].shape[1]
         code = CODES.get(dtype)
         if code is None:
-            return reference.pack_linear(parts, bias)
+            return reference.pack_linear(_parts(parts, dtype), bias)
         n = sum(part.shape[0] for part in parts)
         data = self._arena.take(self._lib.quire_packed_size(code, n, k) * dtype.itemsize)
-        structs = _structs(parts)
-        self._lib.quire_pack_parts(code, addressof(structs), len(parts), k, data.data_ptr())
+        # Slice by slice: beside the panels there is never more of a weight in memory, nor in another data type.
+        step = max(1, SLICE // (PANEL * max(1, k) * parts[0].element_size())) * PANEL
+        for start in range(0, n, step):
+            rows = _rows(parts, start, start + step)
+            pieces = _parts(rows, dtype)
+            structs = _structs(pieces)
+            before = self._lib.quire_packed_size(code, start, k) * dtype.itemsize
+            self._lib.quire_pack_parts(code, addressof(structs), len(pieces), k, data.data_ptr() + before)
+            for part in rows:
+                FILE_PAGES.let_go(part.data_ptr(), part.numel() * part.element_size())
         return self._plain(n, k, dtype, data, bias)
 
     def unpack_linear(self, packed: PackedLinear) -> torch.Tensor:
@@ -201,6 +211,17 @@ def _parts(weight: Parts, dtype: torch.dtype | None) -> list[torch.Tensor]:
     parts = [weight] if isinstance(weight, torch.Tensor) else list(weight)
     parts = [part.detach().to(dtype or parts[0].dtype) for part in parts]
     return [part if part.stride(1) == 1 or part.shape[1] == 1 else part.contiguous() for part in parts]
+
+
+def _rows(parts: Sequence[torch.Tensor], start: int, end: int) -> list[torch.Tensor]:
+    """Rows start..end of the parts below one another."""
+    found, first = [], 0
+    for part in parts:
+        low, high = max(start - first, 0), min(end - first, part.shape[0])
+        if low < high:
+            found.append(part[low:high])
+        first += part.shape[0]
+    return found
 
 
 def _structs(parts: Sequence[torch.Tensor]) -> Array[native.PartStruct]:
