@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 import tempfile
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -51,9 +51,15 @@ def weight_identity(path: Path) -> list[str | int]:
     """What tells a weight file from another, or from itself before it was changed."""
     real = path.resolve()
     stat = real.stat()
-    with real.open("rb") as file:
-        head = hashlib.sha256(file.read(HEAD_BYTES)).hexdigest()
-    return [str(real), stat.st_size, stat.st_mtime_ns, head]
+    return [str(real), stat.st_size, stat.st_mtime_ns, _head(real, stat.st_ino, stat.st_size, stat.st_ctime_ns)]
+
+
+@lru_cache(maxsize=1024)
+def _head(path: Path, inode: int, size: int, changed: int) -> str:
+    """A hash of the file's first bytes. Read once per start and file: whoever changes a file changes one of these numbers,
+    and the time of a change (ctime) cannot be set."""
+    with path.open("rb") as file:
+        return hashlib.sha256(file.read(HEAD_BYTES)).hexdigest()
 
 
 @cache
