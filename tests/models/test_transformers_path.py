@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from quire.errors import UnsupportedModelError
 from quire.kernels.table import load_ops
+from quire.layers.batch import Batch
 from quire.models import parity
 from quire.models.decide import Decider, serve
 from quire.models.fallback import SequentialModel
@@ -206,6 +207,11 @@ def test_a_model_that_looks_ahead_runs_by_computing_everything_again():
     assert report.layout.tier == "C"
     assert report.mode == "recompute"
     assert not report.layout.batched
+    model = build(transformers.XLMWithLMHeadModel, config, torch.float32)
+    whole = serve(model, report, OPS)
+    ids, ends = torch.tensor([5, 6]), torch.tensor([0, 2], dtype=torch.int32)
+    begun = Batch(ids, torch.arange(2), ends, ends[1:], ids[:0], ids[:1], [0, 2], [2], [0], [], [])
+    assert whole.forward(begun).shape == (0, config.vocab_size), "the beginning of a prompt wants no logits"
 
 
 def test_tier_c_keeps_requests_apart_and_forgets_them():

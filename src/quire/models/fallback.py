@@ -147,7 +147,8 @@ class SequentialModel:
                     parts += self._recompute(slot, start, tokens, rows)
                 else:
                     parts.append(self._advance(slot, tokens, batch.positions[low:high])[rows])
-        return torch.cat(parts)
+        # A step of prompts that are not at their end yet wants no logits at all.
+        return torch.cat(parts) if parts else torch.empty(0, self.layout.vocab_size)
 
     def release(self, slot: int) -> None:
         """Drop what is kept for the request in this row."""
