@@ -14,7 +14,7 @@ from quire.core.structured import StructuredOutputsParams, Thoughts
 from quire.errors import ValidationError
 from quire.grammar import Constraint, Grammars, MaskFiller, MaskWish, Vocabulary
 from quire.grammar.constraint import mask_width
-from quire.text.calls import calls_or_form, calls_within_text, only_calls
+from quire.text.calls import calls_or_form, calls_within_text, only_calls, text_without_calls
 from quire.text.format_parser import CallArguments, CallStart, Content, FormatParser
 from quire.text.formats import ToolFormat
 from quire.text.tool_formats import PLAIN_LIST, TOOL_FORMATS
@@ -146,6 +146,23 @@ def test_calls_within_text_keep_to_strict_schemas(written: ToolFormat) -> None:
     assert wrong != call and not takes(form, wrong)
     loose = calls_within_text(written.writing, SCHEMAS, ["add"], True)
     assert takes(loose, wrong)
+
+
+@pytest.mark.parametrize("written", [item for item in WRITTEN if not item.writing.trigger], ids=lambda item: item.name)
+def test_calls_that_no_mark_begins_keep_to_strict_schemas(written: ToolFormat) -> None:
+    """Whatever the masks let through and the parser calls a call is right; what begins like one is nothing else."""
+    assert written.writing is not None
+    text = text_without_calls(written.regions)
+    form = calls_or_form(written.writing, SCHEMAS, ["get_weather", "add"], True, text, "")
+    for seed in range(12):
+        calls, content = read(written, walk(GRAMMARS.constraint(form), random.Random(seed)))
+        assert all(right(*call) for call in calls) and not (calls and content)
+    call = walk(GRAMMARS.constraint(only_calls(written.writing, SCHEMAS, True)), random.Random(3))
+    assert takes(form, call) and not takes(form, call.replace("get_weather", "get_whether").replace("add", "ad"))
+    for said in ("No call.", "", " \n12 [1] {2}\n<b>", "ä"):
+        assert takes(form, said) and read(written, said) == ([], said)
+    for region in written.regions:  # wherever else the parser would see a call
+        assert not takes(form, f"{region.opener}x") and (region.bare or not takes(form, f"So:\n{region.opener}x"))
 
 
 @pytest.mark.parametrize(

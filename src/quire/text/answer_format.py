@@ -14,7 +14,7 @@ from typing import Any
 from quire.core.params import SamplingParams, ThinkingMarks
 from quire.core.structured import StructuredOutputsParams, Thoughts
 from quire.errors import ConfigError, ValidationError
-from quire.text.calls import calls_or_form, calls_within_text, only_calls
+from quire.text.calls import calls_or_form, calls_within_text, only_calls, text_without_calls
 from quire.text.format_parser import CallArguments, CallStart, Content, Delta, FormatParser, Reasoning
 from quire.text.formats import ReasoningFormat, ToolFormat, hidden_markers
 from quire.text.reasoning_formats import reasoning_format, reasoning_format_of
@@ -141,14 +141,20 @@ def _form(
             )
         return only_calls(writing, wish.schemas, wish.parallel)
     wanted = params.structured_outputs
-    if wish.choice != "auto" or writing is None or (wanted is not None and wanted.structural_tag is not None):
+    if (
+        wish.choice != "auto"
+        or tools is None
+        or writing is None
+        or (wanted is not None and wanted.structural_tag is not None)
+    ):
         return wanted
-    if wanted is not None:
-        answer = reasoning.answer if reasoning is not None else ""
-        return calls_or_form(writing, wish.schemas, wish.strict, wish.parallel, wanted, answer)
-    if wish.strict and writing.trigger:
+    if wanted is None and not wish.strict:
+        return None
+    if wanted is None and writing.trigger:
         return calls_within_text(writing, wish.schemas, wish.strict, wish.parallel)
-    return None
+    answer = reasoning.answer if reasoning is not None else ""
+    wanted = wanted or text_without_calls(tools.regions)
+    return calls_or_form(writing, wish.schemas, wish.strict, wish.parallel, wanted, answer)
 
 
 def thinking_marks(tokenizer: Tokenizer, parser: str | None = None) -> ThinkingMarks | None:

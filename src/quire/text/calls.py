@@ -5,11 +5,12 @@ Pure functions of plain data. Knows no request, no engine and no grammar engine.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from quire.core.structured import StructuredOutputsParams
-from quire.text.formats import Writing
+from quire.text.formats import Region, Writing
 
 MOST_FORCED_CALLS = 8
 
@@ -31,6 +32,14 @@ def calls_within_text(
         tags = [{"begin": writing.before, "content": calls["content"], "end": writing.after}]
     once = writing.alone or not parallel
     return _form({"type": "triggered_tags", "triggers": [writing.trigger], "tags": tags, "stop_after_first": once})
+
+
+def text_without_calls(regions: Iterable[Region]) -> StructuredOutputsParams:
+    """Any text in which no call can begin: neither with its first visible character nor with a mark."""
+    bare = "".join(re.escape(region.opener) for region in regions if region.bare)
+    marks = "|".join(re.escape(region.opener) for region in regions if not region.bare)
+    any_mark = f" & ~/(.|\\n)*({marks})(.|\\n)*/" if marks else ""
+    return StructuredOutputsParams(grammar=f"start: TEXT\nTEXT: /\\s*([^\\s{bare}](.|\\n)*)?/{any_mark}")
 
 
 def calls_or_form(
