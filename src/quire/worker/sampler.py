@@ -139,7 +139,7 @@ class Sampler:
         active = self._uses[:, rows.slots_host]
         if not active.any():
             return logits
-        scores = logits.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        scores = self._device.scores_of(logits)
         for step, using in zip(self._steps, active, strict=True):
             if using.any():
                 step.apply(scores, np.flatnonzero(using).tolist(), rows)

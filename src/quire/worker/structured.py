@@ -104,11 +104,14 @@ class StructuredOutputs:
             if failure is not None:
                 logits[using[wish.row : wish.row + 1 + len(wish.drafts)]] = NEVER
                 self._slots.errors[slot] = f"RequestFailedError: the grammar cannot go on: {failure}"
-        biases = self._biases(masks, logits)
-        if len(using) == logits.shape[0]:
-            logits.add_(biases)
+        if masks.biases is not None:
+            # Not by PyTorch, whose threads would go on looking for work, for milliseconds, on the cores of our own.
+            scores = logits.numpy()
+            for row, bias in zip(using, masks.biases[:, : logits.shape[1]], strict=True):
+                scores[row] += bias
         else:
-            logits.index_add_(0, self._device.to_device(torch.tensor(using, dtype=torch.int64)), biases)
+            index = self._device.to_device(torch.tensor(using, dtype=torch.int64))
+            logits.index_add_(0, index, self._biases(masks, logits.shape[1]))
 
     def _fill(self, masks: _Masks) -> None:
         """Fill the masks; on a CPU, turn them into what is added to scores."""
@@ -116,13 +119,11 @@ class StructuredOutputs:
         if self._device.torch_device.type == "cpu":
             masks.biases = BIASES.take(masks.mask.view(np.uint8), axis=0).reshape(len(masks.using), -1)
 
-    def _biases(self, masks: _Masks, logits: torch.Tensor) -> torch.Tensor:
-        """0 for tokens that may come and minus infinity for all others, float32 [rows, V]."""
-        if masks.biases is not None:
-            return torch.from_numpy(masks.biases)[:, : logits.shape[1]]
+    def _biases(self, masks: _Masks, vocab_size: int) -> torch.Tensor:
+        """What is added on a device: 0 for tokens that may come and minus infinity for all others, float32 [rows, V]."""
         words = self._device.to_device(torch.from_numpy(masks.mask))
         bits = words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=words.device) & 1
-        return torch.where(bits.view(len(masks.using), -1)[:, : logits.shape[1]] != 0, 0.0, NEVER)
+        return torch.where(bits.view(len(masks.using), -1)[:, :vocab_size] != 0, 0.0, NEVER)
 
     def guide(self, spans: Sequence[Span], results: Sequence[SpanResult]) -> Sequence[SpanResult]:
         """Take in what was chosen. Returns the results with drafts that the grammars allow, or even force."""
