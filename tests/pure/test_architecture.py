@@ -24,22 +24,21 @@ MOST_FUNCTION_LINES = 60
 MOST_KERNEL_LINES = 150
 MOST_IMPORTED = 40  # modules
 
-# Each part of quire and what it may import of the others, as the plan of the house has it.
+# Each part of quire and what it may import of the others; docs/architecture.md draws it.
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
     "env": {"errors"},
     "core": {"errors"},
     "kernels": {"errors", "env"},
-    "parallel": {"errors", "env"},
     "bundled": set(),  # data
     "config": {"errors", "env", "core.params"},
     "text": {"errors", "env", "core"},
     "grammar": {"errors", "env", "core.structured"},
     "quant": {"errors", "env", "kernels"},
-    "layers": {"errors", "env", "kernels", "quant", "parallel"},
-    "models": {"errors", "env", "kernels", "layers", "quant", "parallel", "config"},
+    "layers": {"errors", "env", "kernels", "quant"},
+    "models": {"errors", "env", "kernels", "layers", "quant", "config"},
     "worker": {
-        *("errors", "env", "kernels", "layers", "models", "quant", "parallel", "grammar", "config"),
+        *("errors", "env", "kernels", "layers", "models", "quant", "grammar", "config"),
         *("core.params", "core.plan"),
     },
     # Page groups are a matter of the plan's messages; the device knows the memory.
@@ -54,13 +53,7 @@ LAYERS: dict[str, set[str]] = {
 }
 TOP = {"cli", "__init__"}  # may import everything
 # Only these files of engine/ know that a worker exists: they start it and carry plans to it.
-WORKER_FILES = {
-    "engine/executor.py",
-    "engine/prefetch.py",
-    "engine/start.py",
-    "engine/engine_process.py",
-    "engine/ray.py",
-}
+WORKER_FILES = {"engine/executor.py", "engine/prefetch.py", "engine/start.py", "engine/engine_process.py"}
 FOUNDATION = {"errors", "env"}
 
 NAMES_THAT_SAY_NOTHING = ("Manager", "Helper", "Mixin", "Impl", "Utils")
