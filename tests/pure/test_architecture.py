@@ -54,7 +54,6 @@ LAYERS: dict[str, set[str]] = {
 TOP = {"cli", "__init__"}  # may import everything
 # Only these files of engine/ know that a worker exists: they start it and carry plans to it.
 WORKER_FILES = {"engine/executor.py", "engine/prefetch.py", "engine/start.py", "engine/engine_process.py"}
-FOUNDATION = {"errors", "env"}
 
 NAMES_THAT_SAY_NOTHING = ("Manager", "Helper", "Mixin", "Impl", "Utils")
 TORCH_FREE = ("core", "text", "grammar", "config", "cli.main", "cli.chat")

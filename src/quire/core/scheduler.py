@@ -198,30 +198,30 @@ class Scheduler:
         if len(self._flights) >= self.options.max_in_flight:
             return None
         self._make_way()
-        draft = Sketch(self.options.max_num_batched_tokens)
-        if self._serve_running(draft):
-            self._admit_waiting(draft)
-        if not draft.spans:
+        sketch = Sketch(self.options.max_num_batched_tokens)
+        if self._serve_running(sketch):
+            self._admit_waiting(sketch)
+        if not sketch.spans:
             return None
         plan = StepPlan(
             self._steps,
             tuple(self._released),
-            tuple(draft.admitted),
-            tuple(draft.grants),
-            tuple(draft.copies),
-            tuple(draft.spans),
+            tuple(sketch.admitted),
+            tuple(sketch.grants),
+            tuple(sketch.copies),
+            tuple(sketch.spans),
         )
         self._released.clear()
-        self._flights.append(Flight(plan, draft.rows))
+        self._flights.append(Flight(plan, sketch.rows))
         self._steps += 1
-        self._totals.computed_tokens += self.options.max_num_batched_tokens - draft.left
+        self._totals.computed_tokens += self.options.max_num_batched_tokens - sketch.left
         return plan
 
-    def _serve_running(self, draft: Sketch) -> bool:
+    def _serve_running(self, sketch: Sketch) -> bool:
         """A span for each running request that is behind, first in order first. False if one had to be preempted."""
         running = self._running
         preemptions = self._totals.preemptions
-        spans, rows, left = draft.spans, draft.rows, draft.left
+        spans, rows, left = sketch.spans, sketch.rows, sketch.left
         singles = NOWHERE  # requests to come that need one position; counted when a longer span might crowd them out
         for index, request in enumerate(running):  # which may lose its end on the way
             if not left:
@@ -247,13 +247,13 @@ class Scheduler:
                         for other in running[index + 1 :]
                     )
                 share = max(1, left - singles)
-            draft.left = left
-            self._catch_up(request, share, draft)
-            left = draft.left
-        draft.left = left
+            sketch.left = left
+            self._catch_up(request, share, sketch)
+            left = sketch.left
+        sketch.left = left
         return self._totals.preemptions == preemptions
 
-    def _catch_up(self, request: Request, share: int, draft: Sketch) -> None:
+    def _catch_up(self, request: Request, share: int, sketch: Sketch) -> None:
         """Plan at most `share` positions of a running request, taking pages from those behind it if need be."""
         tables = self._tables
         end = self._span_end(request, share)
@@ -271,7 +271,7 @@ class Scheduler:
             self._preempt(victim)
             if victim is request:
                 return
-        self._plan_span(request, end, draft)
+        self._plan_span(request, end, sketch)
 
     def _span_end(self, request: Request, share: int) -> int:
         """How far the next span may go: not past what is known, the budget, the pool, or a state to be kept."""
@@ -284,17 +284,17 @@ class Scheduler:
             end = request.snapshot_at
         return end
 
-    def _plan_span(self, request: Request, end: int, draft: Sketch) -> None:
+    def _plan_span(self, request: Request, end: int, sketch: Sketch) -> None:
         """Take the pages up to `end` plus the request's drafts, and add the span to the plan."""
         start, drafts = request.planned, request.drafts
-        draft.grants += self._tables.extend(request, end + len(drafts))
+        sketch.grants += self._tables.extend(request, end + len(drafts))
         if start == request.snapshot_at:
-            draft.copies += self._tables.keep_states(request)
+            sketch.copies += self._tables.keep_states(request)
         sample = end == request.known
         count = end - start + len(drafts)
-        draft.spans.append(Span(request.slot, start, count, sample, drafts))
-        draft.rows.append(request)
-        draft.left -= count
+        sketch.spans.append(Span(request.slot, start, count, sample, drafts))
+        sketch.rows.append(request)
+        sketch.left -= count
         request.planned = start + count
         request.known += sample
         request.in_flight += 1
@@ -337,21 +337,21 @@ class Scheduler:
         request.slot, request.epoch, request.in_flight = NOWHERE, GONE, 0
         request.drafts, request.drafting, request.quiet_until = (), False, 0
 
-    def _admit_waiting(self, draft: Sketch) -> None:
+    def _admit_waiting(self, sketch: Sketch) -> None:
         """Let requests in from the front of the line while slots, budget and pages last.
 
         One whose next page another is just computing is set aside for a step, with slot and pages kept for it.
         """
-        if not (len(self._waiting) and self._slots and draft.left):
+        if not (len(self._waiting) and self._slots and sketch.left):
             return
         self._waiting.charge_output(self._running)
         slack = self._room.slack(self._running)
         aside: list[Request] = []
-        while len(self._slots) > len(aside) and draft.left:
+        while len(self._slots) > len(aside) and sketch.left:
             request = self._waiting.front()
             if request is None or (self._running and self._room.was_refused(request, slack)):
                 break
-            if not self.options.chunked_prefill and request.known > draft.left:
+            if not self.options.chunked_prefill and request.known > sketch.left:
                 break  # it waits for a step that can take it whole
             spoken_for = self._room.find(request, longest_hit(request), slack)
             if spoken_for is None:
@@ -364,11 +364,11 @@ class Scheduler:
                 self._room.let_go(request)
                 aside.append(request)
             else:
-                self._admit(request, draft)
+                self._admit(request, sketch)
         for request in aside:
             self._waiting.push_back(request)
 
-    def _admit(self, request: Request, draft: Sketch) -> None:
+    def _admit(self, request: Request, sketch: Sketch) -> None:
         """Give a request, whose shared pages are found, a slot and its first span."""
         # What was admitted in this step has nothing yet that could be copied.
         settled = (other for other in self._running if other.epoch < self._steps)
@@ -387,7 +387,7 @@ class Scheduler:
             self._totals.prompt_tokens += request.rules.prompt_len
             self._totals.cached_tokens += request.cached_tokens
             self._waiting.charge_prompt(request, hit)
-        draft.admitted.append(
+        sketch.admitted.append(
             Admission(
                 request.slot,
                 given.request_id,
@@ -399,10 +399,10 @@ class Scheduler:
                 given.salt,
             )
         )
-        self._plan_span(request, self._span_end(request, draft.left), draft)
-        draft.copies += self._tables.restore(request)
+        self._plan_span(request, self._span_end(request, sketch.left), sketch)
+        sketch.copies += self._tables.restore(request)
         if begun is not None:
-            draft.copies += copies(request, begun, self._tables)
+            sketch.copies += copies(request, begun, self._tables)
 
     # ---- results
 
