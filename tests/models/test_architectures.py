@@ -12,10 +12,10 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import transformers
+from enumerate_architectures import enumerate_architectures
+from parity import architectures
 
 from quire.kernels.threads import usable_cpus
-from quire.models.enumerate import enumerate_architectures
-from quire.models.parity import architectures
 
 ORDER = ("A", "A+mixer", "B", "C")
 EXPECTED = json.loads((Path(__file__).parent / "expected_tiers.json").read_text())

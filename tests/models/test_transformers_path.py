@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import parity
 import pytest
 import torch
 import transformers
@@ -10,7 +11,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from quire.errors import UnsupportedModelError
 from quire.kernels.table import load_ops
 from quire.layers.batch import Batch
-from quire.models import parity
 from quire.models.decide import Decider, serve
 from quire.models.fallback import SequentialModel
 from quire.models.interface import current_batch, paged_attention

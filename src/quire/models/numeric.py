@@ -17,7 +17,6 @@ from quire.kernels.reference import ACTIVATIONS, rotary
 from quire.kernels.table import Ops
 
 NORM_STYLES = ("down_then_scale", "scale_then_down", "plus_one")
-WEIGHT_NAMES = ("weight", "scale", "gamma")
 GUESSED_EPS = (1e-6, 1e-5)
 
 

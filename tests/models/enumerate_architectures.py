@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-
-from quire.models.parity import Outcome, architectures, check_architecture, describe_error
+from parity import Outcome, architectures, check_architecture, describe_error
 
 TIMEOUT = 300.0  # seconds for one architecture; most need one
 
