@@ -43,8 +43,8 @@ class Entry:
             else:
                 self.cached_tokens = event.cached_tokens
         if event.tokens:
-            self.emitted.extend(event.tokens)
             self.clear()
+            self.emitted.extend(event.tokens)  # behind all that may raise: what is noted here is told
         return event
 
     def clear(self) -> None:
