@@ -117,3 +117,8 @@ class RequestFailedError(EngineError):
 
 class EngineDeadError(EngineError):
     """The engine cannot go on; every live request has been told."""
+
+
+def reason(error: Exception) -> str:
+    """What an exception says, in words: without the number of a system's error, and without a dot at its end."""
+    return str(getattr(error, "strerror", None) or error).rstrip(".")

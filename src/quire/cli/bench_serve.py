@@ -21,7 +21,7 @@ from quire.cli.bench_client import Answer, Server
 from quire.cli.flags import FlagParser
 from quire.cli.options import section_of
 from quire.config import option
-from quire.errors import ConfigError, QuireError
+from quire.errors import ConfigError, QuireError, reason
 
 METRICS = {"ttft": "Time to First Token", "tpot": "Time per Output Token (excl. 1st token)"}
 METRICS |= {"itl": "Inter-token Latency", "e2el": "End-to-end Latency"}
@@ -163,7 +163,7 @@ async def measure(options: ServeBenchOptions) -> dict[str, Any]:
         model = options.model or (await server.get("/v1/models"))["data"][0]["id"]
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise QuireError(
-            f"No OpenAI server answers at {server.url}: {error}. Start one, or check --base-url."
+            f"No OpenAI server answers at {server.url}: {reason(error)}. Start one, or check --base-url."
         ) from error
     chat = options.backend == "openai-chat"
     path = options.endpoint or ("/v1/chat/completions" if chat else "/v1/completions")

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from quire.cli.options import SampleOptions
 from quire.config import EngineOptions
-from quire.errors import ConfigError, QuireError
+from quire.errors import ConfigError, QuireError, reason
 
 Message = dict[str, str]
 COMPLETION_TOKENS = 256  # a completion has no natural end, so it gets a limit when none is given
@@ -187,7 +187,7 @@ class RemoteSession:
             response = connection.getresponse()
         except (OSError, http.client.HTTPException) as error:
             raise QuireError(
-                f"No server answers at {self._url.geturl()}: {error}. Start one with 'quire serve', or check --url."
+                f"No server answers at {self._url.geturl()}: {reason(error)}. Start one with 'quire serve', or check --url."
             ) from error
         if response.status != 200:
             raise QuireError(f"The server answered {response.status}: {_message_of(response.read())}")

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from quire.config import ServeOptions
-from quire.errors import ConfigError, ValidationError
+from quire.errors import ConfigError, ValidationError, reason
 from quire.serve.auth import check_bind, read_keys
 from quire.text.answer_format import check_formats
 from quire.text.chat import check_template_kwargs, own_variables
@@ -108,9 +108,8 @@ def one_for_each(listener: socket.socket, count: int) -> list[socket.socket]:
 
 
 def _cannot_listen(address: object, error: Exception) -> ConfigError:
-    reason = getattr(error, "strerror", None) or error
     return ConfigError(
-        f"Cannot listen on {address}: {reason}. Choose another address with --host and --port (0 takes a free one), or "
+        f"Cannot listen on {address}: {reason(error)}. Choose another address with --host and --port (0 takes a free one), or "
         "stop what uses it."
     )
 
