@@ -109,8 +109,8 @@ def one_for_each(listener: socket.socket, count: int) -> list[socket.socket]:
 
 def _cannot_listen(address: object, error: Exception) -> ConfigError:
     return ConfigError(
-        f"Cannot listen on {address}: {reason(error)}. Choose another address with --host and --port (0 takes a free one), or "
-        "stop what uses it."
+        f"Cannot listen on {address}: {reason(error)}. Choose another address with --host and --port (0 takes a free one), "
+        "or stop what uses it."
     )
 
 
