@@ -5,19 +5,22 @@ Every method returns its results in the order of its input.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from tqdm.auto import tqdm
 
 from quire.config import EngineOptions
-from quire.core.params import RequestOutputKind, SamplingParams
+from quire.core.params import SamplingParams
+from quire.engine.batch_arguments import adds_special, listed, ranks_of, refuse_given, whole
 from quire.engine.beam_requests import best_tokens, scoring, search_of
 from quire.engine.beams import BeamSearch, BeamSearchOutput, BeamSearchParams
 from quire.engine.engine import Engine, Prepared
@@ -25,7 +28,8 @@ from quire.engine.metrics import Metrics
 from quire.engine.metrics_reader import Counter, Gauge, Histogram, read_metrics
 from quire.engine.outputs import RequestOutput
 from quire.engine.prompts import Prompt, ReadPrompt
-from quire.errors import ConfigError, NoSuchMethodError, ValidationError
+from quire.engine.turns import HeldInterrupts, Turns
+from quire.errors import ConfigError, EngineDeadError, NoSuchMethodError, ValidationError
 from quire.text.answer_format import answer_format_of
 from quire.text.chat import ChatOptions, prompt_text, read_template
 from quire.text.tokenizer import Tokenizer
@@ -86,6 +90,9 @@ class LLM:
 
     def _open(self, options: EngineOptions) -> None:
         self._engine = Engine.from_options(options)
+        self._turns = Turns()  # of threads, at the engine and at what is done
+        self._process = os.getpid()
+        self._closed = False
         self._ids = count()
         self._queued: list[str] = []  # ids of enqueue() that wait_for_completion() has not handed out
         self._done: dict[str, RequestOutput] = {}  # finished requests that nobody has taken
@@ -128,9 +135,9 @@ class LLM:
         finish_reason "error" in its output and leaves the others alone. Of `tokenization_kwargs` there is
         add_special_tokens; adapters and processors of images are there to be refused by name.
         """
-        special = _tokenization(tokenization_kwargs, True)
-        _refuse_given(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
-        return self._run(self._prepare(_listed(prompts), sampling_params, priority, special), use_tqdm)
+        special = adds_special(tokenization_kwargs, True)
+        refuse_given(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
+        return self._run(self._prepare(listed(prompts), sampling_params, priority, special), use_tqdm)
 
     def enqueue(
         self,
@@ -143,9 +150,9 @@ class LLM:
         mm_processor_kwargs: None = None,
     ) -> list[str]:
         """The arguments of generate(), without waiting: the ids of the requests, which run in wait_for_completion()."""
-        special = _tokenization(tokenization_kwargs, True)
-        _refuse_given(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
-        return self._enqueue(self._prepare(_listed(prompts), sampling_params, priority, special))
+        special = adds_special(tokenization_kwargs, True)
+        refuse_given(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
+        return self._enqueue(self._prepare(listed(prompts), sampling_params, priority, special))
 
     def wait_for_completion(self, output_type: type | None = None, *, use_tqdm: Progress = True) -> list[RequestOutput]:
         """The outputs of all that was enqueued, in that order. `output_type`, if given, is RequestOutput."""
@@ -176,7 +183,7 @@ class LLM:
         `tool_choice` "required", or an object that names one tool, lets the model say nothing but calls; they stay in
         the text, as the model writes them.
         """
-        _refuse_given(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
+        refuse_given(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
         options = ChatOptions(
             tools=tools,
             add_generation_prompt=add_generation_prompt,
@@ -186,7 +193,7 @@ class LLM:
             content_format=chat_template_content_format,
         )
         # The template writes the special tokens.
-        special = _tokenization(tokenization_kwargs, False)
+        special = adds_special(tokenization_kwargs, False)
         return self._run(self._talks(messages, sampling_params, priority, options, tool_choice, special), use_tqdm)
 
     def enqueue_chat(
@@ -224,9 +231,14 @@ class LLM:
         """Requests for the answers to conversations."""
         if self._engine.tokenizer is None:
             raise ValidationError("chat needs a tokenizer, and this engine runs without one", "messages")
-        conversations: Sequence[Any] = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        if isinstance(messages, Mapping):
+            raise ValidationError(
+                "messages must be a list of messages, or of such lists; found one message", "messages"
+            )
+        given: list[Any] = list(messages)
+        conversations = [given] if given and isinstance(given[0], Mapping) else given
         prompts: list[Prompt] = [prompt_text(self._engine.tokenizer, talk, options) for talk in conversations]
-        if tool_choice is not None:
+        if tool_choice is not None and prompts:
             wish = tool_wish(options.tools, tool_choice, None)
             params = self._with_tools(wish, options.template, params, str(prompts[0]))
         return self._prepare(prompts, params, priority, special)
@@ -245,9 +257,9 @@ class LLM:
         Beams find each other's pages through the prefix cache, so a step computes what lies in the last page. Raises
         ValidationError for a wrong prompt or a width beyond max_logprobs, RequestFailedError if a beam fails.
         """
-        _refuse_given(lora_request=lora_request)
+        refuse_given(lora_request=lora_request)
         settings = self._engine.settings
-        firsts = self._prepare(_listed(prompts), scoring(params, settings), None, special=True)
+        firsts = self._prepare(listed(prompts), scoring(params, settings), None, special=True)
         searches = [search_of(first, params, settings) for first in firsts]
         bar = _Bar(len(searches), use_tqdm)
         try:
@@ -302,7 +314,7 @@ class LLM:
 
         if params is None:
             params = self._engine.settings.default_params
-        return spoken(params) if isinstance(params, SamplingParams) else [spoken(_whole(one)) for one in params]
+        return spoken(params) if isinstance(params, SamplingParams) else [spoken(whole(one)) for one in params]
 
     def _prepare(
         self,
@@ -314,11 +326,11 @@ class LLM:
         """Check and tokenize everything before anything starts."""
         if params is None:
             params = self._engine.settings.default_params
-        if isinstance(params, SamplingParams):
-            each = [_whole(params)] * len(prompts)
+        if isinstance(params, Iterable) and not isinstance(params, (Mapping, str)):
+            each = [whole(wish) for wish in params]
         else:
-            each = [_whole(wish) for wish in params]
-        ranks = [0] * len(prompts) if priority is None else list(priority)
+            each = [whole(params)] * len(prompts)
+        ranks = [0] * len(prompts) if priority is None else ranks_of(priority)
         for name, values in (("sampling_params", each), ("priority", ranks)):
             if len(values) != len(prompts):
                 raise ValidationError(
@@ -341,37 +353,57 @@ class LLM:
     def _submit(self, requests: Sequence[Prepared]) -> list[str]:
         """Give the requests to the engine: all of them, or none. Their ids."""
         ids: list[str] = []
-        try:
-            for request in requests:
-                self._engine.submit(request)
-                ids.append(request.request_id)
-        except BaseException:
-            self._drop(ids)
-            raise
+        with HeldInterrupts(), self._turns:
+            self._check_open()
+            try:
+                for request in requests:
+                    self._engine.submit(request)
+                    ids.append(request.request_id)
+            except BaseException:
+                self._drop(ids)
+                raise
         return ids
 
     def _collect(self, ids: Sequence[str], use_tqdm: Progress) -> list[RequestOutput]:
-        """Run until these requests are done."""
+        """Run until these requests are done, in turn with other threads that do the same: each step is for all of them."""
         bar, done = _Bar(len(ids), use_tqdm), self._done
         missing = set(ids)
         try:
-            while missing := missing - done.keys():
-                for output in self._engine.step():
-                    done[output.request_id] = output
-                    bar.finished(output)
+            with HeldInterrupts() as interrupts:
+                while missing:
+                    with self._turns:
+                        self._check_open()
+                        if missing.isdisjoint(done):
+                            done.update((output.request_id, output) for output in self._engine.step())
+                    for request_id in missing.intersection(done):
+                        missing.discard(request_id)
+                        bar.finished(done[request_id])
+                    interrupts.check()
+        except BaseException:
+            with self._turns:
+                self._drop(ids)
+            raise
         finally:
             bar.close()
-            if missing:
-                self._drop(missing)
         return [done.pop(request_id) for request_id in ids]
 
     def _drop(self, ids: Iterable[str]) -> None:
-        """End requests that nobody waits for any more."""
+        """End requests that nobody waits for any more, and forget those that are done."""
         gone = set(ids)
         self._engine.abort(gone)
-        for output in self._engine.step():
-            if output.request_id not in gone:
-                self._done[output.request_id] = output
+        with contextlib.suppress(EngineDeadError):  # then they have ended already
+            self._done.update((output.request_id, output) for output in self._engine.step())
+        for request_id in gone:
+            self._done.pop(request_id, None)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineDeadError("This LLM is closed: its model is freed. Make a new one.")
+        if self._process != os.getpid():
+            raise EngineDeadError(
+                "This LLM was made before this process was forked, and the threads that compute stayed behind. Make one in "
+                "the process that uses it, or start processes with the method spawn."
+            )
 
     # ---------------------------------------------------------------- the rest
 
@@ -398,8 +430,17 @@ class LLM:
         return read_metrics(self._metrics.collect())
 
     def close(self) -> None:
-        """Free the model and its pages. The object cannot be used afterwards."""
-        self._engine.close()
+        """Free the model and its pages. The object cannot be used afterwards; a second call changes nothing."""
+        with self._turns:
+            if not self._closed:
+                self._closed = True
+                self._engine.close()
+
+    def __reduce__(self) -> NoReturn:
+        """Copies would share pages and threads."""
+        raise TypeError(
+            "An LLM cannot be copied or pickled: its model lives in this process. Make one where it is used."
+        )
 
     def __enter__(self) -> LLM:
         """The object itself."""
@@ -410,42 +451,6 @@ class LLM:
     ) -> None:
         """Close."""
         self.close()
-
-
-def _listed(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
-    """One prompt as a list of one. A list of integers is one prompt of token ids."""
-    if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Sequence):
-        return [prompts]
-    if prompts and isinstance(prompts[0], int):
-        return [prompts]  # type: ignore[list-item]
-    return prompts  # type: ignore[return-value]
-
-
-def _tokenization(given: Mapping[str, Any] | None, special: bool) -> bool:
-    """Whether prompts get special tokens: as tokenization_kwargs says, else `special`."""
-    unknown = set(given or ()) - {"add_special_tokens"}
-    if unknown:
-        raise ValidationError(
-            f"tokenization_kwargs may have add_special_tokens; found {', '.join(sorted(unknown))}",
-            "tokenization_kwargs",
-        )
-    return bool((given or {}).get("add_special_tokens", special))
-
-
-def _refuse_given(**values: object) -> None:
-    """Raise ValidationError for an argument that other engines have a use for."""
-    for name, value in values.items():
-        if value:
-            raise ValidationError(f"{name} is not supported: models are served as they are, and read text", name)
-
-
-def _whole(params: SamplingParams) -> SamplingParams:
-    """The same wishes, answered once at the end."""
-    if not isinstance(params, SamplingParams):
-        raise ValidationError(
-            f"sampling_params must be SamplingParams, found {type(params).__name__}", "sampling_params"
-        )
-    return replace(params, output_kind=RequestOutputKind.FINAL_ONLY)
 
 
 class _Bar:

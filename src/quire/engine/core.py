@@ -16,7 +16,7 @@ from quire.core.request import CoreRequest
 from quire.core.scheduler import Scheduler
 from quire.core.stats import Queue, Stats
 from quire.engine.executor import Executor, Handle
-from quire.errors import EngineError
+from quire.errors import EngineDeadError, EngineError
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +85,7 @@ class EngineCore:
         self._max_in_flight = max_in_flight
         self._mortal = mortal
         self._in_flight: deque[tuple[StepPlan, Handle]] = deque()
+        self._broken_off = False
 
     def add(self, request: CoreRequest) -> Event | None:
         """Queue a request. Returns its last event if what it has `generated` ends it already.
@@ -102,7 +103,21 @@ class EngineCore:
         return bool(self._in_flight) or self._scheduler.has_work()
 
     def step(self) -> list[Event]:
-        """Fill the executor with plans, wait for the oldest, and return what it changed."""
+        """Fill the executor with plans, wait for the oldest, and return what it changed.
+
+        One that is broken off in its middle, as by KeyboardInterrupt, was the last: raises EngineDeadError from then on.
+        """
+        if self._broken_off:
+            raise EngineDeadError("A step was broken off in its middle, so the engine cannot go on. Make a new one.")
+        try:
+            return self._step()
+        except Exception:
+            raise
+        except BaseException:
+            self._broken_off = True
+            raise
+
+    def _step(self) -> list[Event]:
         while len(self._in_flight) < self._max_in_flight:
             plan = self._scheduler.schedule()
             if plan is None:

@@ -66,7 +66,7 @@ def read_prompt(
         return _read_text(prompt, b"", tokenizer, limits, add_special_tokens)
     if isinstance(prompt, dict):
         return _read_mapping(dict(prompt), tokenizer, limits, add_special_tokens)
-    if isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray)):
+    if hasattr(prompt, "tolist") or (isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray))):
         return ReadPrompt(None, check_token_ids(prompt, limits))
     raise ValidationError(
         f"A prompt must be a string, a list of token ids, or a dict with 'prompt' or 'prompt_token_ids'; "
@@ -106,7 +106,12 @@ def _read_text(text: str, salt: bytes, tokenizer: Encoder | None, limits: Prompt
 
 
 def check_token_ids(token_ids: object, limits: PromptLimits) -> tuple[int, ...]:
-    """The ids as a tuple, if they are integers of the vocabulary and leave room for one token of output."""
+    """The ids as a tuple, if they are integers of the vocabulary and leave room for one token of output.
+
+    An array of NumPy or PyTorch is as good as the list in it.
+    """
+    if hasattr(token_ids, "tolist"):
+        token_ids = token_ids.tolist()
     if isinstance(token_ids, (str, bytes, dict)) or not isinstance(token_ids, Sequence):
         raise ValidationError(
             f"prompt_token_ids must be a list of integers, found {type(token_ids).__name__}", "prompt_token_ids"
@@ -116,7 +121,7 @@ def check_token_ids(token_ids: object, limits: PromptLimits) -> tuple[int, ...]:
         raise ValidationError("The decoder prompt cannot be empty: give at least one token", "prompt")
     if any(type(token) is not int for token in ids):
         wrong = next(token for token in ids if type(token) is not int)
-        raise ValidationError("prompt_token_ids must be integers", "prompt_token_ids", repr(wrong))
+        raise ValidationError("prompt_token_ids must be integers", "prompt_token_ids", repr(wrong)[:200])
     if min(ids) < 0 or max(ids) >= limits.vocab_size:
         wrong_id = min(ids) if min(ids) < 0 else max(ids)
         raise ValidationError(
