@@ -23,7 +23,7 @@ from quire.errors import EngineError
 from quire.serve.listen import address_of, bind
 from quire.serve.progress import Progress
 from quire.serve.service import ModelCard, Service
-from quire.serve.serving import serve
+from quire.serve.serving import Entrance, Launch, serve
 from quire.serve.startup import StartReport
 
 
@@ -60,7 +60,8 @@ def main() -> int:
                 raise EngineError("told to stop")
         return service
 
-    return asyncio.run(serve(start, options, ("secret",) if awaited else (), listener, report, stopped.set))
+    entrance = Entrance(listener, ("secret",) if awaited else (), options)
+    return asyncio.run(serve(entrance, Launch(start, stopped.set, report)))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from quire.serve.listen import bind
 from quire.serve.progress import Progress
 from quire.serve.run import run_server
 from quire.serve.service import ModelCard, Service
-from quire.serve.serving import serve
+from quire.serve.serving import Entrance, Launch, serve
 from quire.serve.startup import StartReport
 from waiting import until
 
@@ -226,7 +226,8 @@ def test_options_that_only_the_routes_understand_end_the_server(
 
     async def started() -> None:
         async with asyncio.timeout(60):
-            await serve(lambda: service, options, (), bind(options), StartReport())
+            launch = Launch(lambda: service, lambda: None, StartReport())
+            await serve(Entrance(bind(options), (), options), launch)
 
     with pytest.raises(ConfigError, match=words):
         asyncio.run(started())

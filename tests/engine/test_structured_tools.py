@@ -8,6 +8,7 @@ from typing import Any
 
 import openai
 import pytest
+from openai.lib.streaming.chat import ChatCompletionStreamState
 from served import Running, Setup, refused, served
 
 from quire.config import ServeOptions
@@ -76,6 +77,18 @@ def test_a_stream_says_the_same(server: Running) -> None:
         ("add", {}),
     ]
     assert 25 < count < 60  # text comes piece by piece, and so do the arguments of calls
+
+
+def test_each_call_is_reported_when_it_is_complete(server: Running) -> None:
+    """By the client's own helper, which looks for the end in a chunk behind the call."""
+    request = body(f"{CALL}\n{OTHER}", tools=[WEATHER, ADD], max_tokens=200, stream=True)
+    for interval in (1, 500):
+        state: ChatCompletionStreamState[None] = ChatCompletionStreamState()
+        chunks = server.client.chat.completions.create(extra_body={"stream_interval": interval}, **request)
+        events = [event for chunk in chunks for event in state.handle_chunk(chunk)]
+        done = [event.name for event in events if event.type == "tool_calls.function.arguments.done"]
+        assert done == ["get_weather", "add"]
+        assert state.get_final_completion().choices[0].finish_reason == "tool_calls"
 
 
 def test_texts_within_elements_come_as_they_are_written() -> None:

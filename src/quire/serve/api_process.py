@@ -23,7 +23,7 @@ from quire.serve.assemble import start_service
 from quire.serve.neighbours import Begin, FromParent, Neighbours
 from quire.serve.progress import Progress
 from quire.serve.service import Service
-from quire.serve.serving import Place, serve
+from quire.serve.serving import Entrance, Launch, Place, serve
 from quire.serve.startup import StartReport
 
 
@@ -52,7 +52,8 @@ def main(arguments: Sequence[str]) -> int:
         return start_service(begin.engine, options, open_engine)
 
     place = Place(begin.index, Neighbours(parent), begin.again)
-    return asyncio.run(serve(start, options, begin.keys, listener, report, connection.close, place))
+    launch = Launch(start, connection.close, report)
+    return asyncio.run(serve(Entrance(listener, begin.keys, options), launch, place))
 
 
 class Listening(socket.socket):

@@ -101,9 +101,8 @@ class _Answer:
                     send(frame.event(chunk(self._opening(number)) | self._prompt_ids(output)))
             for completion in output.outputs:
                 usage.completion_tokens += len(completion.token_ids)
-                delta = self._delta(completion)
-                if delta is not None:
-                    send(frame.event(chunk(delta, completion.finish_reason is not None)))
+                for delta in self._deltas(completion):
+                    send(frame.event(chunk(delta, delta["finish_reason"] is not None)))
 
         await self.conversation.answer(take)
         if forced or self.body.include_usage:
@@ -181,6 +180,18 @@ class _Answer:
         """The first chunk of a choice."""
         delta = {"role": self.conversation.role(), "content": self._echoed()}
         return {"index": number, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def _deltas(self, new: CompletionOutput) -> list[dict[str, Any]]:
+        """One choice of each chunk that an output becomes. The end comes behind a call, never with it: only so do the
+        clients' helpers report the call as complete.
+        """
+        choice = self._delta(new)
+        if choice is None:
+            return []
+        if choice["finish_reason"] is None or "tool_calls" not in choice["delta"]:
+            return [choice]
+        end = {"index": choice["index"], "delta": {}, "logprobs": None, "finish_reason": choice["finish_reason"]}
+        return [choice | {"finish_reason": None, "stop_reason": None}, end | {"stop_reason": choice["stop_reason"]}]
 
     def _delta(self, new: CompletionOutput) -> dict[str, Any] | None:
         """One choice of a later chunk; None while the text may still become a call and nothing else is to be told."""

@@ -62,7 +62,7 @@ def run_alone(setup: Setup) -> int:
     # Imported here: the web server takes a while to import, and the engine process does its own imports meanwhile.
     from quire.engine.async_engine import AsyncEngine
     from quire.serve.assemble import start_service
-    from quire.serve.serving import serve
+    from quire.serve.serving import Entrance, Launch, serve
     from quire.serve.startup import StartReport
 
     report = StartReport(setup.began)
@@ -74,4 +74,5 @@ def run_alone(setup: Setup) -> int:
     def start() -> Service:
         return start_service(setup.engine, setup.serve, open_engine)
 
-    return asyncio.run(serve(start, setup.serve, setup.keys, setup.listener, report, setup.processes.stop))
+    entrance = Entrance(setup.listener, setup.keys, setup.serve)
+    return asyncio.run(serve(entrance, Launch(start, setup.processes.stop, report)))

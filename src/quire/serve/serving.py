@@ -47,6 +47,29 @@ class Place:
     again: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Entrance:
+    """Where clients come in: at this socket, with one of these keys where there are any."""
+
+    listener: socket.socket
+    keys: tuple[str, ...]
+    options: ServeOptions
+
+    @property
+    def address(self) -> str:
+        """As curl wants it."""
+        return address_of(self.options, self.listener)
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How the service comes about: `start` makes it in a thread and tells the report, `stop` lets that end soon."""
+
+    start: Callable[[], Service]
+    stop: Callable[[], None]
+    report: StartReport
+
+
 class _Server(uvicorn.Server):
     """uvicorn, letting requests finish when it shall stop. Where it has a parent, that one takes the signals."""
 
@@ -93,36 +116,39 @@ class _Server(uvicorn.Server):
             await self.service.engine.abort(self.service.live.engine_ids())
 
 
-async def serve(
-    start: Callable[[], Service],
-    options: ServeOptions,
-    keys: tuple[str, ...],
-    listener: socket.socket,
-    report: StartReport,
-    stop_start: Callable[[], None] = lambda: None,
-    place: Place | None = None,
-) -> int:
+async def serve(entrance: Entrance, launch: Launch, place: Place | None = None) -> int:
     """Listen, start the service in a thread, and serve until told to stop; returns the exit status.
 
-    `stop_start` makes a start that is under way end soon. `place`: of this process among several. Raises what the start
-    raised, and what is wrong with options that only the routes understand.
+    `place`: of this process among several. Raises what the start raised, and what is wrong with options that only the
+    routes understand.
     """
-    waiting = NotYet(report)
-    closed = KeyCheck(waiting, keys) if keys else waiting
+    waiting = NotYet(launch.report)
+    closed = KeyCheck(waiting, entrance.keys) if entrance.keys else waiting
     door = Doorway(None if place is not None and place.again else closed)
-    server = _Server(_uvicorn_config(door, options), has_parent=place is not None)
+    server = _Server(_uvicorn_config(door, entrance.options), has_parent=place is not None)
     if place is not None:
         server.config.backlog = 1  # connections that are taken at once, for others may take from the same queue
         place.neighbours.listen(on_stop=lambda: server.handle_exit(signal.SIGTERM, None))
-    starting = asyncio.create_task(asyncio.to_thread(start))
-    living = asyncio.create_task(_live(server, starting, door, keys, listener, report, place))
+    starting = asyncio.create_task(asyncio.to_thread(launch.start))
+
+    async def live() -> None:
+        await asyncio.wait((starting,))
+        if starting.exception() is None:
+            service = server.service = starting.result()
+            service.draining = server.told_to_stop
+            door.open(ShortWay(create_app(service, entrance.keys)))
+            await _live(
+                service, launch.report.lines(entrance.address, service.card.names[0], bool(entrance.keys)), place
+            )
+
+    living = asyncio.create_task(live())
     living.add_done_callback(lambda _: setattr(server, "should_exit", True))  # whatever ended it, nobody watches now
     try:
-        await server.serve(sockets=[listener])
+        await server.serve(sockets=[entrance.listener])
     finally:
         if not starting.done():
-            logger.info("told to stop while %s", report.phase)
-            stop_start()
+            logger.info("told to stop while %s", launch.report.phase)
+            launch.stop()
         await asyncio.wait((starting,))
         living.cancel()
         await asyncio.wait((living,))
@@ -156,28 +182,12 @@ def _uvicorn_config(app: ASGIApp, options: ServeOptions) -> uvicorn.Config:
     )
 
 
-async def _live(
-    server: _Server,
-    starting: asyncio.Task[Service],
-    door: Doorway,
-    keys: tuple[str, ...],
-    listener: socket.socket,
-    report: StartReport,
-    place: Place | None,
-) -> None:
-    """Open the door when the service is there; then watch the engine, which takes the server with it when it dies.
-
-    So whoever supervises the process can start it again.
+async def _live(service: Service, lines: list[str], place: Place | None) -> None:
+    """Say that the server is ready; then watch the engine, which takes the server with it when it dies, so that whoever
+    supervises the process can start it again.
     """
-    await asyncio.wait((starting,))
-    if starting.exception() is not None:
-        return
-    service = server.service = starting.result()
-    service.draining = server.told_to_stop
-    door.open(ShortWay(create_app(service, keys)))
     keep_for_good()
     tasks = []
-    lines = report.lines(address_of(service.options, listener), service.card.names[0], bool(keys))
     if place is None:
         print("\n".join(lines), flush=True)
     else:
