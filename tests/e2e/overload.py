@@ -166,6 +166,16 @@ def run(seconds: float) -> tuple[Load, Load]:
         return most, asyncio.run(overload(server, seconds, 2 * most.goodput / TOKENS))
 
 
+def share() -> int:
+    """Two keys, one with ten times the clients of the other, which alone fills the engine and a queue."""
+    flags = ("--scheduling-policy", "fair", "--api-key", "key0", "key1", "--no-engine-spare")
+    with fake_server(STEPS, ROWS, *flags) as server:
+        loads = asyncio.run(crowd(server, {"key0": 20 * ROWS, "key1": 2 * ROWS}, 800, tokens=10))
+    got = [load.tokens for load in loads.values()]
+    print(f"two keys, one with ten times the clients: {got[0]} and {got[1]} tokens, Jain index {jain(got):.3f}")
+    return 0 if jain(got) > 0.95 else 1
+
+
 def line(most: Load, load: Load) -> str:
     """For people."""
     shown = ", ".join(f"{count} x {status}" for status, count in sorted(load.statuses.items()))
@@ -182,7 +192,11 @@ def main() -> int:
     """For as long as asked."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--minutes", type=float, default=10.0)
-    most, load = run(parser.parse_args().minutes * 60)
+    parser.add_argument("--keys", action="store_true", help="two keys of which one floods, instead")
+    found = parser.parse_args()
+    if found.keys:
+        return share()
+    most, load = run(found.minutes * 60)
     print(line(most, load))
     grown = load.memory[-1] - load.memory[len(load.memory) // 4]
     good = load.goodput > 0.9 * most.goodput and grown < 20 and not load.without_retry

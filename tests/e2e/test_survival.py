@@ -1,28 +1,35 @@
-"""The real server with the bundled model: its engine is killed under 64 streams; it drains and ends with its status."""
+"""The real server with the bundled model: its engine is killed under 64 streams; it drains and ends with its status.
+
+As a program with more kills: python tests/e2e/test_survival.py --kills 20 --tokens 250
+"""
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import random
 import shutil
 import signal
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 import httpx
 import pytest
 
 import quire.bundled
-from started_server import engine_pid, kill_engine, started_server
+from started_server import StartedServer, engine_pid, kill_engine, started_server
 from waiting import until, when
 
 pytestmark = pytest.mark.slow
 
 STREAMS = 64
-KILLS = 3
+KILLS, TOKENS = 3, 40
 
 
 @dataclass
@@ -35,11 +42,38 @@ class Heard:
     error: Any = None
 
 
-async def stream(client: httpx.AsyncClient, index: int, heard: Heard) -> None:
+@dataclass
+class Survived:
+    """What the streams brought without a kill and with kills, and when those were."""
+
+    plain: list[Heard]
+    found: list[Heard]
+    moments: list[float]
+
+    def lost(self) -> int:
+        """Streams that brought anything else than without kills."""
+        pairs = zip(self.plain, self.found, strict=True)
+        return sum((one.text, one.reason, one.error) != (other.text, other.reason, other.error) for one, other in pairs)
+
+    def line(self) -> str:
+        """For people. The pause: from a kill to a stream's next token."""
+        pauses = sorted(
+            next(at for at in heard.times if at > moment) - moment
+            for heard in self.found
+            for moment in self.moments
+            if heard.times[-1] > moment
+        )
+        return (
+            f"{len(self.moments)} kills, {STREAMS} streams of the bundled model, {self.lost()} differ, pause median "
+            f"{pauses[len(pauses) // 2]:.2f} s, p99 {pauses[int(len(pauses) * 0.99)]:.2f} s, longest {pauses[-1]:.2f} s"
+        )
+
+
+async def stream(client: httpx.AsyncClient, index: int, tokens: int, heard: Heard) -> None:
     """One completion: every other one greedy, the others seeded."""
     body = {
         "prompt": f"Once upon a time there were {index} brothers, and",
-        "max_tokens": 40,
+        "max_tokens": tokens,
         "ignore_eos": True,
         "temperature": 0.0 if index % 2 else 0.9,
         "seed": index,
@@ -58,13 +92,13 @@ async def stream(client: httpx.AsyncClient, index: int, heard: Heard) -> None:
                 heard.times.append(time.monotonic())
 
 
-async def all_streams(url: str, pid: int, kills: int) -> tuple[list[Heard], list[float]]:
-    """Run the streams, killing the engine `kills` times at random moments."""
-    draw, moments = random.Random(3), []
+async def all_streams(server: StartedServer, tokens: int, kills: int, moments: list[float]) -> list[Heard]:
+    """Run the streams, killing the engine `kills` times at random moments, which are noted."""
+    draw, pid = random.Random(3), server.pid
     found = [Heard() for _ in range(STREAMS)]
     limits = httpx.Limits(max_connections=STREAMS)
-    async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
-        tasks = [asyncio.create_task(stream(client, index, heard)) for index, heard in enumerate(found)]
+    async with httpx.AsyncClient(base_url=server.url, timeout=300, limits=limits) as client:
+        tasks = [asyncio.create_task(stream(client, index, tokens, heard)) for index, heard in enumerate(found)]
         for _ in range(kills):
             so_far = sum(len(heard.times) for heard in found)
             moment = so_far + draw.randint(STREAMS // 2, 8 * STREAMS)  # tokens
@@ -74,26 +108,22 @@ async def all_streams(url: str, pid: int, kills: int) -> tuple[list[Heard], list
             moments.append(time.monotonic())
             kill_engine(pid)
         await asyncio.gather(*tasks)
-    return found, moments
+    return found
+
+
+def survive(server: StartedServer, kills: int, tokens: int) -> Survived:
+    """The streams, once without kills and once with."""
+    moments: list[float] = []
+    plain = asyncio.run(all_streams(server, tokens, 0, moments))
+    return Survived(plain, asyncio.run(all_streams(server, tokens, kills, moments)), moments)
 
 
 def test_streams_survive_kills_and_the_server_drains(capsys: pytest.CaptureFixture[str]) -> None:
     with started_server("--shutdown-timeout", "60", rows=STREAMS) as server:
-        plain, _ = asyncio.run(all_streams(server.url, server.process.pid, 0))
-        found, moments = asyncio.run(all_streams(server.url, server.process.pid, KILLS))
-        pauses = sorted(
-            next(at for at in heard.times if at > moment) - moment
-            for heard in found
-            for moment in moments
-            if heard.times[-1] > moment
-        )
-        lost = sum(before.text != after.text for before, after in zip(plain, found, strict=True))
+        survived = survive(server, KILLS, TOKENS)
         with capsys.disabled():
-            print(
-                f"\n{len(moments)} kills, {STREAMS} streams of the bundled model, {lost} differ, pause median "
-                f"{pauses[len(pauses) // 2]:.2f} s, p99 {pauses[int(len(pauses) * 0.99)]:.2f} s"
-            )
-        for before, after in zip(plain, found, strict=True):
+            print("\n" + survived.line())
+        for before, after in zip(survived.plain, survived.found, strict=True):
             assert after.error is None and after.reason == before.reason == "length"
             assert after.text == before.text and after.text
         until(lambda: httpx.get(server.url + "/health", timeout=60).status_code == 200)
@@ -152,3 +182,19 @@ def test_an_engine_beyond_repair_ends_the_server_with_status_1(tmp_path: Path) -
         rest = [line for line in lines if line]
         assert any("error" in line for line in rest[-2:]), rest[-2:]
         assert server.process.wait(60) == 1
+
+
+def main() -> int:
+    """As many kills as asked."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--tokens", type=int, default=250, help="of each stream")
+    found = parser.parse_args()
+    with started_server("--shutdown-timeout", "60", rows=STREAMS) as server:
+        survived = survive(server, found.kills, found.tokens)
+    print(survived.line())
+    return 1 if survived.lost() or len(survived.moments) < found.kills else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
