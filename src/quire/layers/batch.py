@@ -39,6 +39,5 @@ class Batch:
     rows_host: list[int]
     groups: list[GroupInputs]
     caches: list[Any]  # per LayerSpec: the KV cache object of kernels.new_cache, or a list of state tensors
-    adapters: torch.Tensor | None = None  # int32 [T]: adapter slot of each position, None when none is active
     prompt_lengths: torch.Tensor | None = None  # int64 [S]: length of each prompt; ropes that grow with it need it
     states: torch.Tensor | None = None  # [T, size]: what a layer that guesses on reads beside the tokens

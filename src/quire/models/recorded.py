@@ -126,7 +126,7 @@ class RecordedModel:
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """The logits [R, V] of batch.logit_rows; see ServedModel."""
-        if batch.adapters is not None or batch.token_ids.shape[0] > self._most_rows:
+        if batch.token_ids.shape[0] > self._most_rows:
             return self.model.forward(batch)
         return self.program.run(inputs_of(batch), sizes_of(batch), max(batch.lengths_host), batch)
 
