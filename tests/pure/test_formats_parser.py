@@ -16,7 +16,7 @@ from quire.text.format_parser import CallArguments, CallEnd, CallStart, Content,
 from quire.text.formats import hidden_markers
 from quire.text.non_json_calls import NON_JSON, Elements
 from quire.text.reasoning_formats import REASONING_FORMATS, reasoning_format, reasoning_format_of
-from quire.text.streamed import HEADS
+from quire.text.streamed_arguments import HEADS
 from quire.text.tool_formats import TOOL_FORMATS, tool_format, tool_format_of
 
 

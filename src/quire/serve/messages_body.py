@@ -9,8 +9,8 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from quire.errors import ValidationError
+from quire.serve.content_parts import refuse, text_of
 from quire.serve.fields import ApiRequest
-from quire.serve.parts import refuse, text_of
 from quire.serve.protocol import ChatRequest, Timeout
 
 # Known, and impossible here, with the values that ask for nothing.

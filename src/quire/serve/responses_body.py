@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from quire.errors import ValidationError
+from quire.serve.content_parts import refuse, text_of
 from quire.serve.fields import ApiRequest
-from quire.serve.parts import refuse, text_of
 from quire.serve.protocol import ChatRequest, Int32, Penalty, Timeout, XArg
 from quire.serve.response_items import chat_call
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from quire.text.format_readers import READERS, Call
 from quire.text.formats import ReasoningFormat, Region, ToolFormat
 from quire.text.non_json_calls import NON_JSON, NonJsonCalls, Told
-from quire.text.streamed import Arguments, head_of
+from quire.text.streamed_arguments import Arguments, head_of
 
 MOST_REREAD = 32 * 1024  # characters of regions that turn out to be no calls; they are read twice, so there is an end
 _BRACKETS = {"{": 1, "[": 1, "(": 1, "}": -1, "]": -1, ")": -1}
