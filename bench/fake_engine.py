@@ -1,4 +1,4 @@
-"""An engine process whose model is a clock: every token is the time at which it was made, in units of 0.1 ms.
+"""An engine process whose model is a clock: every token is the time at which its step was over, in units of 0.1 ms.
 
 Steps come at a steady rate, so what a server costs can be measured without a model. Everything else is the real
 engine. Run by the server, with the rate of steps and the rows of a step as arguments before the descriptors.
@@ -14,10 +14,10 @@ from typing import Any
 import quire.bundled
 from quire.config import EngineOptions
 from quire.core.options import SchedulerOptions
-from quire.core.plan import GroupSpec, StepPlan
+from quire.core.plan import GroupSpec, Singles, StepPlan, StepResult
 from quire.engine.engine import EngineSettings
 from quire.engine.engine_process import Served, Tell, run
-from quire.engine.executor import FakeExecutor, Handle
+from quire.engine.executor import Done, FakeExecutor, Handle
 from quire.engine.wire import Phase, Tokenizing
 
 UNIT = 1e-4  # seconds
@@ -50,7 +50,7 @@ class SteadyExecutor:
         self._next = max(self._next + self._interval, begin)
         time.sleep(self._next - begin)
         self._inner.plans.clear()
-        return self._inner.submit(plan)
+        return Done(stamped(plan, self._inner.submit(plan).result()))
 
     def call(self, method: str, *args: Any) -> Any:
         """There is no worker."""
@@ -58,6 +58,13 @@ class SteadyExecutor:
 
     def close(self) -> None:
         """Nothing to give back."""
+
+
+def stamped(plan: StepPlan, result: StepResult) -> StepResult:
+    """The result as a worker tells it: a step's tokens are there together, and where there is nothing else, as a column."""
+    if not all(span.sample for span in plan.spans) or any(any(found[2:]) for found in result.spans):
+        return result
+    return StepResult(result.step, Singles(plan.spans, [now()] * len(plan.spans)), result.seconds)
 
 
 def load(options: EngineOptions, tell: Tell) -> Served:

@@ -1,6 +1,8 @@
 """Decoding through HTTP beside the same through LLM: tokens per second of 32 streams, and the longest step in a while.
 
-python bench/serving_decode.py [--streams 32] [--tokens 128] [--seconds 60] [--shape qwen3-0.6b --quantization int8]
+python bench/serving_decode.py [--streams 32] [--tokens 128] [--seconds 60]
+python bench/serving_decode.py --shape qwen3-0.6b --quantization int8 --tokens 16 --seconds 0    # under 90 s on two cores
+python bench/serving_decode.py --shape qwen3-0.6b --quantization int8 --tokens 16 --rounds 0     # the steps alone
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ from serving_ttft import both, parser_of, prompt
 
 from quire import LLM, SamplingParams
 
-ROUNDS = 3
 IDS = b'"token_ids":['
 
 
@@ -112,8 +113,9 @@ async def probe(server: StartedServer, found: list[float]) -> None:
         await asyncio.sleep(0.05)
 
 
-def steps(server: StartedServer, streams: int, seconds: float) -> tuple[list[float], list[float]]:
-    """Milliseconds between tokens over so many seconds of service, of one stream beside others; and those of /livez."""
+def steps(server: StartedServer, streams: int, tokens: int, seconds: float) -> tuple[list[float], list[float]]:
+    """Milliseconds between tokens over so many seconds of service, of one stream beside others, so many tokens each; and
+    those of /livez."""
     gaps: list[float] = []
     health: list[float] = []
 
@@ -121,7 +123,7 @@ def steps(server: StartedServer, streams: int, seconds: float) -> tuple[list[flo
         end, first = time.perf_counter() + seconds, 100_000
         prober = asyncio.create_task(probe(server, health))
         while time.perf_counter() < end:
-            found = await over_http(server, streams, 512, first, each_step=True)
+            found = await over_http(server, streams, tokens, first, each_step=True)
             times = found[0].times
             # The beginning, while others' prompts come in, is no step of decoding alone.
             gaps.extend((after - before) * 1000 for before, after in zip(times[8:-1], times[9:], strict=True))
@@ -132,9 +134,26 @@ def steps(server: StartedServer, streams: int, seconds: float) -> tuple[list[flo
     return gaps, sorted(health)
 
 
+def compare(server: StartedServer, llm: LLM, streams: int, tokens: int, rounds: int) -> None:
+    """Print the rates of both."""
+    found: list[tuple[Served, float]] = []
+    for number in range(rounds + 1):  # the first one warms up
+        size = (streams, tokens, number * 1000)
+        found.append((served(server, *size), llm_rate(llm, *size)))
+    http, plain = zip(*found[1:], strict=True)
+    rate, through_llm = statistics.median(one.rate for one in http), statistics.median(plain)
+    print(
+        f"{streams} streams: {rate:,.0f} tokens/s through HTTP, {through_llm:,.0f} through LLM: "
+        f"{rate / through_llm:.1%}; cores used by the API process {statistics.median(one.api for one in http):.2f}, "
+        f"by this client {statistics.median(one.client for one in http):.2f}",
+        flush=True,
+    )
+
+
 def main() -> None:
     """Measure and print."""
     parser = parser_of(__doc__)
+    parser.add_argument("--rounds", type=int, default=3, help="of each side of the comparison; 0 for none")
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--seconds", type=float, default=60.0, help="of the search for long steps; 0 for none")
@@ -143,20 +162,10 @@ def main() -> None:
     with both(found, max_num_seqs=found.streams, disable_log_stats=False) as (server, llm):
         if found.nice:
             os.setpriority(os.PRIO_PROCESS, server.pid, found.nice)  # on Linux: of its main thread alone
-        rounds: list[tuple[Served, float]] = []
-        for number in range(ROUNDS + 1):  # the first one warms up
-            size = (found.streams, found.tokens, number * 1000)
-            rounds.append((served(server, *size), llm_rate(llm, *size)))
-        http, plain = zip(*rounds[1:], strict=True)
-        rate, through_llm = statistics.median(one.rate for one in http), statistics.median(plain)
-        print(
-            f"{found.streams} streams: {rate:,.0f} tokens/s through HTTP, {through_llm:,.0f} through LLM: "
-            f"{rate / through_llm:.1%}; cores used by the API process {statistics.median(one.api for one in http):.2f}, "
-            f"by this client {statistics.median(one.client for one in http):.2f}",
-            flush=True,
-        )
+        if found.rounds:
+            compare(server, llm, found.streams, found.tokens, found.rounds)
         if found.seconds:
-            gaps, health = steps(server, found.streams, found.seconds)
+            gaps, health = steps(server, found.streams, 4 * found.tokens, found.seconds)
             median, longest = statistics.median(gaps), max(gaps)
             slow = sum(gap > 2 * median for gap in gaps)
             print(

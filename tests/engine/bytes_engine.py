@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from quire.core.options import SchedulerOptions
 from quire.core.plan import GroupSpec
@@ -21,6 +22,7 @@ class BytePieces:
     """Token id -> bytes."""
 
     strips = False
+    whole: ClassVar[dict[int, str]] = {}  # every byte is looked at
 
     def __getitem__(self, token_id: int) -> bytes:
         return bytes([token_id]) if token_id < 256 else b"<eos>" if token_id == EOS else b"<other>"

@@ -8,7 +8,7 @@ import pytest
 from bytes_engine import Shape, byte_engine, mixer, speaker
 
 from quire.core.params import RequestOutputKind, SamplingParams
-from quire.engine.async_engine import LONG_TEXT, AsyncEngine
+from quire.engine.async_engine import LONG_TEXT, AsyncEngine, together
 from quire.engine.executor import FakeExecutor
 from quire.errors import EngineDeadError, ValidationError
 
@@ -36,6 +36,25 @@ async def begun(engine: AsyncEngine) -> None:
     """Wait until a request has a token."""
     while not (await engine.stats()).generated_tokens:
         await asyncio.sleep(0.001)
+
+
+def test_where_one_of_several_fails_the_others_have_ended() -> None:
+    ended: list[str] = []
+
+    async def lasting() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            ended.append("cleaned up")
+
+    async def failing() -> None:
+        await asyncio.sleep(0)
+        raise ValueError
+
+    with pytest.raises(ValueError):
+        asyncio.run(together([lasting(), failing(), lasting()]))
+    assert ended == ["cleaned up"] * 2
 
 
 def test_streams_side_by_side():

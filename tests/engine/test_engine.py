@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from bytes_engine import EOS, VOCAB, Shape, byte_engine, drain, finals, mixer, speaker
+from bytes_engine import EOS, VOCAB, BytePieces, Shape, byte_engine, drain, finals, mixer, speaker
 
 from quire.core.params import RequestOutputKind, SamplingParams
 from quire.core.plan import StepPlan, StepResult
@@ -299,9 +299,7 @@ def test_a_step_that_fails_as_a_whole_ends_its_requests_and_not_the_engine(way):
 def test_a_tokenizer_that_fails_ends_its_request_only():
     engine = byte_engine(mixer)
 
-    class Broken:
-        strips = False
-
+    class Broken(BytePieces):
         def __getitem__(self, token_id: int) -> bytes:
             raise RuntimeError("bad piece")
 

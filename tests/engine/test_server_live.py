@@ -71,7 +71,7 @@ def test_silence_is_counted_from_the_work_or_the_last_step() -> None:
     now = 100.0
     progress = Progress(clock=lambda: now)
     assert progress.silent_for(None) == 0 and progress.silent_for(90.0) == 10
-    progress.observe(Stats(steps=1, generated_tokens=1), StepFigures(0, 0, 1, (), (), ()))
+    progress.observe(Stats(steps=1, generated_tokens=1), StepFigures(0, 0, 1, (), {}, ()))
     now = 105.0
     assert progress.silent_for(90.0) == 5 and progress.silent_for(104.0) == 1
     assert progress.report()["seconds_since_token"] == 5

@@ -126,5 +126,5 @@ def test_adding_up_is_cheap() -> None:
     """A step of 256 requests costs the engine's thread a few calls for each."""
     metrics = Metrics("m", 32768)
     finished = FinishedRequest("stop", 100, 10, 0, 1, 16, 1.0, 0.1, 0.1, 0.8)
-    figures = StepFigures(0, 0, 256, (), (0.02,) * 256, (finished,) * 4)
+    figures = StepFigures(0, 0, 256, (), {0.02: 256}, (finished,) * 4)
     assert calls(lambda: metrics.observe(Stats(), figures)) < 4 * 256

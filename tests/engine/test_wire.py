@@ -70,9 +70,18 @@ def test_events_arrive_as_they_were() -> None:
     stats = Stats(running=2, pages=(3,), finished={"stop": 1})
     theirs.send(wire.step_message(6, events, stats))
     (found,) = ours.receive()
-    assert found.taken == 6 and found.stats == stats and found.singles == [(1, 4)]
+    assert found.taken == 6 and found.stats == stats and found.tokens == {1: (4,)}
     again = [wire.event_of(name, event) for name, event in zip(["b#2", "c#3", "d#4", "e#5"], found.events, strict=True)]
     assert again == events[1:]
+
+
+def test_tokens_of_several_steps_are_joined_and_keep_their_order() -> None:
+    ours, theirs = pair()
+    first = Event("b#2", (7,), times={"first_token": 2.0})
+    theirs.send(wire.step_message(0, [Event("a#1", (4,)), first, Event("a#1", (5, 6)), Event("b#2", (8,))], Stats()))
+    (found,) = ours.receive()
+    assert found.tokens == {1: (4, 5, 6)}
+    assert [event.tokens for event in found.events] == [(7,), (8,)], "what follows an event in full may not overtake it"
 
 
 def test_the_other_messages() -> None:

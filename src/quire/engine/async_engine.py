@@ -29,7 +29,7 @@ from quire.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-LONG_TEXT = 20_000  # characters; tokenizing more than this in the event loop would hold up everybody's streams
+LONG_TEXT = 20_000  # characters from which on text is worked on in a thread, so that other streams go on
 MOST_FAILURES = 3  # steps in a row that raise, until the engine counts as dead
 
 _Answer = TypeVar("_Answer")
@@ -377,7 +377,7 @@ class AsyncEngine:
 
 
 async def together(works: Iterable[Coroutine[Any, Any, _Answer]]) -> list[_Answer]:
-    """The results of all, in their order; where one raises, the others are cancelled."""
+    """The results of all, in their order. Where one raises, the others are cancelled, and have ended before this does."""
     found = list(works)
     if len(found) == 1:  # needs no task of its own
         return [await found[0]]
@@ -385,8 +385,14 @@ async def together(works: Iterable[Coroutine[Any, Any, _Answer]]) -> list[_Answe
     try:
         return await asyncio.gather(*tasks)
     finally:
-        for task in tasks:
-            task.cancel()
+        await cancel(*tasks)
+
+
+async def cancel(*tasks: asyncio.Future[Any]) -> None:
+    """End tasks, and wait until they have ended. Those that are done stay as they are."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _fill(mail: _Mail) -> None:

@@ -22,6 +22,7 @@ from quire.core.options import SchedulerOptions
 from quire.core.picture import Ceiling, Picture
 from quire.core.plan import Event, StepPlan, StepResult
 from quire.core.scheduler import Scheduler
+from quire.core.stats import Stats
 from quire.engine import prefetch, wire
 from quire.engine.blackbox import REGIONS, BlackBox
 from quire.engine.core import EngineCore
@@ -195,20 +196,20 @@ class EngineLoop:
                 self._executor.settle()
             unsent += events
             messages = self._connection.receive()
-            if messages or not self._may_gather(events):
-                self._connection.send(wire.step_message(self._taken, unsent, self._core.stats(), self._picture()))
+            stats = self._core.stats()
+            if messages or not self._may_gather(events, stats):
+                self._connection.send(wire.step_message(self._taken, unsent, stats, self._picture()))
                 self._connection.flush()
                 self._told_at, unsent = time.monotonic(), []
             if not messages and not self._core.has_work():
                 messages = _wait(self._connection, GRAMMAR_SECONDS if self._waiting else BEAT_SECONDS)
 
-    def _may_gather(self, events: list[Event]) -> bool:
-        """Whether the events of a step may wait for those of the next one: tokens alone, one of each request that there is,
-        so that the next step will be as short as this one was."""
+    def _may_gather(self, events: list[Event], stats: Stats) -> bool:
+        """Whether the events of a step may wait for those of the next one: tokens alone, of each request that there is, so
+        that the next step will be as short as this one was."""
         if self._waiting or time.monotonic() - self._told_at >= GATHER_SECONDS:
             return False
-        stats = self._core.stats()
-        return 0 < len(events) == stats.running and not stats.waiting and all(map(wire.is_single, events))
+        return 0 < len(events) == stats.running and not stats.waiting and all(map(wire.brings_only_tokens, events))
 
     def _take(self, message: wire.ToEngine, events: list[Event]) -> None:
         if isinstance(message, wire.Add):

@@ -206,10 +206,12 @@ class Generation:
         elif self.params.stream_interval is not None:
             changed = [completion for completion in changed if completion.is_due(self.params.stream_interval)]
         delta = kind is RequestOutputKind.DELTA
-        outputs = [completion.output(delta) for completion in changed]
-        if delta and not finished:
+        outputs: list[CompletionOutput] = []
+        for completion in changed:
+            item = completion.output(delta)
             # Text may be held back for a stop string, or wait for the rest of a character.
-            outputs = [item for item in outputs if item.text or item.token_ids or item.finish_reason]
+            if item.token_ids or item.text or item.finish_reason or finished or not delta:
+                outputs.append(item)
         if not outputs:
             return None
         return RequestOutput(

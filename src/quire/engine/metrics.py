@@ -58,10 +58,10 @@ class Histogram:
         self.counts = [0] * (len(bounds) + 1)
         self.total = 0.0
 
-    def add(self, value: float) -> None:
-        """Count one value."""
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.total += value
+    def add(self, value: float, times: int = 1) -> None:
+        """Count a value that was seen so many times."""
+        self.counts[bisect_left(self.bounds, value)] += times
+        self.total += value * times
 
     def buckets(self) -> list[tuple[str, float]]:
         """(upper bound, values up to it), as Prometheus wants them."""
@@ -131,8 +131,8 @@ class Metrics(Counted):
             self._step_tokens.add(tokens)
         for seconds in figures.first_token_seconds:
             self._first.add(seconds)
-        for seconds in figures.between_seconds:
-            self._between.add(seconds)
+        for seconds, tokens in figures.between_seconds.items():
+            self._between.add(seconds, tokens)
         for request in figures.finished:
             self._finished(request)
 

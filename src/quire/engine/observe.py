@@ -5,6 +5,7 @@ Plain data; the engine calls an Observer after every step and knows nothing of m
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,7 +37,7 @@ class StepFigures:
     cached_tokens: int  # of those, taken from the prefix cache
     generation_tokens: int
     first_token_seconds: tuple[float, ...]  # arrival to first token, one per request that got its first
-    between_seconds: tuple[float, ...]  # since the previous token, one per token but the first ones
+    between_seconds: Mapping[float, int]  # since the previous token, for how many tokens; all but the first ones
     finished: tuple[FinishedRequest, ...]
 
 

@@ -141,7 +141,7 @@ class SharedCore(RemoteCore):
     def _stepped(self, message: wire.Stepped) -> None:
         """All or nothing: a message that cannot be taken in is tried again as a whole."""
         ids = self._ids
-        found = [Event(ids[ticket], (token,)) for ticket, token in message.singles if ticket in ids]
+        found = [Event(ids[ticket], tokens) for ticket, tokens in message.tokens.items() if ticket in ids]
         found += [wire.event_of(ids[event.ticket], event) for event in message.events if event.ticket in ids]
         picture = None if message.picture is None else wire.named(message.picture)
         for event in message.events:

@@ -17,15 +17,15 @@ class StepNotes:
         self.cached = 0
         self.generated = 0
         self.first: list[float] = []
-        self.later: dict[Completion, tuple[float, int]] = {}  # when the token before came, and the count of those now
+        self.later: dict[tuple[float, int], int] = {}  # (token before, tokens now) -> completions
         self.finished: list[FinishedRequest] = []
 
     def tokens(self, completion: Completion, event: Event, now: float) -> None:
         """Note tokens that came, before the completion takes them in."""
         self.generated += len(event.tokens)
         if completion.last_token:
-            since, count = self.later.get(completion) or (completion.last_token, 0)
-            self.later[completion] = (since, count + len(event.tokens))
+            mates = (completion.last_token, len(event.tokens))  # nearly all completions of a step have the same
+            self.later[mates] = self.later.get(mates, 0) + 1
             return
         self.first.append(now - completion.parent.arrival)
         self.prompt += len(completion.parent.prompt.token_ids)
@@ -33,10 +33,11 @@ class StepNotes:
 
     def figures(self, now: float) -> StepFigures:
         """The figures of the step. Tokens of a completion that came together share the time since the one before."""
-        between = [gap for since, count in self.later.values() for gap in [(now - since) / count] * count]
-        return StepFigures(
-            self.prompt, self.cached, self.generated, tuple(self.first), tuple(between), tuple(self.finished)
-        )
+        between: dict[float, int] = {}
+        for (since, tokens), completions in self.later.items():
+            gap = (now - since) / tokens
+            between[gap] = between.get(gap, 0) + tokens * completions
+        return StepFigures(self.prompt, self.cached, self.generated, tuple(self.first), between, tuple(self.finished))
 
 
 def finished(completion: Completion, now: float) -> FinishedRequest:

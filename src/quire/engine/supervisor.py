@@ -241,10 +241,10 @@ class Supervisor(RemoteCore):
         self._totals.take(message.stats)
         if message.picture is not None:
             self._picture = wire.named(message.picture)
-        for ticket, token in message.singles:
+        for ticket, tokens in message.tokens.items():
             entry = self._journal.get(ticket)
             if entry is not None and ticket in self._running:
-                self._early.append(entry.take(Event(entry.request.request_id, (token,))))
+                self._early.append(entry.take(Event(entry.request.request_id, tokens)))
                 self._cleared(entry)
         for found in message.events:
             entry = self._journal.get(found.ticket)
@@ -256,7 +256,7 @@ class Supervisor(RemoteCore):
                     self._end(entry)
                 elif event.tokens:
                     self._cleared(entry)
-        if message.singles or message.events:
+        if message.tokens or message.events:
             self._vain_deaths = 0
 
     def _cleared(self, entry: Entry) -> None:

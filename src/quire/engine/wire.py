@@ -142,7 +142,7 @@ class Stepped(msgspec.Struct, tag="step", frozen=True):
     """What a step brought, or a few of them; sent now and then by an idle engine, too, to say that it lives."""
 
     taken: int  # Add messages taken in so far
-    singles: list[tuple[int, int]]  # (ticket, token): events that say nothing else
+    tokens: dict[int, tuple[int, ...]]  # by ticket, of events that say nothing else; they come before those in full
     events: list[WireEvent]
     stats: Stats
     picture: Picture | None = None  # now and then, while somebody looks
@@ -235,22 +235,25 @@ def core_request(add: Add) -> CoreRequest:
     )
 
 
-def is_single(event: Event) -> bool:
-    """Whether an event says nothing but one token; the numbers at its end do not count then."""
-    return len(event.tokens) == 1 and not event.times and not any(event[2:8])
+def brings_only_tokens(event: Event) -> bool:
+    """Whether an event says nothing but tokens; the numbers at its end do not count then."""
+    return bool(event.tokens) and not event.times and not any(event[2:8])
 
 
 def step_message(taken: int, events: Sequence[Event], stats: Stats, picture: Picture | None = None) -> Stepped:
-    """The message for events, of one step or of several."""
-    singles: list[tuple[int, int]] = []
+    """The message for events, of one step or of several; a request's tokens of several steps are joined."""
+    tokens: dict[int, tuple[int, ...]] = {}
     full: list[WireEvent] = []
+    in_full: set[int] = set()
     for event in events:
         ticket = ticket_of(event.request_id)
-        if is_single(event):
-            singles.append((ticket, event.tokens[0]))
+        if brings_only_tokens(event) and ticket not in in_full:
+            known = tokens.get(ticket)
+            tokens[ticket] = event.tokens if known is None else known + event.tokens
         else:
             full.append(WireEvent(ticket, *event[1:-1], dict(event.times)))
-    return Stepped(taken, singles, full, stats, picture)
+            in_full.add(ticket)
+    return Stepped(taken, tokens, full, stats, picture)
 
 
 def event_of(request_id: str, found: WireEvent) -> Event:

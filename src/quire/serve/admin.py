@@ -11,11 +11,12 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from starlette.responses import JSONResponse, Response
 
 import quire
+from quire.engine.async_engine import LONG_TEXT
 from quire.errors import NotFoundError, ValidationError
 from quire.serve.errors import Failure
 from quire.serve.middleware import JsonRoute
 from quire.serve.protocol import DetokenizeRequest, TokenizeRequest
-from quire.serve.service import LONG_TEXT, ModelCard, Service
+from quire.serve.service import ModelCard, Service
 from quire.text import ChatOptions
 
 router = APIRouter(route_class=JsonRoute)

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from quire.core.params import SamplingParams
+from quire.engine.async_engine import LONG_TEXT
 from quire.engine.logprobs import Logprob
 from quire.engine.outputs import CompletionOutput, RequestOutput
 from quire.serve.account import Account
@@ -17,7 +18,7 @@ from quire.serve.caller import Caller, caller_of
 from quire.serve.logprobs import TokenNames, completion_logprobs, prompt_logprobs
 from quire.serve.middleware import JsonRoute
 from quire.serve.protocol import CompletionRequest
-from quire.serve.service import LONG_TEXT, NOBODY, Job, Service, Take, new_id
+from quire.serve.service import NOBODY, Job, Service, Take, new_id
 from quire.serve.sse import Emit, Frame, json_response, stream, until_left
 from quire.serve.usage import Usage
 from quire.text.infill import infill_prompt

@@ -21,7 +21,7 @@ from prometheus_client import CollectorRegistry
 from quire.config import ServeOptions
 from quire.core.params import SamplingParams
 from quire.engine.admission import LATE
-from quire.engine.async_engine import AsyncEngine, together
+from quire.engine.async_engine import LONG_TEXT, AsyncEngine, together
 from quire.engine.beam_requests import Wishes, beam_output
 from quire.engine.beams import BeamSearchParams
 from quire.engine.engine import Prepared
@@ -52,7 +52,6 @@ from quire.text.chat import render_job
 
 logger = logging.getLogger(__name__)
 
-LONG_TEXT = 20_000  # characters from which on text is worked on in a thread, so that other streams go on
 RENDERERS = 2  # processes that render templates, for the server's own and for clients'
 _ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 

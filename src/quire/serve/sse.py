@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from quire.engine.async_engine import cancel
 from quire.serve.chunks import CHUNKS, Chunks
 from quire.serve.errors import Failure, failure_of
 
@@ -60,18 +61,12 @@ async def until_left(request: Request, work: Awaitable[_Answer]) -> _Answer:
             return task.result()
         raise ClientLeft
     finally:
-        await _cancel(task, left)
+        await cancel(task, left)
 
 
 async def _left(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-async def _cancel(*tasks: asyncio.Future[Any]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _error_event(failure: Failure) -> bytes:
@@ -159,7 +154,7 @@ async def stream(request: Request, make: Making, style: EventStyle = OPENAI, pat
         if not first:
             making.result()
     except BaseException:
-        await _cancel(making)
+        await cancel(making)
         raise
     return EventStream(first, pipe, making, style, patience)
 
@@ -187,7 +182,7 @@ class EventStream(StreamingResponse):
             if task.done():
                 task.result()
         finally:
-            await _cancel(task, left, self._making)
+            await cancel(task, left, self._making)
 
     async def _send(self, send: Send, chunks: Chunks | None) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

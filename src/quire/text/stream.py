@@ -123,16 +123,23 @@ class _PieceReader:
         self._hidden = hidden
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._at_start = pieces.strips and not any(token_id not in hidden for token_id in reversed(prompt_ids))
+        self._inside = self._at_start  # of a character, or before the space that is not shown
 
     def step(self, token_id: int) -> str:
         """Text that became complete with this token."""
         if token_id in self._hidden:
             return ""
+        if not self._inside:
+            text = self._pieces.whole.get(token_id)
+            if text is not None:
+                return text
         piece = self._pieces[token_id]
         if self._at_start and piece:
             self._at_start = False
             piece = piece.removeprefix(b" ")
-        return self._utf8.decode(piece)
+        text = self._utf8.decode(piece)
+        self._inside = self._at_start or bool(self._utf8.getstate()[0])
+        return text
 
     def rest(self) -> str:
         """What an unfinished character shows as."""

@@ -7,6 +7,7 @@ Knows nothing of requests or stop strings.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -41,22 +42,24 @@ def _space_marked(token: str) -> bytes:
     return token.replace(SPACE_MARK, " ").encode()
 
 
-class Pieces:
-    """Token id -> bytes, filled as tokens are first seen. `strips` says that a text loses one space at its start."""
+class Pieces(dict[int, bytes]):
+    """Token id -> bytes, filled as tokens are first seen; none for an id that is not in the vocabulary, as the tokenizer's
+    own decoder has it. `strips` says that a text loses one space at its start.
+
+    `whole`: the same as text, for those of them that are whole characters.
+    """
 
     def __init__(self, backend: Any, byte_level: bool, strips: bool) -> None:
         self.strips = strips
         self._token_of = backend.id_to_token
         self._convert = _byte_level if byte_level else _space_marked
-        self._known: dict[int, bytes] = {}
+        self.whole: dict[int, str] = {}
 
-    def __getitem__(self, token_id: int) -> bytes:
-        """Bytes of one token; none for an id that is not in the vocabulary, as the tokenizer's own decoder has it."""
-        piece = self._known.get(token_id)
-        if piece is None:
-            token = self._token_of(token_id)
-            piece = b"" if token is None else self._convert(token)
-            self._known[token_id] = piece
+    def __missing__(self, token_id: int) -> bytes:
+        token = self._token_of(token_id)
+        piece = self[token_id] = b"" if token is None else self._convert(token)
+        with contextlib.suppress(UnicodeDecodeError):
+            self.whole[token_id] = piece.decode()
         return piece
 
 
