@@ -7,6 +7,7 @@ imports before this process does the web server's. With several API processes, t
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,13 +18,15 @@ from quire.config import EngineOptions, ServeOptions
 from quire.engine.child import Child, ChildProcess
 from quire.engine.supervisor import Patience
 from quire.serve.api_processes import run_api_processes
-from quire.serve.listen import bind, checked_keys, make_room
+from quire.serve.listen import address_of, bind, checked_keys, make_room
 from quire.serve.setup import Processes, Setup
 from quire.text.chat import read_template
 
 if TYPE_CHECKING:
     from quire.serve.progress import Progress
     from quire.serve.service import Service
+
+logger = logging.getLogger(__name__)
 
 
 def run_server(
@@ -49,6 +52,7 @@ def run_server(
     make_room()
     listener = bind(options)
     processes = Processes(new_process)
+    logger.info("starting at %s", address_of(options, listener))
     try:
         setup = Setup(engine_options, options, keys, listener, patience, processes, began)
         return run_api_processes(setup) if options.api_server_count > 1 else run_alone(setup)
