@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from quire import LLM, SamplingParams
+from quire.core.plan import Admission, Span, SpanResult
 from quire.errors import ValidationError
 from quire.grammar import Constraint
 from quire.text.format_parser import CallArguments, CallEnd, CallStart, FormatParser
@@ -26,6 +27,7 @@ from quire.worker.structured import StructuredOutputs, _Masks
 sys.path.insert(0, str(Path(__file__).parent.parent / "pure"))
 
 from schemas import fits, invent
+from test_grammar_constraint import TOKENS, made
 
 BASE = {"max_num_seqs": 32, "max_model_len": 512, "device": "cpu", "threads": 1, "kv_cache_memory_bytes": 1 << 26}
 COUNT = 300
@@ -242,7 +244,7 @@ def test_masks_are_the_same_as_words_and_as_biases() -> None:
     outputs = StructuredOutputs(Slots(2, 16, (), Device("cpu")), Device("cpu"), None)
     words = np.random.default_rng(1).integers(-(2**31), 2**31, (3, 5), dtype=np.int32)
     rows = Rows([], None, np.array([]), np.array([]), torch.zeros(0), torch.zeros(0))
-    masks = _Masks(rows, [0, 1, 2], words, [], [])
+    masks = _Masks(words, rows)
     by_words = outputs._biases(masks, 150)
     outputs._fill(masks)
     assert masks.biases is not None and torch.equal(by_words, torch.from_numpy(masks.biases[:, :150]))
@@ -251,3 +253,49 @@ def test_masks_are_the_same_as_words_and_as_biases() -> None:
         0.0,
         -np.inf,
     }
+
+
+def test_masks_filled_ahead_are_taken_for_the_rows_that_they_are_for() -> None:
+    slots = Slots(2, 16, (), Device("cpu"))
+    outputs = StructuredOutputs(slots, Device("cpu"), made())
+
+    def admit(slot: int, *choices: str) -> None:
+        new = Admission(slot, "r", (65, 66), 2, SamplingParams(structured_outputs={"choice": list(choices)}), 0)
+        slots.admit(new)
+        outputs.admit(new, new.params)
+
+    def allowed(places: list[tuple[int, int]]) -> tuple[list[str], bool]:
+        """What may come at (slot, position) of each row, and whether that had been filled ahead."""
+        which, ends = (np.array(column) for column in zip(*places, strict=True))
+        rows = Rows([], None, which, ends, torch.from_numpy(which), torch.from_numpy(ends))
+        ahead = outputs._ahead
+        outputs.begin(rows, list(range(len(places))), TOKENS.vocab_size)
+        taken = ahead is not None and outputs._masks is ahead
+        scores = torch.zeros(len(places), TOKENS.vocab_size)
+        outputs.apply(scores, list(range(len(places))), rows)
+        return ["".join(map(chr, np.flatnonzero(np.isfinite(row))))[:4] for row in scores.numpy()], taken
+
+    def said(slot: int, start: int, token: str, drafts: tuple[int, ...] = ()) -> SpanResult:
+        slots.tokens[slot, start + 1] = ord(token)
+        return outputs.guide([Span(slot, start, 1, True)], [SpanResult(slot, (ord(token),), drafts=drafts)])[0]
+
+    admit(0, "axy", "bz", "ac")
+    assert allowed([(0, 2)]) == (["ab"], False)
+    said(0, 1, "a")
+    assert allowed([(0, 3)]) == (["cx"], True)
+    admit(0, "kl", "mn", "ki")  # the row is another request's now, and ends at the same place
+    assert allowed([(0, 2)]) == (["km"], False)
+    said(0, 1, "k")
+    admit(0, "qkr", "qs", "qkt")
+    slots.tokens[0, 2] = ord("q")
+    assert allowed([(0, 3)]) == (["ks"], False)
+    admit(1, "mno", "mpq", "r")
+    assert said(1, 1, "m", drafts=(ord("n"), ord("x"))).drafts == (ord("n"),)
+    slots.tokens[1, 3] = ord("n")
+    assert allowed([(1, 3), (1, 4)]) == (["np", "o"], True)
+    admit(1, "mno", "mpq", "r")
+    said(1, 1, "m", drafts=(ord("n"),))
+    slots.tokens[1, 3] = ord("p")  # the scheduler wants something else verified
+    assert allowed([(1, 3), (1, 4)]) == (["np", "q"], False)
+    said(1, 2, "p")
+    assert allowed([(0, 3), (1, 4)]) == (["ks", "q"], False)

@@ -1,7 +1,8 @@
 """StructuredOutputs: the logit step that forbids what the grammar of a row does not allow.
 
 A row's constraint follows the tokens that were chosen, and where they are not what it knows, those in the Slots: so it is
-right after retries, preemption and rejected drafts alike. Masks are filled while the model runs.
+right after retries, preemption and rejected drafts alike. Masks are filled as soon as a row's tokens are known, while the
+next step is being planned; where that comes to something else, while the model runs.
 """
 
 from __future__ import annotations
@@ -47,13 +48,21 @@ class _Followed:
 class _Masks:
     """The masks of a step, being filled: a row for each of the step's rows that are structured."""
 
-    rows: Rows
-    using: list[int]
-    mask: np.ndarray  # int32 [len(using), words]
-    wishes: list[MaskWish]
-    slots: list[int]  # of the wishes
+    mask: np.ndarray  # int32 [R, words]
+    rows: Rows | None = None  # of the step; None before it is known
+    wishes: list[MaskWish] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)  # of the wishes
+    ends: list[int] = field(default_factory=list)  # where the outputs of the wishes end
     filled: Future[None] | None = None
-    biases: np.ndarray | None = None  # float32 [len(using), tokens], on a CPU
+    biases: np.ndarray | None = None  # float32 [R, tokens], on a CPU
+    count: int = 0  # rows wished for so far
+
+    def add(self, slot: int, followed: _Followed, drafts: Sequence[int]) -> None:
+        """Wish for the next row of a slot, and for one behind each draft."""
+        self.wishes.append(MaskWish(followed.constraint, self.count, drafts))
+        self.slots.append(slot)
+        self.ends.append(followed.end)
+        self.count += 1 + len(drafts)
 
 
 class StructuredOutputs:
@@ -65,6 +74,8 @@ class StructuredOutputs:
         self._grammars = grammars
         self._rows: dict[int, _Followed] = {}
         self._masks: _Masks | None = None
+        self._ahead: _Masks | None = None  # for the step after this one, if its rows will be the same
+        self._vocab_size = 0
         self._filler = MaskFiller(threads)
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="quire-masks")
         self.takes_drafts = True  # whether the model can take a wrong guess out again
@@ -87,6 +98,11 @@ class StructuredOutputs:
 
     def begin(self, rows: Rows, using: list[int], vocab_size: int) -> None:
         """Fill the masks of a step's rows beside whatever comes before apply(); `rows` as there."""
+        ahead, self._ahead, self._vocab_size = self._ahead, None, vocab_size
+        if ahead is not None and self._is_for(ahead, rows, using, vocab_size):
+            ahead.rows, self._masks = rows, ahead
+            return
+        _settle(ahead)
         masks = self._prepared(rows, using, vocab_size)
         masks.filled = self._beside.submit(self._fill, masks)
         self._masks = masks
@@ -117,19 +133,22 @@ class StructuredOutputs:
         """Fill the masks; on a CPU, turn them into what is added to scores."""
         self._filler.fill(masks.wishes, masks.mask)
         if self._device.torch_device.type == "cpu":
-            masks.biases = BIASES.take(masks.mask.view(np.uint8), axis=0).reshape(len(masks.using), -1)
+            masks.biases = BIASES.take(masks.mask.view(np.uint8), axis=0).reshape(len(masks.mask), -1)
 
     def _biases(self, masks: _Masks, vocab_size: int) -> torch.Tensor:
         """What is added on a device: 0 for tokens that may come and minus infinity for all others, float32 [rows, V]."""
         words = self._device.to_device(torch.from_numpy(masks.mask))
         bits = words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=words.device) & 1
-        return torch.where(bits.view(len(masks.using), -1)[:, :vocab_size] != 0, 0.0, NEVER)
+        return torch.where(bits.view(len(masks.mask), -1)[:, :vocab_size] != 0, 0.0, NEVER)
 
     def guide(self, spans: Sequence[Span], results: Sequence[SpanResult]) -> Sequence[SpanResult]:
         """Take in what was chosen. Returns the results with drafts that the grammars allow, or even force."""
         if not self._rows:
             return results
+        _settle(self._ahead)
+        self._ahead = None
         lone = results.tokens if isinstance(results, Singles) else None
+        ahead = _Masks(np.zeros((0, 0), dtype=np.int32))
         changed: dict[int, tuple[int, ...]] = {}
         for index, span in enumerate(spans):
             followed = self._rows.get(span.slot)
@@ -141,11 +160,15 @@ class StructuredOutputs:
             known = span.start + span.count - len(span.drafts)
             if tokens and followed.end == known:
                 _take(followed, tokens)
-            if tokens and followed.end == known + len(tokens) and self.takes_drafts:
-                followed.patience -= len(span.drafts) - (len(tokens) - 1)
-                drafts = _drafts(followed, proposed)
-                if drafts != proposed:
-                    changed[index] = drafts
+            if tokens and followed.end == known + len(tokens):
+                drafts = proposed
+                if self.takes_drafts:
+                    followed.patience -= len(span.drafts) - (len(tokens) - 1)
+                    drafts = _drafts(followed, proposed)
+                    if drafts != proposed:
+                        changed[index] = drafts
+                ahead.add(span.slot, followed, drafts)
+        self._fill_ahead(ahead)
         if not changed:
             return results
         return tuple(
@@ -153,10 +176,32 @@ class StructuredOutputs:
             for index, result in enumerate(results)
         )
 
+    def _fill_ahead(self, masks: _Masks) -> None:
+        """Fill masks before their step is known."""
+        if masks.wishes and self._vocab_size:
+            masks.mask = np.zeros((masks.count, mask_width(self._vocab_size)), dtype=np.int32)
+            masks.filled = self._beside.submit(self._fill, masks)
+            self._ahead = masks
+
+    def _is_for(self, ahead: _Masks, rows: Rows, using: list[int], vocab_size: int) -> bool:
+        """Whether masks that were filled ahead are those of a step's rows."""
+        if ahead.mask.shape != (len(using), mask_width(vocab_size)):
+            return False
+        slots, ends = rows.slots_host[using].tolist(), rows.positions_host[using].tolist()
+        for wish, slot, end in zip(ahead.wishes, ahead.slots, ahead.ends, strict=True):
+            followed, first, count = self._rows.get(slot), wish.row, len(wish.drafts)
+            if followed is None or followed.constraint is not wish.constraint or ends[first] != end:
+                return False
+            if slots[first : first + count + 1] != [slot] * (count + 1):
+                return False
+            if count and self._slots.tokens[slot, end : end + count].tolist() != list(wish.drafts):
+                return False
+        return True
+
     def _prepared(self, rows: Rows, using: list[int], vocab_size: int) -> _Masks:
         """Bring the constraints to where the rows are. Of several rows of a slot, the later ones hold drafts."""
         mask = np.zeros((len(using), mask_width(vocab_size)), dtype=np.int32)
-        masks = _Masks(rows, using, mask, [], [])
+        masks = _Masks(mask, rows)
         slots, ends = rows.slots_host[using].tolist(), rows.positions_host[using].tolist()
         index = 0
         while index < len(using):
@@ -169,8 +214,8 @@ class StructuredOutputs:
                 if followed.end != end:
                     self._follow(followed, slot, end)
                 drafts = self._slots.tokens[slot, end : end + count - 1].tolist() if count > 1 else ()
-                masks.wishes.append(MaskWish(followed.constraint, index, drafts))
-                masks.slots.append(slot)
+                masks.count = index
+                masks.add(slot, followed, drafts)
             except Exception as error:  # whatever a grammar does, it must not reach the neighbours
                 self._slots.errors[slot] = f"{type(error).__name__}: {error}"
             index += count
@@ -208,6 +253,12 @@ def _drafts(followed: _Followed, proposed: tuple[int, ...]) -> tuple[int, ...]:
 def _wait(masks: _Masks | None) -> None:
     if masks is not None and masks.filled is not None:
         masks.filled.result()
+
+
+def _settle(masks: _Masks | None) -> None:
+    """Wait for masks that are not wanted any more, whatever became of them: their constraints are."""
+    if masks is not None and masks.filled is not None:
+        masks.filled.exception()
 
 
 def _common(one: list[int], other: list[int]) -> int:
