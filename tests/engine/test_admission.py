@@ -1,4 +1,4 @@
-"""Admission: the measured pace, what it says about waiting, and who is refused. And deadlines, through the Engine."""
+"""AdmissionControl: the measured pace, what it says about waiting, and who is refused. And deadlines, through the Engine."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from bytes_engine import Shape, byte_engine, drain, finals, mixer
 
 from quire.core.params import SamplingParams
 from quire.core.stats import Queue, Stats
-from quire.engine.admission import LATE, Admission, Limits
+from quire.engine.admission import LATE, AdmissionControl, Limits
 from quire.engine.engine import Engine
 from quire.errors import DeadlineError, OverloadedError, ValidationError
 
 LONG = SamplingParams(max_tokens=40, ignore_eos=True)
 
 
-def measured(limits: Limits, pace: float = 100.0) -> Admission:
-    """An Admission that has seen an engine compute `pace` positions per second for ten seconds."""
-    found = Admission(limits)
+def measured(limits: Limits, pace: float = 100.0) -> AdmissionControl:
+    """A control that has seen an engine compute `pace` positions per second for ten seconds."""
+    found = AdmissionControl(limits)
     for second in range(11):
         found.note(Stats(running=4, computed_tokens=int(pace * second)), float(second))
     assert found.pace == pytest.approx(pace)
@@ -82,7 +82,7 @@ def test_too_little_time_is_refused_at_once() -> None:
         admission.check(stats, 10, seconds_left=4.0)
     assert refused.value.status == 429 and refused.value.retry_after == pytest.approx(6.1)
     admission.check(stats, 10, seconds_left=11.0)
-    Admission(Limits()).check(stats, 10, seconds_left=0.1)  # nothing is known yet
+    AdmissionControl(Limits()).check(stats, 10, seconds_left=0.1)  # nothing is known yet
 
 
 class Clock:

@@ -1,4 +1,4 @@
-"""Admission: whether a request may come in now, and how long it would wait; told by what the engine was seen to do.
+"""AdmissionControl: whether a request may come in now, and how long it would wait; told by what the engine was seen to do.
 
 Knows the scheduler's figures, no request but the one that asks, no text. Used by the Engine's thread alone.
 """
@@ -33,7 +33,7 @@ class _Mark:
     computed: int
 
 
-class Admission:
+class AdmissionControl:
     """What the engine computes per second, and what follows from it for a request that comes now.
 
     The pace is measured in positions computed, of prompts and outputs alike, over the time in which there was work. What

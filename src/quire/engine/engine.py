@@ -24,7 +24,7 @@ from quire.core.plan import Event, FinishReason
 from quire.core.request import CoreRequest
 from quire.core.stats import Queue, Stats
 from quire.engine import prefetch
-from quire.engine.admission import LATE, Admission, Limits
+from quire.engine.admission import LATE, AdmissionControl, Limits
 from quire.engine.core import Core
 from quire.engine.generation import Completion, Generation
 from quire.engine.heap import uncollected
@@ -116,7 +116,9 @@ class Engine:
         self._told: Stats | None = None  # what the observer heard last
         self._numbers = count()
         self._deadlines: list[tuple[float, str]] = []  # of requests that have one, the earliest first
-        self._admission = Admission(Limits(settings.max_num_queued_reqs, settings.max_num_queued_tokens, settings.fair))
+        self._admission = AdmissionControl(
+            Limits(settings.max_num_queued_reqs, settings.max_num_queued_tokens, settings.fair)
+        )
         # Many requests bring the same wishes; making them costs as much as a token of a small model.
         self._resolve = lru_cache(256)(self._resolved)
 
