@@ -1,4 +1,4 @@
-"""AdmissionControl: the measured pace, what it says about waiting, and who is refused. And deadlines, through the Engine."""
+"""AdmissionControl: the measured pace, what it says about waiting, who is refused. And deadlines, through the Engine."""
 
 from __future__ import annotations
 
