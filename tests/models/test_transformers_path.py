@@ -15,7 +15,7 @@ from quire.models.decide import Decider, serve
 from quire.models.fallback import SequentialModel
 from quire.models.interface import current_batch, paged_attention
 from quire.models.masks import mask_spec
-from quire.models.observe import Observer
+from quire.models.observe import ModelObserver
 from quire.models.probe import examine, probe, report_key
 from quire.models.prove import prove, transplant
 from quire.models.report import ProbeReport, RewritePlan
@@ -136,7 +136,7 @@ def test_a_mask_that_is_not_plain_is_not_taken_for_one():
 def observe(model):
     from quire.models.decide import observed_arguments
 
-    observer = Observer(model, model.config, with_linears=True)
+    observer = ModelObserver(model, model.config, with_linears=True)
     return observer.run(observed_arguments(model, observer))
 
 

@@ -121,7 +121,7 @@ def test_no_server() -> None:
 
 def test_chat_keeps_the_conversation(server: str, capsys: pytest.CaptureFixture[str]) -> None:
     session = RemoteSession(server, None, None, SampleOptions())
-    conversation = chat.Conversation(session, "Be brief.", stats=True)
+    conversation = chat.Dialogue(session, "Be brief.", stats=True)
     conversation.say("One")
     conversation.say("Two")
     assert [message["content"] for message in Recorder.asked[-1]["messages"]] == ["Be brief.", "One", "Hello", "Two"]
@@ -133,7 +133,7 @@ def test_chat_keeps_the_conversation(server: str, capsys: pytest.CaptureFixture[
 def test_chat_commands(server: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     lines = iter(["One", "/system Rhyme.", "Two", "/nothing", "/reset", "", "Three", "/quit", "never"])
     monkeypatch.setattr(chat, "ask", lambda mark: next(lines, None))
-    chat.talk(chat.Conversation(RemoteSession(server, None, None, SampleOptions()), None, stats=False))
+    chat.talk(chat.Dialogue(RemoteSession(server, None, None, SampleOptions()), None, stats=False))
     sent = [[message["content"] for message in asked["messages"]] for asked in Recorder.asked]
     assert sent == [["One"], ["Rhyme.", "Two"], ["Rhyme.", "Three"]]
     assert "/reset" in capsys.readouterr().out

@@ -25,17 +25,17 @@ def main(argv: Sequence[str]) -> int:
     session = open_session(found)
     try:
         if found.quick is not None:
-            Conversation(session, found.system_prompt, found.stats).say(found.quick)
+            Dialogue(session, found.system_prompt, found.stats).say(found.quick)
         else:
             if sys.stdin.isatty():
                 print(COMMANDS)
-            talk(Conversation(session, found.system_prompt, found.stats))
+            talk(Dialogue(session, found.system_prompt, found.stats))
     finally:
         session.close()
     return 0
 
 
-class Conversation:
+class Dialogue:
     """The messages so far. What the user broke off with Ctrl-C stays as far as it was said."""
 
     def __init__(self, session: Session, system: str | None, stats: bool) -> None:
@@ -62,7 +62,7 @@ class Conversation:
             print(self._session.figures.line(), file=sys.stderr)
 
 
-def talk(conversation: Conversation) -> None:
+def talk(conversation: Dialogue) -> None:
     """Read lines until the end of input or /quit."""
     while (line := ask("> ")) is not None:
         word, _, rest = line.strip().partition(" ")

@@ -21,7 +21,7 @@ from quire.kernels.table import Ops
 from quire.layers.spec import LayerSpec, ModelLayout
 from quire.models.fallback import SequentialModel, forward_parameters, private_cache
 from quire.models.interface import BATCH_ARGUMENT
-from quire.models.observe import ROWS, Observation, Observer
+from quire.models.observe import ROWS, ModelObserver, Observation
 from quire.models.report import CallPlan, MixerPlan, ProbeReport, SequentialPlan
 from quire.models.ropes import length_ropes
 from quire.models.served import ServedModel
@@ -175,7 +175,7 @@ class Decider:
         """Tiers A and A+mixer."""
         model = self.twin()
         try:
-            observer = Observer(model, model.config, with_linears=True)
+            observer = ModelObserver(model, model.config, with_linears=True)
             seen = observer.run(observed_arguments(model, observer))
         except Exception as error:  # whatever the model's code raises means that this tier does not hold
             return self._refuse("paged attention", _cause(error))
@@ -198,7 +198,7 @@ class Decider:
         """Tier B."""
         model = self.twin()
         try:
-            observer = Observer(model, model.config, with_linears=True)
+            observer = ModelObserver(model, model.config, with_linears=True)
             seen = observer.run(observed_arguments(model, observer), implementation="eager")
         except Exception as error:
             return self._refuse("attention per sequence", _cause(error))
@@ -235,7 +235,7 @@ class Decider:
         return self._refuse("everything again for each token", str(difference))
 
     def _observe_cache(self, model: nn.Module) -> Observation:
-        observer = Observer(model, model.config, with_linears=True)
+        observer = ModelObserver(model, model.config, with_linears=True)
         try:
             return observer.run(observed_arguments(model, observer), implementation="eager")
         except Exception:  # then memory cannot be counted; a token still is
@@ -300,7 +300,7 @@ def _count(layout: ModelLayout, sequence: Sequence, left: int, turn: int, i: int
     return min(left, CHUNKS[(turn + i) % len(CHUNKS)])
 
 
-def observed_arguments(model: nn.Module, observer: Observer, device: str = "cpu") -> dict[str, Any]:
+def observed_arguments(model: nn.Module, observer: ModelObserver, device: str = "cpu") -> dict[str, Any]:
     """The arguments of the observed forward: one row of ROWS positions, two of them asked for."""
     positions = torch.arange(ROWS, device=device)[None]
     arguments: dict[str, Any] = {"input_ids": positions + 3}

@@ -20,7 +20,7 @@ from quire.errors import UnsupportedModelError
 from quire.models.decide import describe, observed_arguments
 from quire.models.experts import is_experts, set_experts
 from quire.models.interface import SPEC
-from quire.models.observe import Observation, Observer, class_key
+from quire.models.observe import ModelObserver, Observation, class_key
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def observe_full(model: nn.Module, implementation: str, twin: Observation) -> Ob
     The model may be on empty CPU memory afterwards.
     """
     set_experts([module for module in model.modules() if is_experts(module)])
-    observer = Observer(model, model.config, with_linears=False)
+    observer = ModelObserver(model, model.config, with_linears=False)
     try:
         with torch.device("meta"), _without_numbers(), shortened(model, twin):
             seen = observer.run(observed_arguments(model, observer, "meta"), implementation)
@@ -41,7 +41,7 @@ def observe_full(model: nn.Module, implementation: str, twin: Observation) -> Ob
             if is_experts(module):
                 module.config._experts_implementation = "eager"
         model.to_empty(device="cpu")
-        observer = Observer(model, model.config, with_linears=False)
+        observer = ModelObserver(model, model.config, with_linears=False)
         seen = observer.run(observed_arguments(model, observer), implementation)
     if observer.problems and implementation == SPEC:
         raise UnsupportedModelError(

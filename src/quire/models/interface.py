@@ -54,7 +54,7 @@ NOISE = {
 # Set and reset by TransformersModel.forward alone, for models whose **kwargs do not reach every layer.
 current_batch: ContextVar[Batch] = ContextVar("quire_batch")
 
-# Set by Observer.run alone: who listens to the calls of the model being observed.
+# Set by ModelObserver.run alone: who listens to the calls of the model being observed.
 current_observer: ContextVar[Any] = ContextVar("quire_observer", default=None)
 
 

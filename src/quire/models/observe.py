@@ -90,7 +90,7 @@ class Observation:
 class WatchedCache(DynamicCache):
     """A real cache for states; keys and values pass through, as they will on pages."""
 
-    def __init__(self, config: Any, observer: Observer) -> None:
+    def __init__(self, config: Any, observer: ModelObserver) -> None:
         super().__init__(config=config)
         self.observer = observer
 
@@ -144,7 +144,7 @@ class _WatchedLinear(nn.Linear):
             self.__dict__["quire_inside"] = False
 
 
-class Observer:
+class ModelObserver:
     """Listens to one run. `problems` holds what module did something that paging cannot express, and what."""
 
     def __init__(self, model: nn.Module, config: Any, with_linears: bool) -> None:

@@ -33,7 +33,7 @@ from quire.models.report import CallPlan, ProbeReport
 from quire.models.ropes import LengthRope
 
 
-class PackedCache(DynamicCache):
+class PassThroughCache(DynamicCache):
     """What the model believes to be its cache: new keys and values pass through, because pages hold the old ones.
 
     It reports no past, so that nothing in the model derives a position or a mask from it; positions come as arguments.
@@ -75,7 +75,7 @@ class TransformersModel:
         self._fixed: dict[str, Any] = {}
         self._around: AroundBody | None = None
         if report.cache_argument is not None:
-            self._fixed[report.cache_argument] = PackedCache(config=model.config)
+            self._fixed[report.cache_argument] = PassThroughCache(config=model.config)
         if "use_cache" in report.arguments:
             self._fixed["use_cache"] = True
         self._attach_calls(report, ops)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from quire.text.answer_format import Said
+from quire.text.answer_format import AnswerPiece
 
 
 @dataclass(slots=True)
@@ -39,7 +39,7 @@ class Blocks:
     _calls: dict[int, int] = field(default_factory=dict)  # number of a call -> its block
     _held: str = ""  # spaces that belong to a text if one follows
 
-    def take(self, said: Said) -> list[Growth]:
+    def take(self, said: AnswerPiece) -> list[Growth]:
         """The next piece of the answer."""
         grown = []
         if said.reasoning:

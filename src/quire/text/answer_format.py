@@ -198,7 +198,7 @@ def _formats(template: str, tool_parser: str | None, reasoning_parser: str | Non
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class AnswerPiece:
     """A piece of an answer: text, thoughts, and calls in the API's form.
 
     An entry of `calls` that begins a call has its id and name, a later one more of the arguments of the call `index`.
@@ -218,19 +218,19 @@ class AnswerReader:
         self.calls = 0
         self._strips = how.form is not None and how.reasoning is not None  # spaces between thoughts and form
 
-    def read(self, text: str, finished: bool) -> Said:
+    def read(self, text: str, finished: bool) -> AnswerPiece:
         """The next text of the answer, all of a kind together."""
         parts = self.read_in_order(text, finished)
-        return Said(
+        return AnswerPiece(
             "".join(part.content for part in parts),
             "".join(part.reasoning for part in parts),
             tuple(call for part in parts for call in part.calls),
         )
 
-    def read_in_order(self, text: str, finished: bool) -> list[Said]:
+    def read_in_order(self, text: str, finished: bool) -> list[AnswerPiece]:
         """The same as pieces, each of one kind, in the order in which the model wrote them."""
         if self._parser is None:
-            return [Said(text)]
+            return [AnswerPiece(text)]
         deltas = self._parser.push(text)
         return self._said(deltas + self._parser.finish() if finished else deltas)
 
@@ -239,24 +239,24 @@ class AnswerReader:
         called = self.calls > 0 and self._format.wish.only is None
         return "tool_calls" if called and reason == "stop" else reason
 
-    def _said(self, deltas: Sequence[Delta]) -> list[Said]:
-        parts: list[Said] = []
+    def _said(self, deltas: Sequence[Delta]) -> list[AnswerPiece]:
+        parts: list[AnswerPiece] = []
         for delta in deltas:
             if isinstance(delta, Content):
                 text = delta.text.lstrip() if self._strips else delta.text
                 self._strips = self._strips and not text
                 if text:
-                    parts.append(Said(text))
+                    parts.append(AnswerPiece(text))
             elif isinstance(delta, Reasoning):
-                parts.append(Said(reasoning=delta.text))
+                parts.append(AnswerPiece(reasoning=delta.text))
             elif isinstance(delta, CallStart) and (self._format.wish.parallel or delta.index == 0):
                 self.calls += 1
                 function = {"name": delta.name, "arguments": ""}
                 call_id = delta.id or f"chatcmpl-tool-{uuid.uuid4().hex}"
                 call = {"index": delta.index, "id": call_id, "type": "function", "function": function}
-                parts.append(Said(calls=(call,)))
+                parts.append(AnswerPiece(calls=(call,)))
             elif isinstance(delta, CallArguments) and delta.index < self.calls:
                 if not parts or not parts[-1].calls or parts[-1].calls[0]["index"] != delta.index:
-                    parts.append(Said(calls=({"index": delta.index, "function": {"arguments": ""}},)))
+                    parts.append(AnswerPiece(calls=({"index": delta.index, "function": {"arguments": ""}},)))
                 parts[-1].calls[0]["function"]["arguments"] += delta.text
         return parts
