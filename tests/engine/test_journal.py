@@ -13,7 +13,7 @@ from quire.core.request import CoreRequest
 from quire.core.stats import Stats
 from quire.engine.blackbox import MOST_TICKETS, BlackBox, new_file
 from quire.engine.journal import Entry, Journal
-from quire.engine.suspects import Suspects
+from quire.engine.suspects import Cause, Suspects
 from quire.engine.totals import Totals
 
 
@@ -55,10 +55,10 @@ def test_a_token_clears_of_suspicion() -> None:
     entries = [journal.open(request(name)) for name in "abc"]
     suspects = Suspects(journal)
     for _ in range(10):
-        assert suspects.died(tickets(entries), crashed=False) is None and not suspects.searching
+        assert suspects.died(tickets(entries), Cause.SHORTAGE) is None and not suspects.searching
         for entry in entries:
             entry.take(Event(entry.request.request_id, (1,)))
-    assert suspects.died([], crashed=True) is None and suspects.died([99], crashed=True) is None
+    assert suspects.died([], Cause.CRASH) is None and suspects.died([99], Cause.CRASH) is None
 
 
 def opened(journal: Journal, count: int, emitted: int = 1) -> list[Entry]:
@@ -76,12 +76,12 @@ def test_one_crash_is_enough_to_try_who_was_computed() -> None:
     """Each by itself; who dies then is the one."""
     journal = Journal()
     entries, suspects = opened(journal, 4), Suspects(journal)
-    assert suspects.died(tickets(entries[:3]), crashed=True) is None
+    assert suspects.died(tickets(entries[:3]), Cause.CRASH) is None
     assert list(map(suspects.may_run, entries)) == [True, False, False, False]
     assert not suspects.acquit(entries[2]), "it was not its turn"
     assert suspects.acquit(entries[0]) and list(map(suspects.may_run, entries)) == [False, True, False, False]
-    assert suspects.died([], crashed=True) is None and suspects.died([99], crashed=True) is None
-    assert suspects.died(tickets(entries[1:2]), crashed=True) is entries[1]
+    assert suspects.died([], Cause.CRASH) is None and suspects.died([99], Cause.CRASH) is None
+    assert suspects.died(tickets(entries[1:2]), Cause.CRASH) is entries[1]
     assert suspects.acquit(entries[1]) and suspects.acquit(entries[2])
     assert not suspects.searching and all(map(suspects.may_run, entries))
 
@@ -91,45 +91,54 @@ def test_kills_from_outside_let_the_late_go_first() -> None:
     journal = Journal()
     entries, suspects = opened(journal, 4), Suspects(journal)
     waiting = opened(journal, 1, emitted=0)
-    suspects.died(tickets(entries), crashed=False)
+    suspects.died(tickets(entries), Cause.SHORTAGE)
     assert not suspects.searching
     entries[0].take(Event(entries[0].request.request_id, (1,)))
-    suspects.died(tickets(entries[:2]), crashed=False)
+    suspects.died(tickets(entries[:2]), Cause.SHORTAGE)
     assert suspects.on_trial == entries[1:] and waiting[0] not in suspects.on_trial
-    suspects.died(tickets(entries[1:]), crashed=False)
+    suspects.died(tickets(entries[1:]), Cause.SHORTAGE)
     assert suspects.on_trial == entries[1:2]
     for _ in range(2):
-        assert suspects.died(tickets(entries[1:2]), crashed=False) is None
-    assert suspects.died(tickets(entries[1:2]), crashed=False) is entries[1]
+        assert suspects.died(tickets(entries[1:2]), Cause.SHORTAGE) is None
+    assert suspects.died(tickets(entries[1:2]), Cause.SHORTAGE) is entries[1]
     assert not any(entry.deaths or entry.blame or entry.kills_alone for entry in entries)
 
 
 def test_a_lone_request_is_ended_by_its_second_crash() -> None:
     journal = Journal()
     [entry], suspects = opened(journal, 1), Suspects(journal)
-    assert suspects.died([entry.ticket], crashed=True) is None
-    assert suspects.died([entry.ticket], crashed=True) is entry
+    assert suspects.died([entry.ticket], Cause.CRASH) is None
+    assert suspects.died([entry.ticket], Cause.CRASH) is entry
+
+
+def test_somebodys_kills_are_taken_for_chance_for_long() -> None:
+    """A long prompt without any company is killed by hand, or by whoever tries what a server can bear."""
+    journal = Journal()
+    [entry], suspects = opened(journal, 1, emitted=0), Suspects(journal)
+    for _ in range(Cause.KILL - 1):
+        assert suspects.died([entry.ticket], Cause.KILL) is None and suspects.may_run(entry)
+    assert suspects.died([entry.ticket], Cause.KILL) is entry
 
 
 def test_who_never_got_a_token_is_tried_first() -> None:
     journal = Journal()
     entries, suspects = opened(journal, 64), Suspects(journal)
     entries += opened(journal, 1, emitted=0)
-    suspects.died(tickets(entries), crashed=True)
+    suspects.died(tickets(entries), Cause.CRASH)
     assert suspects.on_trial == entries[64:]
-    assert suspects.died(tickets(entries[64:]), crashed=True) is entries[64]
+    assert suspects.died(tickets(entries[64:]), Cause.CRASH) is entries[64]
 
 
 def test_an_eighth_of_the_suspects_is_tried_at_a_time() -> None:
     journal = Journal()
     entries, suspects = opened(journal, 64), Suspects(journal)
-    suspects.died(tickets(entries), crashed=True)
+    suspects.died(tickets(entries), Cause.CRASH)
     for entry in entries[:8]:
         suspects.acquit(entry)
     assert suspects.on_trial == entries[8:16]
-    assert suspects.died(tickets(entries[10:16]), crashed=True) is None, "two of them have not been computed"
+    assert suspects.died(tickets(entries[10:16]), Cause.CRASH) is None, "two of them have not been computed"
     assert suspects.on_trial == entries[10:11]
-    assert suspects.died(tickets(entries[10:11]), crashed=True) is entries[10]
+    assert suspects.died(tickets(entries[10:11]), Cause.CRASH) is entries[10]
 
 
 def test_another_ticket_keeps_the_request() -> None:
@@ -143,9 +152,9 @@ def test_another_ticket_keeps_the_request() -> None:
     assert "0" not in journal and len(journal) == 1
 
 
-@pytest.mark.parametrize("crashes", [True, False])
+@pytest.mark.parametrize(("cause", "most_deaths"), [(Cause.CRASH, 4), (Cause.SHORTAGE, 8), (Cause.KILL, 18)])
 @pytest.mark.parametrize("seed", range(30))
-def test_the_guilty_are_found_and_nobody_else(seed: int, crashes: bool) -> None:
+def test_the_guilty_are_found_and_nobody_else(seed: int, cause: Cause, most_deaths: int) -> None:
     draw = random.Random(seed)
     journal = Journal()
     entries = [journal.open(request(str(index))) for index in range(draw.randint(1, 70))]
@@ -158,7 +167,7 @@ def test_the_guilty_are_found_and_nobody_else(seed: int, crashes: bool) -> None:
         batch = running[:most]  # as many as there are rows
         if any(entry.ticket in guilty for entry in batch):
             deaths += 1
-            culprit = suspects.died(tickets(batch), crashes)
+            culprit = suspects.died(tickets(batch), cause)
             if culprit is not None:
                 convicted.add(culprit.ticket)
                 journal.close(culprit)
@@ -170,8 +179,8 @@ def test_the_guilty_are_found_and_nobody_else(seed: int, crashes: bool) -> None:
                     journal.close(entry)  # it has ended
                 suspects.acquit(entry)
     assert convicted == guilty
-    # Together (of kills three times), an eighth of up to 70, an eighth of that one, alone (of kills three times).
-    assert deaths <= len(guilty) * (4 if crashes else 8)
+    # Together (of kills three times), an eighth of up to 70, an eighth of that one, alone as often as convicts.
+    assert deaths <= len(guilty) * most_deaths
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -185,7 +194,7 @@ def test_kills_at_random_convict_nobody(seed: int) -> None:
         running = [entry for entry in journal if suspects.may_run(entry)]
         assert running
         if draw.random() < 0.1:
-            assert suspects.died(tickets(running), crashed=False) is None
+            assert suspects.died(tickets(running), Cause.SHORTAGE) is None
             continue
         for entry in draw.sample(running, (len(running) + 1) // 2):
             entry.take(Event(entry.request.request_id, (1,)))

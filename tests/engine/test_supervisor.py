@@ -162,7 +162,7 @@ def test_a_hang_is_noticed_and_ended(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-@pytest.mark.parametrize(("poison", "most"), [("poison", 6), ("hang always", 8), ("fault", 2)])
+@pytest.mark.parametrize(("poison", "most"), [("poison", 12), ("hang always", 8), ("fault", 2)])
 def test_a_poisonous_request_ends_alone(poison: str, most: int, tmp_path: Path) -> None:
     async def main() -> None:
         core = supervisor({"delay": 0.002, "flag": str(tmp_path / "f")}, Patience(silence=SILENCE, first_pause=0.05))

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 from quire.config import EngineOptions
@@ -107,6 +109,15 @@ class ChildProcess:
 def came_from_outside(status: int) -> bool:
     """Whether others may have ended the process: by a kill, or by the system when memory runs out."""
     return -status in OUTSIDE
+
+
+def memory_kills() -> int | None:
+    """How many processes the system has killed for want of memory, of this container or machine; None: it does not say."""
+    try:
+        found = re.search(r"^oom_kill (\d+)$", Path("/proc/vmstat").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) if found else None
 
 
 def ending(status: int) -> str:

@@ -18,12 +18,12 @@ from quire.core.plan import Event
 from quire.core.request import CoreRequest
 from quire.core.stats import Queue, Stats, joined
 from quire.engine import wire
-from quire.engine.child import Child, ChildProcess, came_from_outside, ending
+from quire.engine.child import Child, ChildProcess, came_from_outside, ending, memory_kills
 from quire.engine.in_transit import InTransit, add_waiting
 from quire.engine.journal import Entry, Journal
 from quire.engine.remote_core import TICK, OnPhase, OnTokenizer, RemoteCore
 from quire.engine.spare import Spare
-from quire.engine.suspects import QUARANTINED, Suspects
+from quire.engine.suspects import QUARANTINED, Cause, Suspects
 from quire.engine.totals import Totals
 from quire.errors import EngineDeadError, EngineError, ValidationError
 
@@ -74,6 +74,7 @@ class Supervisor(RemoteCore):
         self._vain_deaths = 0
         self._start_at = 0.0  # when to start the next child
         self._failure: wire.Failed | None = None
+        self._memory_kills: int | None = None  # by the system, before the present child came up
         self._picture: Picture | None = None
 
     # ---------------------------------------------------------------- the first start
@@ -297,6 +298,7 @@ class Supervisor(RemoteCore):
         self.phase = "ready"
         self._is_up = True
         self._failed_starts = 0
+        self._memory_kills = memory_kills()
         self._silent, self._looked = 0.0, self._clock()
         self._spare.due()
         self._totals.take(ready.stats)
@@ -364,7 +366,7 @@ class Supervisor(RemoteCore):
         for entry in self._journal:
             entry.restart()
         self._vain_deaths += 1
-        culprit = self._suspects.died(in_flight, crashed or not came_from_outside(status))
+        culprit = self._suspects.died(in_flight, Cause.CRASH if crashed else self._cause(status))
         if culprit is not None:
             self._quarantine(culprit)
         if self._vain_deaths > self._patience.vain_deaths:
@@ -379,6 +381,13 @@ class Supervisor(RemoteCore):
             len(self._journal),
             f", in {pause:.1f} s" if pause else "",
         )
+
+    def _cause(self, status: int) -> Cause:
+        """Why the process ended by itself. Where the system does not tell of its own kills, each may have been one."""
+        if not came_from_outside(status):
+            return Cause.CRASH
+        was_somebody = self._memory_kills is not None and self._memory_kills == memory_kills()
+        return Cause.KILL if was_somebody else Cause.SHORTAGE
 
     def _quarantine(self, entry: Entry) -> None:
         logger.error("request %s ended the engine, at last alone; it is ended", entry.request.request_id)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from enum import IntEnum
 
 from quire.engine.journal import Entry, Journal
 
@@ -17,10 +18,16 @@ from quire.engine.journal import Entry, Journal
 QUARANTINED = (
     "This request ended the engine more than once, the last time while it ran alone. It will not be tried again."
 )
-CERTAIN = 2  # deaths that a request was computed in: proof, where it was alone in the last one and that was a crash
-CERTAIN_KILLS = 3  # of a request that was alone each time, until nobody would call it chance
 LATE = 2  # deaths since its last token, from which on a request goes before the others
 GROUPS = 8  # that suspects are parted into; each death leaves the members of one
+
+
+class Cause(IntEnum):
+    """Why an engine ended; as a number, how many such deaths convict a request that was alone (of crashes: in the last)."""
+
+    CRASH = 2  # the process's own doing: a fault, an exception, a standstill
+    SHORTAGE = 3  # the system killed it, short of memory, or may have done so
+    KILL = 8  # somebody did, who may well do it again: so often that nobody would call it chance
 
 
 class Suspects:
@@ -40,12 +47,9 @@ class Suspects:
         """Whether the request may be given to the engine now."""
         return not self.on_trial or entry in self.on_trial
 
-    def died(self, in_flight: Sequence[int], crashed: bool) -> Entry | None:
-        """Note a death while these tickets were computed. Returns the culprit if there can be no doubt.
-
-        `crashed`: by the process's own doing, a fault, an exception, a standstill; else it may have come from outside, by
-        somebody's kill, or from the system short of memory.
-        """
+    def died(self, in_flight: Sequence[int], cause: Cause) -> Entry | None:
+        """Note a death while these tickets were computed. Returns the culprit if there can be no doubt."""
+        crashed = cause is Cause.CRASH
         here = [entry for entry in map(self._journal.get, in_flight) if entry is not None]
         for entry in self._journal:
             entry.deaths += 1
@@ -54,7 +58,7 @@ class Suspects:
         if len(in_flight) == 1 and here:
             alone = here[0]
             alone.kills_alone += not crashed
-            if alone.kills_alone >= CERTAIN_KILLS or (crashed and alone.blame >= CERTAIN):
+            if (alone.blame if crashed else alone.kills_alone) >= cause:
                 for entry in self._journal:
                     entry.clear()  # these deaths are explained
                 return alone
