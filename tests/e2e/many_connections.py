@@ -1,4 +1,4 @@
-"""So many connections at once to the real server, each of which has asked something and stays: what they cost.
+"""So many connections at once to the real server, which all ask something in the end: what they cost.
 
 python tests/e2e/many_connections.py --connections 10000
 """
@@ -34,13 +34,13 @@ class Many:
     memory: float  # MiB more than before
     health: float  # milliseconds that the slowest of twenty answers took meanwhile
     descriptors: int  # of the server, while all were open
-    left: int  # of those, more than before, after all were closed
+    left: int  # of those more than before, after all were closed
 
     def line(self) -> str:
         """For people."""
         return (
-            f"{self.connections} connections at once, {self.answered} answered: {self.memory:.0f} MiB, health within "
-            f"{self.health:.1f} ms, {self.descriptors} descriptors, {self.left} left when all were closed"
+            f"{self.connections} connections at once ({self.descriptors} descriptors), {self.answered} answered: "
+            f"{self.memory:.0f} MiB, health within {self.health:.1f} ms, {self.left} left when all were closed"
         )
 
 
@@ -48,19 +48,11 @@ async def measure(server: StartedServer, count: int) -> Many:
     """Open them, ask by each of them, look, close them."""
     process = psutil.Process(server.pid)
     before, descriptors = process.memory_info().rss, process.num_fds()
-    writers, answered = [], 0
-
-    async def one() -> asyncio.StreamWriter:
-        nonlocal answered
-        reader, writer = await asyncio.open_connection(server.host, server.port)
-        writer.write(ASK)
-        head = await reader.readuntil(b"\r\n\r\n")
-        answered += head.startswith(b"HTTP/1.1 200")
-        return writer
-
+    found: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
     for start in range(0, count, BATCH):
-        writers += await asyncio.gather(*(one() for _ in range(min(BATCH, count - start))))
-    memory, most, slowest = process.memory_info().rss - before, process.num_fds(), 0.0
+        batch = (asyncio.open_connection(server.host, server.port) for _ in range(min(BATCH, count - start)))
+        found += await asyncio.gather(*batch)
+    slowest = 0.0
     for _ in range(20):
         began = time.monotonic()
         reader, writer = await asyncio.open_connection(server.host, server.port)
@@ -68,12 +60,21 @@ async def measure(server: StartedServer, count: int) -> Many:
         assert (await reader.read()).startswith(b"HTTP/1.1 200")
         slowest = max(slowest, time.monotonic() - began)
         writer.close()
-    for writer in writers:
+    most = process.num_fds()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        writer.write(ASK)
+        return (await reader.readline()).startswith(b"HTTP/1.1 200")
+
+    answered = sum(await asyncio.gather(*(answer(*connection) for connection in found)))
+    memory = process.memory_info().rss - before
+    for _, writer in found:
         writer.close()
     end = time.monotonic() + 60
     while process.num_fds() > descriptors and time.monotonic() < end:
         await asyncio.sleep(0.05)
-    return Many(count, answered, memory / 2**20, slowest * 1000, most, process.num_fds() - descriptors)
+    left = max(0, process.num_fds() - descriptors)
+    return Many(count, answered, memory / 2**20, slowest * 1000, most, left)
 
 
 def main() -> int:
@@ -88,7 +89,7 @@ def main() -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (count + SPARE, hard))
         found = asyncio.run(measure(server, count))
     print(found.line())
-    return int(found.answered < count or found.left > 0)
+    return int(found.answered < count or found.descriptors < count or found.left > 0)
 
 
 if __name__ == "__main__":
