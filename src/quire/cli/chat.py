@@ -62,17 +62,17 @@ class Dialogue:
             print(self._session.figures.line(), file=sys.stderr)
 
 
-def talk(conversation: Dialogue) -> None:
+def talk(dialogue: Dialogue) -> None:
     """Read lines until the end of input or /quit."""
     while (line := ask("> ")) is not None:
         word, _, rest = line.strip().partition(" ")
         if word in ("/quit", "/exit"):
             return
         if word == "/reset":
-            conversation.restart(conversation.system)
+            dialogue.restart(dialogue.system)
         elif word == "/system":
-            conversation.restart(rest or None)
+            dialogue.restart(rest or None)
         elif word.startswith("/") and word[1:].isalpha():
             print(COMMANDS)
         elif word:
-            conversation.say(line)
+            dialogue.say(line)
