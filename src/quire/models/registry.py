@@ -12,6 +12,7 @@ import logging
 from typing import Any, Literal
 
 from quire.errors import ConfigError, UnsupportedModelError
+from quire.kernels.late_torch import complete
 from quire.models.hub import ModelFiles
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,8 @@ class ModelRegistry:
             raise UnsupportedModelError(_no_native(architecture, list(cls._classes)))
         if isinstance(found, type):
             return found
+        if found != NATIVE:
+            complete()
         module, _, name = found.partition(":")
         try:
             loaded = getattr(importlib.import_module(module), name)
@@ -106,6 +109,7 @@ def select_impl(files: ModelFiles, model_impl: str) -> Impl:
     if native and model_impl != "transformers":
         return "native"
     if files.remote_code or _in_transformers(files.architecture):
+        _check_task(files)
         return "transformers"
     raise UnsupportedModelError(_unknown(files))
 
@@ -115,6 +119,26 @@ def _in_transformers(architecture: str) -> bool:
     import transformers
 
     return hasattr(transformers, architecture)
+
+
+def _check_task(files: ModelFiles) -> None:
+    """Raise UnsupportedModelError for a class of the library that does not continue text."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    found = getattr(transformers, files.architecture, None)
+    if files.remote_code or found is None or files.architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return
+    if not issubclass(found, transformers.PreTrainedModel) or not found.can_generate():
+        what = "does not write text (it may make vectors, classes or images)"
+    elif getattr(files.config, "is_encoder_decoder", False):
+        what = "has an encoder and a decoder, and quire runs models that are a decoder alone"
+    else:
+        return
+    raise UnsupportedModelError(
+        f"The model {files.name!r} is a {files.architecture!r}, which {what}. Choose one whose class ends in ForCausalLM; "
+        'where the weights are those of one, name it with --hf-overrides \'{"architectures": ["...ForCausalLM"]}\'.'
+    )
 
 
 def _no_native(architecture: str, known: list[str]) -> str:
