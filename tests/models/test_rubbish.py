@@ -9,12 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import quire.bundled
 from quire.config import ModelOptions
-from quire.errors import CheckpointError, ModelError, QuireError
+from quire.errors import CheckpointError, ModelError, QuireError, UnsupportedModelError
+from quire.layers.target import Target
 from quire.models.describe import describe, stop_token_ids
 from quire.models.headers import read_headers, read_index
+from quire.models.hub import choose_weights, find_model
+from quire.models.load import LoadRules, load_into
+from quire.models.registry import select_impl
 
 BUNDLED = Path(quire.bundled.__file__).parent / "model"
 
@@ -102,6 +107,53 @@ def test_what_lies_where_weights_should(tmp_path: Path, text: str, told: str) ->
     path.write_text(text)
     with pytest.raises(CheckpointError, match=told):
         read_headers(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture", "told"),
+    [
+        ("t5", "T5ForConditionalGeneration", "has an encoder and a decoder"),
+        ("whisper", "WhisperForConditionalGeneration", "has an encoder and a decoder"),
+        ("bert", "BertForMaskedLM", "does not write text"),
+        ("clip", "CLIPModel", "does not write text"),
+        ("llama", "LlamaForSequenceClassification", "does not write text"),
+        ("llama", "LlamaModel", "does not write text.*hf-overrides"),
+    ],
+)
+def test_models_that_do_not_continue_text(tmp_path: Path, kind: str, architecture: str, told: str) -> None:
+    config = {"model_type": kind, "architectures": [architecture], "eos_token_id": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    files = find_model(ModelOptions(model=str(tmp_path), load_format="dummy"))
+    with pytest.raises(UnsupportedModelError, match=f"{architecture}.*{told}"):
+        select_impl(files, "auto")
+
+
+def test_code_of_the_model_that_is_not_there(tmp_path: Path) -> None:
+    own = {"AutoConfig": "own.OwnConfig"}
+    with pytest.raises(ModelError, match=r"code that 'rubbish' brings.*own\.py"):
+        describe(
+            broken(tmp_path, model_type="own", architectures=["Own"], auto_map=own),
+            "rubbish",
+            ModelOptions(trust_remote_code=True),
+        )
+
+
+@pytest.mark.parametrize(
+    ("file", "told"), [("model.gguf", "original repository"), ("adapter_config.json", "An adapter is no model")]
+)
+def test_weights_in_other_forms(file: str, told: str) -> None:
+    with pytest.raises(CheckpointError, match=told):
+        choose_weights(["config.json", file, "adapter_model.safetensors"], "auto", "here")
+
+
+def test_integers_are_no_weights() -> None:
+    target = Target((2,), torch.float32, lambda tensor: None)
+    with pytest.raises(CheckpointError, match="'a.weight'.*torch.int64"):
+        load_into({"a.weight": target}, [("a.weight", torch.ones(2, dtype=torch.int64))], LoadRules())
+
+
+def test_no_end_is_no_token() -> None:
+    assert stop_token_ids({"eos_token_id": [-1, 5]}, None) == (5,)
 
 
 def test_json_without_end(tmp_path: Path) -> None:

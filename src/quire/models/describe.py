@@ -195,7 +195,14 @@ def _config_object(folder: Path, name: str, raw: Mapping[str, Any], remote: bool
 
     if remote:
         # The class comes with the model; what the user laid over the file is laid over its defaults here.
-        own = type(AutoConfig.from_pretrained(folder, trust_remote_code=True))
+        try:
+            own = type(AutoConfig.from_pretrained(folder, trust_remote_code=True))
+        except Exception as error:  # the model's own code raises what it likes
+            told = " ".join(str(error).split())[:300] or repr(error)
+            raise ModelError(
+                f"The code that {name!r} brings for its config cannot be used: {told}. Download the repository's *.py "
+                "files, too, and what they import; or use a model that transformers knows."
+            ) from error
     else:
         kind = raw["model_type"]
         if kind not in CONFIG_MAPPING:
@@ -327,4 +334,4 @@ def stop_token_ids(generation_config: Mapping[str, Any], config: Any) -> tuple[i
             f"eos_token_id is {str(found)[:80]!r} in the model's generation_config.json or config.json; it must be a "
             "token id or a list of them. Correct it, or use --generation-config vllm to leave the former out."
         )
-    return tuple(dict.fromkeys(int(one) for one in ids))
+    return tuple(dict.fromkeys(int(one) for one in ids if one >= 0))  # -1 stands for none in some files

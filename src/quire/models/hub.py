@@ -189,6 +189,10 @@ def choose_weights(names: list[str], load_format: str, where: str) -> _Weights:
             return _Weights(kinds[suffix], tuple(found))
     others = [one for one in names if one.endswith((".safetensors", ".bin", ".pt", ".gguf", ".h5", ".msgpack"))]
     held = f"It holds {', '.join(others[:4])}, which is not usable here." if others else "It holds no weight files."
+    if any(one.endswith(".gguf") for one in others):
+        held += " In place of GGUF use the model's original repository, with --quantization int4 or int8 for its size."
+    elif "adapter_config.json" in names:
+        held += " An adapter is no model: name the one that it was trained on."
     raise CheckpointError(
         f"No weights were found in {where} for load_format {load_format!r} (looked for "
         f"{', '.join('*.' + suffix for suffix in allowed)}). {held} Complete the download, or use --load-format dummy "

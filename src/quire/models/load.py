@@ -80,6 +80,12 @@ class Filler:
                 f"for {list(target.shape)}. The weights and config.json do not belong together, or hf_overrides "
                 "changed a size."
             )
+        if target.dtype.is_floating_point and isinstance(tensor, torch.Tensor) and not tensor.is_floating_point():
+            raise CheckpointError(
+                f"Tensor {source!r} in {self.rules.origin(source)} holds numbers of type {tensor.dtype} where "
+                "the model has weights. It may be quantized in a way that config.json does not tell; use the "
+                "model's original repository."
+            )
         stored = target.load(tensor)
         self._empty.discard(name)
         self._tensors += 1
