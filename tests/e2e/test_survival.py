@@ -8,12 +8,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import random
 import shutil
 import signal
 import sys
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +58,16 @@ class Survived:
         return sum((one.text, one.reason, one.error) != (other.text, other.reason, other.error) for one, other in pairs)
 
     def line(self) -> str:
-        """For people. The pause: from a kill to a stream's next token."""
-        pauses = sorted(
-            next(at for at in heard.times if at > moment) - moment
+        """For people. The pause: the longest time between two tokens of a stream, from a kill until the next one; what
+        was on its way when the engine died still comes.
+        """
+        between = list(zip(self.moments, [*self.moments[1:], math.inf], strict=True))
+        gaps = [
+            [later - earlier for earlier, later in pairwise(heard.times) if later > moment and earlier < end]
             for heard in self.found
-            for moment in self.moments
-            if heard.times[-1] > moment
-        )
+            for moment, end in between
+        ]
+        pauses = sorted(max(each) for each in gaps if each)
         return (
             f"{len(self.moments)} kills, {STREAMS} streams of the bundled model, {self.lost()} differ, pause median "
             f"{pauses[len(pauses) // 2]:.2f} s, p99 {pauses[int(len(pauses) * 0.99)]:.2f} s, longest {pauses[-1]:.2f} s"
