@@ -2,6 +2,7 @@
 
 python bench/speculate.py --batch-sizes 1 32                     # the bundled model: retelling, summarising, prose
 python bench/speculate.py --shape llama-3.2-1b --output-len 64   # random weights, a summary and an edit dictated to them
+python bench/speculate.py --shape llama-3.2-1b --methods eagle medusa --forced   # heads of zeros: what guessing costs
 python bench/speculate.py --methods medusa:FOLDER                # heads made by tools/train_heads.py
 
 Without --forced the engine leaves off where guesses do not pay, as it does by itself. All engines are alive at once and
@@ -20,6 +21,7 @@ from pathlib import Path
 from statistics import median
 
 from dictation import DICTATIONS
+from empty_heads import write_heads
 from shapes import SHAPES, write_shape
 
 import quire
@@ -153,13 +155,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument(
-        "--methods", nargs="+", default=["ngram", "suffix", "draft_model", "eagle"], help="method, or method:folder"
+        "--methods", nargs="+", help="method, or method:folder; without a word all that need no further folder"
     )
     parser.add_argument("--workloads", nargs="+", help="some of retell, summary, prose; with --shape summary, edit")
     parser.add_argument("--forced", action="store_true", help="guess even where it does not pay")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     found = parser.parse_args()
-    methods = {"plain": {}, **{name.partition(":")[0]: method_config(name) for name in found.methods}}
+    wanted = found.methods or ["ngram", "suffix", *(["draft_model", "eagle"] if found.shape is None else [])]
+    methods = {"plain": {}, **{name.partition(":")[0]: method_config(name) for name in wanted}}
     options = {"device": "cpu", "threads": found.threads, "max_model_len": 1024, "kv_cache_memory_bytes": 1 << 28}
     workloads = found.workloads or (["retell", "summary", "prose"] if found.shape is None else list(DICTATIONS))
     figures: list[Figure] = []
@@ -168,7 +171,8 @@ def main() -> None:
             options |= {"model": str(write_shape(found.shape, Path(folder)))}
             options |= {"load_format": "dummy", "skip_tokenizer_init": True, "kv_cache_memory_bytes": 1 << 30}
             options |= {"logits_processors": ("dictation:dictated",)}
-            methods = {name: config for name, config in methods.items() if name in ("plain", "ngram", "suffix")}
+            for name in {"eagle", "medusa"} & methods.keys():
+                methods[name] = {**methods[name], "model": str(write_heads(name, found.shape, Path(folder)))}
         llms = {
             name: LLM(**options, speculative_config={**config, "adaptive": not found.forced} if config else {})
             for name, config in methods.items()

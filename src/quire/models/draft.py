@@ -99,11 +99,11 @@ def find_heads(
         raise ConfigError(f"The method {method} needs heads trained for {target.name}: name their folder as the model.")
     if method == "medusa":
         # Its config describes no model of its own.
-        wanted = replace(_options(options, str(model)), hf_overrides=LLAMA)
+        wanted = replace(_heads_options(options, str(model)), hf_overrides=LLAMA)
         return DraftModel(find_model(wanted, download), wanted, replace(layout, layers=()), 1 << 31)
     if method == "eagle":
         return _find_eagle(str(model), target, layout, options, download)
-    wanted = options if model is None else _options(options, model)
+    wanted = options if model is None else _heads_options(options, model)
     files = target if model is None else find_model(wanted, download)
     style = mtp_style(files)
     if style is None:
@@ -130,7 +130,7 @@ def _find_eagle(
     model: str, target: ModelFiles, layout: ModelLayout, options: ModelOptions, download: bool
 ) -> DraftModel:
     """An EAGLE head, or an EAGLE-3 head, whose config may have the layer's own inside."""
-    wanted = _options(options, model)
+    wanted = _heads_options(options, model)
     fused = replace(wanted, hf_overrides=LLAMA)
     files = find_model(fused, download)
     if not is_fused(files):
@@ -155,6 +155,12 @@ def _fitting(found: DraftModel, target: ModelFiles, layout: ModelLayout) -> Draf
 
 def _longest(files: ModelFiles) -> int:
     return getattr(files.text_config, "max_position_embeddings", 2048)
+
+
+def _heads_options(options: ModelOptions, model: str) -> ModelOptions:
+    """As _options; heads are read from their files even where the model has random weights."""
+    found = _options(options, model)
+    return replace(found, load_format="auto") if found.load_format == "dummy" else found
 
 
 def _options(options: ModelOptions, model: str) -> ModelOptions:
