@@ -457,7 +457,7 @@ class _Bar:
     """The progress bar: prompts done, and tokens per second in and out."""
 
     def __init__(self, total: int, wanted: Progress) -> None:
-        make = tqdm if wanted is True else wanted
+        make = wanted if callable(wanted) else tqdm if wanted else None
         self._bar = make(total=total, desc="Processed prompts", dynamic_ncols=True, postfix="") if make else None
         self._began = time.perf_counter()
         self._read = 0

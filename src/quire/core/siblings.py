@@ -36,8 +36,9 @@ def find_begun(request: Request, running: Iterable[Request], tables: PageTables,
     start = request.planned
     end = min(most, start + min(sizes))
     owner, longest = None, 0
+    following = request.tokens[start]  # nearly all others go on otherwise, which is quickly seen
     for other in running:
-        if other.computed <= start or not _alike(request, other, start, tables):
+        if other.computed <= start or other.tokens[start] != following or not _alike(request, other, start, tables):
             continue
         count = _common(request.tokens, other.tokens, start, min(end, other.computed))
         if count > longest:

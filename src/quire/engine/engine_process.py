@@ -36,9 +36,9 @@ from quire.kernels.late_torch import leave_for_later
 
 logger = logging.getLogger(__name__)
 
-# Lone tokens wait so long at most for those of the next steps: no eye sees it, and each wake-up of an API process takes
-# more from the kernels' threads than another token in it does.
-GATHER_SECONDS = 0.008
+# Lone tokens wait so long at most for those of the next steps: no screen shows them sooner, and each wake-up of an API
+# process takes more from the kernels' threads than another token in it does.
+GATHER_SECONDS = 0.016
 BEAT_SECONDS = 1.0  # an idle engine says so often that it lives
 GRAMMAR_SECONDS = 0.005  # an idle engine looks so often whether a grammar is compiled
 
