@@ -98,7 +98,7 @@ class Supervisor(RemoteCore):
                         self._come_up(ready)
                         return ready
                 if child.connection.ended:
-                    raise EngineError(f"the engine process {ending(child.close())} while it was starting")
+                    raise EngineError(_lost_at_start(child.close()))
         except BaseException:
             self.close()
             raise
@@ -411,3 +411,9 @@ class Supervisor(RemoteCore):
     def _give_up(self, why: str) -> None:
         self.phase = "stopped"
         raise EngineDeadError(f"The engine is beyond repair: {why}.")
+
+
+def _lost_at_start(status: int) -> str:
+    """What is said of an engine process that ended before it was ready, without a word of its own."""
+    hint = " Where memory ran out: `quire plan` tells what the model takes." if came_from_outside(status) else ""
+    return f"the engine process {ending(status)} while it was starting.{hint}"
