@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import subprocess
 import sys
 
 import pytest
 
 from quire import LLM, SamplingParams
+from quire.kernels.late_torch import RELEASES
 
+pytestmark = pytest.mark.skipif(
+    not importlib.metadata.version("torch").startswith(RELEASES), reason="tried with these releases only"
+)
 PARAMS = {"temperature": 0.8, "seed": 3, "max_tokens": 12, "logprobs": 2, "repetition_penalty": 1.1}
 
 LEAVING = """

@@ -1,12 +1,14 @@
 """Parts of torch that no step of a native model asks for: their code runs when somebody does.
 
-A third of `import torch` describes every operation once more, for compilers and for tensors without data. Only programs of
-quire's own leave that out, never one that imports quire. A name that a release of torch does not have does nothing, and one
-whose content is asked for at once is loaded at once. Imports no torch.
+A sixth of `import torch` describes every operation once more, for compilers and for tensors without data. Only programs of
+quire's own leave that out, never one that imports quire. Which parts can wait was tried with the releases below: modules
+of torch import one another in circles, so with other releases nothing waits. Imports no torch.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import sys
 import threading
 from collections.abc import Sequence
@@ -16,6 +18,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
+RELEASES = ("2.13.",)
 LATE = frozenset({"torch._meta_registrations", "torch.distributions", "torch.export"})
 WANT_ALL = frozenset({"torch._dynamo", "transformers", "triton"})  # they use what these parts register
 
@@ -86,8 +89,10 @@ PARTS = LateParts()
 
 
 def leave_for_later() -> None:
-    """From now on, unless torch is here already."""
-    if "torch" not in sys.modules and PARTS not in sys.meta_path:
+    """From now on, unless torch is here already, or of another release."""
+    if "torch" in sys.modules or PARTS in sys.meta_path or importlib.util.find_spec("torch") is None:
+        return
+    if importlib.metadata.version("torch").startswith(RELEASES):
         sys.meta_path.insert(0, PARTS)
 
 
