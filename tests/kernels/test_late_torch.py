@@ -34,6 +34,7 @@ WAYS = {
     "a compiler": "import torch._dynamo",
     "code that is not known": "complete()",
     "an attribute": "import torch; torch._meta_registrations.device_hint; torch.export.export; torch.distributions.Normal",
+    "random weights": "from quire.models.load import dummy_weights; list(dummy_weights({}, 1))",
     "a name": "from torch.export import Dim; from torch.distributions import Normal; complete()",
     "a module inside": "import torch.export.dynamic_shapes; from torch.distributions.normal import Normal; "
     "assert Normal is torch.distributions.Normal; complete()",
