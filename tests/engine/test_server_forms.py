@@ -11,6 +11,8 @@ import httpx
 import pytest
 from served import MAX_MODEL_LEN, Running, refused
 
+from quire.serve.middleware import LONG_BODY
+
 JSON = {"Content-Type": "application/json"}
 HELLO = {"prompt": "say:hello;|"}
 TURN = [{"role": "user", "content": "say:hello;"}]
@@ -76,6 +78,20 @@ def test_json_in_no_unicode(server: Running) -> None:
 def test_a_number_too_long_to_read(server: Running) -> None:
     response = server.http.post("/v1/completions", content=b'{"seed": %s}' % (b"9" * 5000), headers=JSON)
     assert "JSON" in refused(response)["message"]
+
+
+def test_a_long_body_is_looked_at_like_a_short_one(server: Running) -> None:
+    """In a thread, that is."""
+    space = b" " * LONG_BODY
+    for content, words in (
+        (b'{"x": %s1%s}' % (b"[" * 99, b"]" * 99), "nested"),
+        (b'"\\ud800"', "Unicode"),
+        (b"", "JSON"),
+    ):
+        response = server.http.post("/v1/completions", content=content + space, headers=JSON)
+        assert words in refused(response)["message"]
+    padded = json.dumps(HELLO).encode() + space
+    assert server.http.post("/v1/completions", content=padded, headers=JSON).status_code == 200
 
 
 def raw(server: Running, request: bytes) -> bytes:
