@@ -108,7 +108,14 @@ def test_choices_are_kept_whatever_is_in_them(grammars: Grammars) -> None:
     assert {walk(grammars.constraint(constraint_of), chance) for _ in range(60)} == set(choices)
 
 
-@pytest.mark.parametrize("grammar", ['start: "a" start "b" | "x"', 'root ::= "a" root "b" | "x"'])
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        'start: "a" start "b" | "x"',
+        'root ::= "a" root "b" | "x"',
+        '?start: one\n!one: "a" one "b" -> pair\n  | "x" -> leaf\n',  # what says how trees look changes no text
+    ],
+)
 def test_grammars_in_both_notations(grammars: Grammars, grammar: str) -> None:
     text = walk(grammars.constraint(wish(grammar=grammar)), random.Random(2))
     depth = text.index("x")

@@ -22,6 +22,7 @@ KEPT: dict[str, tuple[Any, Any, Any]] = {
     "required": (CLOSED | {"properties": {"a": {}}, "required": ["a"]}, {"a": 1}, {}),
     "additionalProperties": ({"type": "object", "additionalProperties": {"type": "integer"}}, {"b": 1}, {"b": "x"}),
     "patternProperties": (CLOSED | {"patternProperties": {"^x": {"type": "integer"}}}, {"xy": 1}, {"y": 1}),
+    "propertyNames": ({"type": "object", "propertyNames": {"pattern": "^a"}}, {"ab": 1}, {"b": 1}),
     "minProperties": ({"type": "object", "minProperties": 1}, {"a": 1}, {}),
     "maxProperties": ({"type": "object", "maxProperties": 1}, {"a": 1}, {"a": 1, "b": 2}),
     "items": (INTEGERS, [1], ["a"]),
@@ -49,7 +50,7 @@ NOTES: dict[str, Any] = dict.fromkeys(("title", "description", "default", "$comm
 NOTES |= {"examples": [1], "deprecated": True, "readOnly": True, "writeOnly": False, "contentMediaType": "a/b"}
 NOTES |= {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": "http://a/b", "nullable": True}
 REFUSED: dict[str, Any] = {
-    "propertyNames": {"type": "object", "propertyNames": {"pattern": "^a"}},
+    "propertyNames": {"type": "object", "propertyNames": {"minLength": 3}},
     "dependentRequired": {"type": "object", "dependentRequired": {"a": ["b"]}},
     "dependentSchemas": {"type": "object", "dependentSchemas": {"a": {"required": ["b"]}}},
     "unevaluatedProperties": {"type": "object", "unevaluatedProperties": False},
@@ -82,6 +83,30 @@ def test_it_is_kept(grammars: Grammars, keyword: str) -> None:
     schema, good, bad = KEPT[keyword]
     assert keyword in json.dumps(schema)
     assert fits(grammars, schema, good) and not fits(grammars, schema, bad)
+
+
+def test_names_of_properties_may_be_an_enum(grammars: Grammars) -> None:
+    """As pydantic has dict[Colour, int]."""
+    colours = {"$defs": {"Colour": {"type": "string", "enum": ["red", "a.b|c"], "title": "Colour"}}}
+    schema: dict[str, Any] = {"type": "object", "additionalProperties": {"type": "integer"}} | colours
+    schema["propertyNames"] = {"$ref": "#/$defs/Colour"}
+    assert fits(grammars, schema, {"red": 1, "a.b|c": 2}) and fits(grammars, schema, {})
+    assert not fits(grammars, schema, {"blue": 1}) and not fits(grammars, schema, {"red": "x"})
+    assert not fits(grammars, schema, {"axb|c": 1})
+    assert fits(grammars, {"type": "object", "propertyNames": {"type": "string"}}, {"x": 1})
+    assert fits(grammars, {"type": "object", "propertyNames": {"const": "x"}}, {"x": 1})
+    for names in (
+        {"type": "integer"},
+        {"enum": [1]},
+        {"enum": ["a"], "pattern": "b"},
+        {"$ref": "#/no"},
+        {"enum": "a"},
+        3,
+    ):
+        with pytest.raises(ValidationError):
+            grammars.check(wish(json={"type": "object", "propertyNames": names}))
+    with pytest.raises(ValidationError):  # where properties are listed, it would be about them, too
+        grammars.check(wish(json=schema | {"properties": {"red": {}}}))
 
 
 @pytest.mark.parametrize("keyword", NOTES)

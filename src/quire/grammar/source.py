@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -24,6 +25,7 @@ LONGEST_SCHEMA = 256 * 1024  # characters
 LONGEST_REGEX = 16 * 1024
 LONGEST_GRAMMAR = 64 * 1024
 MOST_CHOICES = 4096
+LARK_MODIFIER = re.compile(r"^[ \t]*[?!]{1,2}(?=[a-z_][a-z_0-9]*[ \t]*:(?!:))", re.MULTILINE)  # says how trees look
 AFTER_THOUGHTS = r"/[ \r\n\t]{0,8}/"
 # Between two parts of a JSON text: a space, or a new line with its indentation. Not more, since a model may like spaces so
 # much that it never writes anything else.
@@ -103,6 +105,7 @@ def _form_source(wish: StructuredOutputsParams) -> str:
 
 def _schema_source(schema: Any, wish: StructuredOutputsParams, spacing: Mapping[str, Any] | None = None) -> str:
     schema = _everywhere(schema, _drop_notes)
+    schema = _everywhere(schema, partial(_name_by_pattern, root=schema))
     if wish.disable_additional_properties:
         schema = _everywhere(schema, _close)
     options: dict[str, Any] = {"whitespace_flexible": not wish.disable_any_whitespace}
@@ -203,6 +206,30 @@ def _drop_notes(schema: dict[str, Any]) -> None:
             schema.pop(name, None)
 
 
+def _name_by_pattern(schema: dict[str, Any], root: Any) -> None:
+    """propertyNames as patternProperties, where the object lists no properties: maps whose keys are an enum, as typed
+    languages have them. Whatever else it may say is left, and refused."""
+    names, values = schema.get("propertyNames"), schema.get("additionalProperties", {})
+    if values is False or "properties" in schema or "patternProperties" in schema:
+        return
+    if isinstance(names, dict) and str(names.get("$ref", "")).startswith("#/"):
+        path, names = names["$ref"][2:].split("/"), root
+        for part in path:
+            names = names.get(part) if isinstance(names, dict) else None
+    if not isinstance(names, dict) or not set(names) <= {"type", "title", "description", "enum", "const", "pattern"}:
+        return
+    if names.get("type", "string") != "string" or len({"enum", "const", "pattern"} & names.keys()) > 1:
+        return
+    listed = names.get("enum", [names["const"]] if "const" in names else [])
+    texts = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
+    pattern = names.get("pattern", "^(" + "|".join(map(_literal, texts)) + ")$" if texts else None)
+    if pattern is None and ("enum" in names or "const" in names):
+        return
+    del schema["propertyNames"]
+    if pattern is not None:
+        schema |= {"patternProperties": {pattern: values}, "additionalProperties": False}
+
+
 def _choice_source(choices: tuple[str, ...]) -> str:
     """One expression for all choices: as rules of their own they would cost a hundred times as much."""
     if len(choices) > MOST_CHOICES or sum(map(len, choices)) > LONGEST_SCHEMA:
@@ -236,6 +263,7 @@ def _regex_source(regex: str) -> str:
 
 def _grammar_source(text: str) -> str:
     _check_length(text, "grammar", LONGEST_GRAMMAR)
+    text = LARK_MODIFIER.sub("", text)
     try:
         return LLMatcher.grammar_from_lark(any_to_lark(text))
     except Exception as error:  # the converter raises bare exceptions for what it cannot read
