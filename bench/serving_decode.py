@@ -1,8 +1,8 @@
 """Decoding through HTTP beside the same through LLM: tokens per second of 32 streams, and the longest step in a while.
 
 python bench/serving_decode.py [--streams 32] [--tokens 128] [--seconds 60]
-python bench/serving_decode.py --shape qwen3-0.6b --quantization int8 --tokens 16 --seconds 0    # under 90 s on two cores
-python bench/serving_decode.py --shape qwen3-0.6b --quantization int8 --tokens 16 --rounds 0     # the steps alone
+python bench/serving_decode.py --shape qwen3-0.6b --quantization int8 --tokens 24 --rounds 2 --seconds 0
+python bench/serving_decode.py --shape qwen3-0.6b --quantization int8 --tokens 24 --rounds 0    # the steps alone
 """
 
 from __future__ import annotations
