@@ -22,6 +22,12 @@ pytestmark = pytest.mark.slow
 MODEL = "bundled"
 TURN: Any = [{"role": "user", "content": "Hello, who are you?"}]
 CHAT: Any = {"model": MODEL, "messages": TURN, "max_tokens": 60, "temperature": 0}
+THEIRS: Any = {
+    "model": MODEL,
+    "messages": TURN,
+    "max_tokens": 60,
+    "extra_body": {"temperature": 0},
+}  # no field of theirs
 SCHEMA: Any = {
     "type": "object",
     "properties": {"city": {"type": "string", "enum": ["Paris", "Rome"]}},
@@ -161,9 +167,11 @@ def test_responses_streamed_and_in_the_background(client: OpenAI) -> None:
     with client.responses.stream(**wish) as stream:
         types = [event.type for event in stream]
         assert types[0] == "response.created" and stream.get_final_response().output_text
-    response = client.responses.create(background=True, **wish)
-    list(client.responses.retrieve(response.id, stream=True))  # until its end
-    assert client.responses.retrieve(response.id).status in ("completed", "incomplete")
+    events: Any = list(client.responses.create(background=True, stream=True, **wish))
+    name = events[0].response.id
+    again = list(client.responses.retrieve(name, stream=True, starting_after=0))
+    assert [event.type for event in again] == [event.type for event in events[1:]]
+    assert client.responses.retrieve(name).status in ("completed", "incomplete")
 
 
 def test_responses_structured_and_tools(client: OpenAI) -> None:
@@ -219,48 +227,48 @@ PICTURE: Any = [{"role": "user", "content": [{"type": "image_url", "image_url": 
 
 def test_messages_whole_and_streamed(other: anthropic.Anthropic) -> None:
     system: Any = [{"type": "text", "text": "Be short.", "cache_control": {"type": "ephemeral"}}]
-    whole = other.messages.create(system=system, **CHAT)
-    with other.messages.stream(system=system, **CHAT) as stream:
+    whole = other.messages.create(system=system, **THEIRS)
+    with other.messages.stream(system=system, **THEIRS) as stream:
         assert "".join(stream.text_stream) == whole.content[0].text
         assert stream.get_final_message().usage.output_tokens == whole.usage.output_tokens
-    stopped = other.messages.create(stop_sequences=["e"], metadata={"user_id": "x"}, service_tier="auto", **CHAT)
+    stopped = other.messages.create(stop_sequences=["e"], metadata={"user_id": "x"}, service_tier="auto", **THEIRS)
     assert stopped.stop_reason == "stop_sequence"
 
 
 def test_messages_tools(other: anthropic.Anthropic) -> None:
-    made = other.messages.create(tools=[THEIR_TOOL], tool_choice={"type": "any"}, **CHAT)
+    made = other.messages.create(tools=[THEIR_TOOL], tool_choice={"type": "any"}, **THEIRS)
     [use] = [block for block in made.content if block.type == "tool_use"]
     assert made.stop_reason == "tool_use" and use.input["city"] in ("Paris", "Rome")
     result: Any = {"type": "tool_result", "tool_use_id": use.id, "content": [{"type": "text", "text": "sunny"}]}
     back: Any = [*TURN, {"role": "assistant", "content": made.content}, {"role": "user", "content": [result]}]
-    assert other.messages.create(tools=[THEIR_TOOL], **CHAT | {"messages": back}).stop_reason
+    assert other.messages.create(tools=[THEIR_TOOL], **THEIRS | {"messages": back}).stop_reason
     with other.messages.stream(
         tools=[THEIR_TOOL],
         tool_choice={"type": "tool", "name": "get_weather", "disable_parallel_tool_use": True},
-        **CHAT,
+        **THEIRS,
     ) as stream:
         assert "input_json" in {event.type for event in stream}
         assert stream.get_final_message().content[-1].type == "tool_use"
 
 
 def test_messages_thoughts_structured_outputs_counts(other: anthropic.Anthropic) -> None:
-    wish = CHAT | {"max_tokens": 1100}
+    wish = THEIRS | {"max_tokens": 1100}
     assert other.messages.create(thinking={"type": "enabled", "budget_tokens": 1024}, **wish).stop_reason
-    assert isinstance(other.messages.parse(output_format=Form, **CHAT).parsed_output, Form)
+    assert isinstance(other.messages.parse(output_format=Form, **THEIRS).parsed_output, Form)
     count = other.messages.count_tokens(model=MODEL, messages=TURN, tools=[THEIR_TOOL], system="x").input_tokens
     assert count > other.beta.messages.count_tokens(model=MODEL, messages=TURN).input_tokens > 0
-    assert other.beta.messages.create(betas=["prompt-caching-2024-07-31"], **CHAT).stop_reason
+    assert other.beta.messages.create(betas=["prompt-caching-2024-07-31"], **THEIRS).stop_reason
     assert [model.id for model in other.models.list()] == [MODEL] and other.models.retrieve(MODEL).id == MODEL
 
 
 @pytest.mark.parametrize(
     ("ask", "error"),
     [
-        (lambda c: c.messages.create(**CHAT | {"model": "nobody"}), anthropic.NotFoundError),
+        (lambda c: c.messages.create(**THEIRS | {"model": "nobody"}), anthropic.NotFoundError),
         (lambda c: list(c.messages.batches.list()), anthropic.NotFoundError),
-        (lambda c: c.messages.create(**CHAT | {"messages": []}), anthropic.BadRequestError),
+        (lambda c: c.messages.create(**THEIRS | {"messages": []}), anthropic.BadRequestError),
         (
-            lambda c: c.messages.create(tools=[{"type": "web_search_20250305", "name": "x"}], **CHAT),
+            lambda c: c.messages.create(tools=[{"type": "web_search_20250305", "name": "x"}], **THEIRS),
             anthropic.BadRequestError,
         ),
     ],
