@@ -122,9 +122,12 @@ class StructuredOutputs:
                 self._slots.errors[slot] = f"RequestFailedError: the grammar cannot go on: {failure}"
         if masks.biases is not None:
             # Not by PyTorch, whose threads would go on looking for work, for milliseconds, on the cores of our own.
-            scores = logits.numpy()
-            for row, bias in zip(using, masks.biases[:, : logits.shape[1]], strict=True):
-                scores[row] += bias
+            scores, biases = logits.numpy(), masks.biases[:, : logits.shape[1]]
+            if len(using) == len(scores):
+                scores += biases
+            else:
+                for row, bias in zip(using, biases, strict=True):
+                    scores[row] += bias
         else:
             index = self._device.to_device(torch.tensor(using, dtype=torch.int64))
             logits.index_add_(0, index, self._biases(masks, logits.shape[1]))
