@@ -84,8 +84,6 @@ import json, resource, sys, time
 began = float(sys.argv[1])
 phases = {"python": time.time() - began}
 mark = time.time()
-from quire.kernels.late_torch import leave_for_later
-leave_for_later()  # as the command does
 from quire.cli.flags import FlagParser
 from quire.cli.options import add_engine_flags, engine_options
 parser = FlagParser("startup", "", "[MODEL]")

@@ -26,9 +26,7 @@ TALES = Path(__file__).with_name("tales.txt")
 def load_quire(settings: dict[str, Any]) -> tuple[Generate, int]:
     """quire's LLM, and the size of its vocabulary."""
     from quire import LLM, SamplingParams
-    from quire.kernels.late_torch import leave_for_later
 
-    leave_for_later()  # as every command of quire does
     options = {
         "load_format": settings["load_format"],
         "skip_tokenizer_init": True,

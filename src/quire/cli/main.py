@@ -12,7 +12,6 @@ from io import TextIOWrapper
 
 from quire.config import nearest
 from quire.errors import ConfigError, QuireError
-from quire.kernels.late_torch import leave_for_later
 
 COMMANDS = {
     "serve": ("quire.cli.serve", "serve a model over HTTP, as the OpenAI API does"),
@@ -29,8 +28,6 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0, 1 for an error, 2 for a mistake in flags, 130 for Ctrl-C."""
-    if argv is None:
-        leave_for_later()  # this process is ours
     words = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):

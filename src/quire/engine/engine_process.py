@@ -32,7 +32,6 @@ from quire.engine.heap import keep_for_good, uncollected
 from quire.engine.orphan import end_with, leave_signals_to_parent
 from quire.engine.remote_core import LOOK_SECONDS, PICTURE_SECONDS, answered
 from quire.grammar import Grammars
-from quire.kernels.late_torch import leave_for_later
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +60,6 @@ Load = Callable[[EngineOptions, Tell], Served]
 def main(arguments: Sequence[str]) -> int:
     """Run the engine process over real models."""
     env.set_up_logging()
-    leave_for_later()
     return run(load_model, arguments, import_heavy)
 
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 import torch
 
 from quire.errors import CheckpointError
-from quire.kernels.late_torch import complete
 from quire.layers.target import Target
 from quire.quant.checkpoints import StoredWeight
 
@@ -145,7 +144,6 @@ def dummy_weights(targets: Mapping[str, Target], seed: int) -> Iterator[tuple[st
     """
     shapes = [target.shape for target in targets.values() if target.dtype.is_floating_point]
     longest = max((math.prod(shape[:-1]) * _ROW_STEP + shape[-1] for shape in shapes if shape), default=1)
-    complete()  # a generator of one's own wants more of torch than a native model does
     generator = torch.Generator().manual_seed(seed)
     # Numbers are drawn in blocks of 16: a whole number of them makes the first ones the same for any length.
     normal = torch.randn((longest + _STARTS + 15) // 16 * 16, generator=generator) * 0.02

@@ -12,7 +12,6 @@ import logging
 from typing import Any, Literal
 
 from quire.errors import ConfigError, UnsupportedModelError
-from quire.kernels.late_torch import complete
 from quire.models.hub import ModelFiles
 
 logger = logging.getLogger(__name__)
@@ -70,8 +69,6 @@ class ModelRegistry:
             raise UnsupportedModelError(_no_native(architecture, list(cls._classes)))
         if isinstance(found, type):
             return found
-        if found != NATIVE:
-            complete()
         module, _, name = found.partition(":")
         try:
             loaded = getattr(importlib.import_module(module), name)

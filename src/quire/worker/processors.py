@@ -15,7 +15,6 @@ import torch
 from quire.core.params import SamplingParams
 from quire.core.plan import Admission
 from quire.errors import ConfigError
-from quire.kernels.late_torch import complete
 from quire.worker.batch import Rows
 from quire.worker.device import Device
 from quire.worker.slots import Slots
@@ -32,8 +31,6 @@ def find_processors(paths: Sequence[str]) -> tuple[LogitsProcessor, ...]:
     """Those that packages announce, then those of the option, "module:name" each. ConfigError names what is wrong."""
     entries = {entry.name: entry.value for entry in sorted(importlib.metadata.entry_points(group=GROUP))}
     loaded = []
-    if entries or paths:
-        complete()
     for name, path in (*entries.items(), *zip(paths, paths, strict=True)):
         try:
             processor = _imported(path)
