@@ -11,7 +11,6 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from itertools import count
 from types import TracebackType
 from typing import Any, NoReturn
@@ -21,13 +20,13 @@ from tqdm.auto import tqdm
 from quire.config import EngineOptions
 from quire.core.params import SamplingParams
 from quire.engine.batch_arguments import adds_special, listed, ranks_of, refuse_given, whole
-from quire.engine.beam_requests import best_tokens, scoring, search_of
+from quire.engine.beam_requests import best_tokens, round_of, scoring, search_of
 from quire.engine.beams import BeamSearch, BeamSearchOutput, BeamSearchParams
 from quire.engine.engine import Engine, Prepared
 from quire.engine.metrics import Metrics
 from quire.engine.metrics_reader import Counter, Gauge, Histogram, read_metrics
 from quire.engine.outputs import RequestOutput
-from quire.engine.prompts import Prompt, ReadPrompt
+from quire.engine.prompts import Prompt
 from quire.engine.turns import HeldInterrupts, Turns
 from quire.errors import ConfigError, EngineDeadError, NoSuchMethodError, ValidationError
 from quire.text.answer_format import answer_format_of
@@ -279,15 +278,7 @@ class LLM:
         while waiting or active:
             while waiting and len(active) < at_once:
                 active.append(waiting.popleft())
-            requests = [
-                replace(
-                    first,
-                    request_id=str(next(self._ids)),
-                    prompt=ReadPrompt(None, tuple(beam.tokens), first.prompt.salt),
-                )
-                for search, first in active
-                for beam in search.running
-            ]
+            requests = [asked for search, first in active for asked in round_of(first, search, map(str, self._ids))]
             outputs = iter(self._run(requests, False))
             for search, _ in active:
                 search.advance([best_tokens(next(outputs)) for _ in search.running])

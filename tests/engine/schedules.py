@@ -23,10 +23,10 @@ from quire.core.plan import Event
 from quire.core.request import CoreRequest
 from quire.core.scheduler import Scheduler
 from quire.core.stats import Stats
-from quire.engine.beam_requests import best_tokens, scoring
+from quire.engine.beam_requests import best_tokens, round_of, scoring, search_of
 from quire.engine.beams import BeamSearch, Scores
 from quire.engine.core import EngineCore
-from quire.engine.engine import Engine
+from quire.engine.engine import Engine, Prepared
 from quire.engine.executor import LocalExecutor
 from quire.engine.journal import Journal
 from quire.engine.outputs import RequestOutput
@@ -81,7 +81,11 @@ WISHES: tuple[tuple[str, dict[str, object]], ...] = (
     ("red blue green " * 14, {"temperature": 0.0, "ignore_eos": True, "logprobs": 0}),
     (RIVER * 2, {"temperature": 0.5, "top_p": 0.7, "seed": 11, "allowed_token_ids": list(range(260, 1200))}),
 )
-SEARCHES = (("The old man went to the", 3), (RIVER, 2))
+SEARCHES = (
+    ("The old man went to the", 3, None),
+    (RIVER, 2, None),
+    (RIVER, 3, {"regex": "[A-Z][a-z]{2,5}( [a-z]+){2,9}"}),
+)
 
 
 @dataclass(frozen=True)
@@ -175,7 +179,7 @@ class Reborn:
         self._core = self._make()
         for entry in self._journal:
             entry.restart()
-            event = self._core.add(replace(entry.request, generated=tuple(entry.emitted)))
+            event = self._core.add(replace(entry.request, generated=(*entry.request.generated, *entry.emitted)))
             if event is not None:
                 self._early.append(event)
 
@@ -193,6 +197,7 @@ class _Search:
     """A beam search on its way: the requests of the present round, by id."""
 
     search: BeamSearch
+    first: Prepared
     asked: list[str] = field(default_factory=list)
     scored: dict[str, Scores] = field(default_factory=dict)
 
@@ -323,11 +328,11 @@ class _Round:
             self._done[name] = (output.outputs, output.prompt_logprobs)
 
     def _begin(self, name: str) -> None:
-        prompt, width = SEARCHES[int(name.split()[1])]
-        params = BeamSearchParams(beam_width=width, max_tokens=7)
-        ends = frozenset(self._engine.settings.eos_token_ids)
-        ids = self._engine.tokenizer.encode(prompt)
-        self._searches[name] = _Search(BeamSearch(ids, params, ends, params.max_tokens))
+        prompt, width, form = SEARCHES[int(name.split()[1])]
+        params = BeamSearchParams(beam_width=width, max_tokens=7, structured_outputs=form)
+        settings = self._engine.settings
+        first = self._engine.prepare(name, prompt, scoring(params, settings))
+        self._searches[name] = _Search(search_of(first, params, settings), first)
         self._ask(name)
 
     def _ask(self, name: str) -> None:
@@ -335,9 +340,8 @@ class _Round:
         found = self._searches[name]
         found.asked = [f"{name} {self._turn} {index}" for index in range(len(found.search.running))]
         found.scored = {}
-        wish = scoring(found.search.params, self._engine.settings)
-        for request_id, beam in zip(found.asked, found.search.running, strict=True):
-            self._engine.add(request_id, TokensPrompt(prompt_token_ids=beam.tokens), wish)
+        for request in round_of(found.first, found.search, found.asked):
+            self._engine.submit(request)
 
     def _score(self, request_id: str, output: RequestOutput) -> None:
         name = " ".join(request_id.split()[:2])

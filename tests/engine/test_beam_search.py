@@ -167,8 +167,6 @@ def test_wishes_that_cannot_be_met(llm: LLM):
         BeamSearchParams(beam_width=0, max_tokens=2)
     with pytest.raises(ValidationError, match="early_stopping"):
         BeamSearchParams(beam_width=2, max_tokens=2, early_stopping="soon")
-    with pytest.raises(ValidationError, match="structured_outputs"):
-        BeamSearchParams(beam_width=2, max_tokens=2, structured_outputs={"json_object": True})
     settings = llm._engine.settings
     llm._engine.settings = type(settings)(**{**fields_of(settings), "logprobs_mode": "raw_logits"})
     try:

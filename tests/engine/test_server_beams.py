@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +14,12 @@ from served_model import ENGINE, served_model
 from quire import LLM, BeamSearchParams
 
 PROMPT = "The old man went to the"
+SCHEMA = {
+    "type": "object",
+    "properties": {"old": {"type": "boolean"}},
+    "required": ["old"],
+    "additionalProperties": False,
+}
 BEAMS = {"use_beam_search": True, "n": 3, "max_tokens": 12}
 
 
@@ -56,6 +64,46 @@ def test_a_conversation_is_searched(server: httpx.Client) -> None:
     assert len(set(texts)) == 3 and all(texts)
 
 
+@pytest.mark.parametrize(
+    ("wish", "form"),
+    [
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}},
+            {"json": SCHEMA},
+        ),
+        ({"structured_outputs": {"regex": "[a-z]{1,4} [a-z]{1,4}!"}}, {"regex": "[a-z]{1,4} [a-z]{1,4}!"}),
+        ({"guided_choice": ["mill", "river"]}, {"choice": ["mill", "river"]}),
+    ],
+)
+def test_forms_are_kept(server: httpx.Client, llm: LLM, wish: dict[str, Any], form: dict[str, Any]) -> None:
+    """By what the library finds; there are as many choices as it finds, which may be fewer than n."""
+    fields = wish | BEAMS | {"n": 9, "max_tokens": 24}
+    params = BeamSearchParams(beam_width=9, max_tokens=24, structured_outputs=form)
+    wanted = [str(found.text)[len(PROMPT) :] for found in llm.beam_search(PROMPT, params)[0].sequences]
+    answer = server.post("/v1/completions", json={"prompt": PROMPT} | fields).raise_for_status().json()
+    assert [choice["text"] for choice in answer["choices"]] == wanted
+    talk = {"messages": [{"role": "user", "content": "Name a place."}]}
+    answer = server.post("/v1/chat/completions", json=talk | fields).raise_for_status().json()
+    for choice in answer["choices"]:
+        text = choice["message"]["content"]
+        if choice["finish_reason"] == "stop":
+            assert text in form.get("choice", [text]) and re.fullmatch(form.get("regex", "(?s).*"), text)
+            assert "json" not in form or set(json.loads(text)) == {"old"}
+    assert any(choice["finish_reason"] == "stop" for choice in answer["choices"])
+
+
+def test_a_tool_is_called_by_every_beam(server: httpx.Client) -> None:
+    tool = {"type": "function", "function": {"name": "look", "parameters": SCHEMA}}
+    body = {
+        "messages": [{"role": "user", "content": "Look."}],
+        "tools": [tool],
+        "tool_choice": {"type": "function", "function": {"name": "look"}},
+    }
+    answer = server.post("/v1/chat/completions", json=body | BEAMS | {"max_tokens": 60}).raise_for_status().json()
+    calls = [choice["message"]["tool_calls"] for choice in answer["choices"]]
+    assert len(calls) == 3 and all(set(json.loads(one["function"]["arguments"])) == {"old"} for [one] in calls)
+
+
 def test_stops_and_echo(server: httpx.Client) -> None:
     plain = server.post("/v1/completions", json={"prompt": PROMPT, "return_token_ids": True} | BEAMS).json()
     stop = plain["choices"][0]["token_ids"][4]
@@ -74,7 +122,8 @@ def test_stops_and_echo(server: httpx.Client) -> None:
         ({"top_p": 0.5}, "top_p"),
         ({"presence_penalty": 0.5}, "presence_penalty"),
         ({"stop": "x"}, "stop"),
-        ({"response_format": {"type": "json_object"}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs"),
+        ({"repetition_penalty": 1.5}, "repetition_penalty"),
         ({"n": 20}, "beam_width"),
         ({"length_penalty": 1e9}, "length_penalty"),
         ({"use_beam_search": False, "length_penalty": 2.0}, "length_penalty"),

@@ -157,7 +157,7 @@ def _body(kind: type[ApiRequest], name: str, value: object) -> ApiRequest:
 def test_the_table_is_complete() -> None:
     """Nothing is known that it does not list, but for what quire alone has."""
     listed = {name for name, *_ in ROWS}
-    own = {"timeout", "include_account", "eos_token_ids", "bad_words_token_ids", "thinking"}
+    own = {"timeout", "include_account", "eos_token_ids", "bad_words_token_ids", "thinking", "allowed_logprobs"}
     known = {item.name for item in dataclasses.fields(SamplingParams)} | set(_ELSEWHERE) | set(REFUSED)
     known |= set(CompletionRequest.model_fields) | set(ChatRequest.model_fields) | set(GUIDED) | WITHOUT_EFFECT
     known -= {"structural_tag", "grammar", "prompt_cache_retention"}  # misplaced names, and a wish of clients'

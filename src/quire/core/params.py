@@ -44,7 +44,6 @@ _ELSEWHERE: dict[str, tuple[tuple[object, ...], str]] = {
     "use_beam_search": ((None, False), "LLM.beam_search searches with beams, and so do the HTTP routes."),
     "length_penalty": ((None, 1, 1.0), "It belongs to BeamSearchParams."),
     "early_stopping": ((None, False), "It belongs to BeamSearchParams."),
-    "structured_outputs": ((None,), "Beams cannot be held to a form."),
     "logits_processors": ((None, [], ()), "Processors are plugins of the engine; requests reach them by extra_args."),
     "guided_decoding": ((None,), "Use structured_outputs."),
     "truncate_prompt_tokens": ((None,), "Cut the prompt before it is given, or use the field of the HTTP routes."),
@@ -88,6 +87,15 @@ def suggesting(cls: type[_Params]) -> type[_Params]:
 suggesting(StructuredOutputsParams)
 
 
+def form_of(given: object) -> StructuredOutputsParams | None:
+    """A form that may be given as its fields. Raises ValidationError for anything else."""
+    if isinstance(given, Mapping):
+        return StructuredOutputsParams(**given)
+    if given is not None and not isinstance(given, StructuredOutputsParams):
+        raise ValidationError("structured_outputs must be StructuredOutputsParams", "structured_outputs", given)
+    return given
+
+
 @suggesting
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RepetitionDetection:
@@ -120,7 +128,7 @@ class SamplingParams:
 
     Values are normalized: lists become tuples, `stop` is always a tuple, `logit_bias` a tuple of (token id, bias) pairs
     clamped to [-100, 100], a temperature of 0 switches top_p, top_k and min_p off. A wrong value raises ValidationError
-    with the field's name. The last three fields are filled in by the text side and the engine, see resolved().
+    with the field's name. The last four fields are filled in by the text side and the engine, see resolved().
     """
 
     n: int = 1
@@ -162,6 +170,7 @@ class SamplingParams:
     eos_token_ids: tuple[int, ...] = ()  # the tokenizer's own first, then those of the generation config
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     thinking: ThinkingMarks | None = None
+    allowed_logprobs: bool = False  # a beam's: report the likeliest tokens that its form allows
 
     def __post_init__(self) -> None:
         """Check and normalize every field."""
@@ -302,11 +311,7 @@ class SamplingParams:
             )
         self._set("bad_words_token_ids", sequences)
         check_extra_args(self.extra_args)
-        form = self.structured_outputs
-        if isinstance(form, Mapping):
-            self._set("structured_outputs", StructuredOutputsParams(**form))
-        elif form is not None and not isinstance(form, StructuredOutputsParams):
-            raise ValidationError("structured_outputs must be StructuredOutputsParams", "structured_outputs", form)
+        self._set("structured_outputs", form_of(self.structured_outputs))
 
     @property
     def greedy(self) -> bool:

@@ -7,9 +7,8 @@ its asyncio driver; the rules of the search are those of beams.py.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import aclosing
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from quire.core.params import RequestOutputKind, SamplingParams
@@ -42,6 +41,7 @@ HEEDED = frozenset(
         "detokenize",
         "output_kind",
         "stream_interval",
+        "structured_outputs",
     )
 )
 
@@ -74,6 +74,7 @@ def beam_params(
         include_stop_str_in_output=params.include_stop_str_in_output,
         skip_special_tokens=params.skip_special_tokens,
         logprobs=params.logprobs,
+        structured_outputs=params.structured_outputs,
     )
 
 
@@ -106,6 +107,8 @@ def scoring(params: BeamSearchParams, settings: EngineSettings) -> SamplingParam
         ignore_eos=True,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
+        structured_outputs=params.structured_outputs,
+        allowed_logprobs=params.structured_outputs is not None,
     )
 
 
@@ -114,6 +117,16 @@ def search_of(first: Prepared, params: BeamSearchParams, settings: EngineSetting
     prompt = first.prompt.token_ids
     limit = min(params.max_tokens, settings.max_model_len - len(prompt))
     return BeamSearch(prompt, params, end_ids(params, settings), limit)
+
+
+def round_of(first: Prepared, search: BeamSearch, ids: Iterable[str]) -> list[Prepared]:
+    """What the running beams ask for, under these ids: each for the token behind what it has found so far."""
+    start = len(search.prompt)
+    params = replace(first.params, max_tokens=len(search.running[0].tokens) - start + 1)
+    return [
+        replace(first, request_id=request_id, params=params, generated=tuple(beam.tokens[start:]))
+        for beam, request_id in zip(search.running, ids, strict=False)
+    ]
 
 
 def best_tokens(output: RequestOutput) -> Scores:
@@ -131,19 +144,18 @@ async def beam_output(
 
     Raises ValidationError, and what AsyncEngine.generate does. Cancelling it ends its requests.
     """
-    settings, score = engine.engine.settings, scoring(params, engine.engine.settings)
-    end = None if wishes.timeout is None else time.monotonic() + wishes.timeout
-    first = engine.engine.prepare(ids[0], prompt, score, add_special_tokens=wishes.special)
+    settings = engine.engine.settings
+    first = await engine.prepare(
+        prompt, scoring(params, settings), ids[0], wishes.priority, wishes.special, wishes.tenant, wishes.timeout
+    )
     search = search_of(first, params, settings)
     prompt_ids, cached = list(first.prompt.token_ids), None
     while search.running:
-        if end is not None and time.monotonic() >= end:
+        now = time.monotonic()
+        if first.deadline is not None and now >= first.deadline:
             return _broken_off(first, params.beam_width, "error", LATE)
-        rounds = [
-            _next(engine, request_id, _tokens_prompt(beam.tokens, prompt), score, wishes, end)
-            for request_id, beam in zip(ids, search.running, strict=False)
-        ]
-        outputs = await together(rounds)
+        asked = round_of(replace(first, arrival=now, arrival_time=time.time()), search, ids)
+        outputs = await together(_last_output(engine, request) for request in asked)
         cached = outputs[0].num_cached_tokens if cached is None else cached
         ended = next((found.outputs[0] for found in outputs if not found.outputs[0].logprobs), None)
         if ended is not None:  # by an abort, a failure, or the end of its time
@@ -162,23 +174,13 @@ def _broken_off(first: Prepared, width: int, reason: FinishReason | None, error:
     return RequestOutput(first.request_id, first.prompt.text, list(first.prompt.token_ids), None, lost, True)
 
 
-async def _next(
-    engine: AsyncEngine, request_id: str, prompt: TokensPrompt, score: SamplingParams, wishes: Wishes, end: float | None
-) -> RequestOutput:
+async def _last_output(engine: AsyncEngine, request: Prepared) -> RequestOutput:
     """What the engine says of one beam in one round."""
-    left = None if end is None else max(end - time.monotonic(), 1e-3)
-    generation = engine.generate(prompt, score, request_id, wishes.priority, False, wishes.tenant, left)
-    async with aclosing(generation) as outputs:
-        async for output in outputs:
-            if output.finished:
-                return output
-    raise RequestFailedError("A beam ended without an output")
-
-
-def _tokens_prompt(tokens: list[int], like: TextPrompt | TokensPrompt) -> TokensPrompt:
-    """A prompt of these tokens, which shares pages with those of the same salt."""
-    salt = like.get("cache_salt")
-    return {"prompt_token_ids": tokens} if salt is None else {"prompt_token_ids": tokens, "cache_salt": salt}
+    outputs: list[RequestOutput] = []
+    await engine.deliver(request, outputs.append)
+    if not outputs:
+        raise RequestFailedError("A beam ended without an output")
+    return outputs[-1]
 
 
 def _completion(

@@ -12,7 +12,8 @@ from itertools import islice
 from typing import Literal
 
 from quire.core.checks import finite_number, token_ids
-from quire.core.params import suggesting
+from quire.core.params import form_of, suggesting
+from quire.core.structured import StructuredOutputsParams
 from quire.engine.logprobs import Logprob
 from quire.errors import ValidationError
 
@@ -27,7 +28,9 @@ class BeamSearchParams:
     `early_stopping`: True ends the search with beam_width results; False when the best running beam, as long as it is,
     beats none of them; "never" when even the best that it could become does not. The model's own log-probabilities
     count; `temperature` is there for those who give it, and changes no ranking. `logprobs`: how many of the likeliest
-    tokens are told of at each position, beside the one that a sequence has; -1 for all.
+    tokens are told of at each position, beside the one that a sequence has; -1 for all. `structured_outputs`: the form
+    that every sequence keeps; of the tokens that it forbids nothing is said, and the log-probabilities of the others stay
+    as they are.
     """
 
     beam_width: int
@@ -40,6 +43,7 @@ class BeamSearchParams:
     include_stop_str_in_output: bool = False  # whether the token that ends a sequence is part of it
     skip_special_tokens: bool = True
     logprobs: int | None = None
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         """Raise ValidationError for a search that finds nothing."""
@@ -55,6 +59,7 @@ class BeamSearchParams:
         object.__setattr__(self, "stop_token_ids", token_ids("stop_token_ids", self.stop_token_ids))
         if self.early_stopping not in (True, False, "never"):
             raise ValidationError('early_stopping must be true, false or "never"', "early_stopping")
+        object.__setattr__(self, "structured_outputs", form_of(self.structured_outputs))
 
 
 @dataclass(slots=True)

@@ -70,6 +70,7 @@ class Prepared:
     arrival: float
     tenant: str = ""
     deadline: float | None = None  # on the clock of `arrival`
+    generated: tuple[int, ...] = ()  # the output so far, behind which it goes on
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +252,7 @@ class Engine:
                         priority=prepared.priority,
                         arrival=prepared.arrival,
                         salt=prepared.prompt.salt,
+                        generated=prepared.generated,
                         tenant=prepared.tenant,
                         deadline=prepared.deadline,
                     )

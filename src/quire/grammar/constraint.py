@@ -33,6 +33,12 @@ class Constraint:
         self._end_ids = end_ids
         self._past_end = 0  # ends that were taken after the output was complete
 
+    def fork(self) -> Constraint:
+        """Another one at the same place, for an output that goes on otherwise."""
+        made = Constraint(self._matcher.deep_copy(), self._end_ids)
+        made._past_end = self._past_end
+        return made
+
     def advance(self, token_ids: Sequence[int]) -> int:
         """Take tokens in; how many of them the grammar allows. Those from the first wrong one on change nothing."""
         taken = self._matcher.try_consume_tokens(list(token_ids)) if not self.done else 0

@@ -13,6 +13,8 @@ import torch
 from quire.core.plan import TokenLogprobs
 from quire.kernels.table import Ops
 
+FEW = 256  # tokens of a row that are compared with all the others each, which takes memory; more are looked up in order
+
 LogprobsMode = Literal["raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"]
 
 
@@ -50,9 +52,12 @@ def token_logprobs(
 
 def _of_ids(logits: torch.Tensor, ids: list[int], log_sum: torch.Tensor | float) -> TokenLogprobs:
     """The entry of a row [V] for these tokens."""
-    picked = logits[ids].double()
-    ranks = (logits[None, :] >= picked[:, None]).sum(-1)
-    return TokenLogprobs(tuple(ids), tuple((picked - log_sum).float().tolist()), tuple(ranks.tolist()))
+    picked = logits[ids]
+    if len(ids) > FEW:
+        ranks = len(logits) - torch.searchsorted(logits.sort().values, picked)
+    else:
+        ranks = (logits[None, :] >= picked[:, None]).sum(-1)
+    return TokenLogprobs(tuple(ids), tuple((picked.double() - log_sum).float().tolist()), tuple(ranks.tolist()))
 
 
 def filtered(

@@ -24,7 +24,7 @@ from quire.worker.logit_steps import LOGIT_STEPS, LogitStep, Penalties
 from quire.worker.logprobs import LogprobsMode, filtered, token_logprobs
 from quire.worker.processors import LogitsProcessor, Processors
 from quire.worker.slots import Slots
-from quire.worker.structured import StructuredOutputs
+from quire.worker.structured import NEVER, StructuredOutputs
 from quire.worker.thinking import ThinkingBudget
 
 
@@ -68,6 +68,7 @@ class Sampler:
         self._logprobs = np.full(count, -2, dtype=np.int64)  # how many are wanted; -1 all, -2 not asked for
         self._logprob_ids: dict[int, tuple[int, ...]] = {}  # rows that name the tokens to report
         self._prompt_ids: dict[int, SamplingParams] = {}  # rows that name those to report for the prompt
+        self._allowed = np.zeros(count, dtype=bool)  # rows that report of the tokens that their forms allow
         self._temperature = torch.zeros(count, dtype=torch.float32, device=where)
         self._top_k = torch.zeros(count, dtype=torch.int32, device=where)
         self._top_p = torch.ones(count, dtype=torch.float32, device=where)
@@ -84,6 +85,7 @@ class Sampler:
             self._uses[index, slot] = step.admit(new, params)
         self._random[slot] = not params.greedy
         self._logprobs[slot] = -2 if params.logprobs is None else params.logprobs
+        self._allowed[slot] = params.allowed_logprobs
         if params.logprob_token_ids is not None:
             self._logprob_ids[slot] = params.logprob_token_ids
         if params.prompt_logprob_token_ids is not None:
@@ -178,9 +180,25 @@ class Sampler:
                 scores.index_select(0, picked).float(), *(item.index_select(0, slots) for item in settings)
             )
         chosen = tokens.index_select(0, picked).clamp_(min=0)
-        named = self._named(rows.slots_host[asking].tolist()) if self._logprob_ids else None
-        entries = token_logprobs(self._ops, source, chosen, wanted[asking].tolist(), self._mode, named)
+        asked = rows.slots_host[asking]
+        named = self._named(asked.tolist()) if self._logprob_ids else {}
+        counts, allowed = wanted[asking], np.flatnonzero(self._allowed[asked])
+        if allowed.size:
+            named |= self._best_allowed(scores.index_select(0, picked), allowed, counts)
+            counts[allowed] = 0
+        entries = token_logprobs(self._ops, source, chosen, counts.tolist(), self._mode, named)
         return dict(zip(asking.tolist(), entries, strict=True))
+
+    def _best_allowed(self, scores: torch.Tensor, using: np.ndarray, counts: np.ndarray) -> dict[int, tuple[int, ...]]:
+        """The likeliest tokens of the rows `using` of `scores` [R, V] that may come, counts[row] of them at most."""
+        scores = scores.index_select(0, self._device.to_device(torch.from_numpy(using)))
+        most = [scores.shape[1] if count < 0 else count for count in counts[using].tolist()]
+        best = self._ops.rank(scores, torch.zeros_like(scores[:, 0], dtype=torch.int64), max(most)).best
+        left = (scores.gather(1, best) > NEVER).sum(-1).tolist()
+        return {
+            row: tuple(ids[: min(count, some)])
+            for row, ids, count, some in zip(using.tolist(), best.tolist(), most, left, strict=True)
+        }
 
     def _named(self, slots: list[int]) -> dict[int, tuple[int, ...]]:
         """The tokens to report, for those of these rows that name them."""

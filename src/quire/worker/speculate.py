@@ -41,7 +41,10 @@ class Speculator:
     def admit(self, new: Admission) -> None:
         """Take in a request."""
         params = new.params
-        self._able[new.slot] = isinstance(params, SamplingParams) and params.max_tokens != 1
+        if isinstance(params, SamplingParams):  # one whose next token is its last needs no guess
+            self._able[new.slot] = new.prompt_len + (params.max_tokens or 0) != len(new.token_ids) + 1
+        else:
+            self._able[new.slot] = False
         self._history.admit(new)
         self._drafter.admit(new)
 

@@ -19,6 +19,7 @@ from quire.core.plan import Admission, Singles, Span, SpanResult
 from quire.errors import RequestFailedError
 from quire.grammar.compiler import Grammars
 from quire.grammar.constraint import Constraint, MaskFiller, MaskWish, mask_width
+from quire.grammar.forks import Forks
 from quire.worker.batch import Rows
 from quire.worker.device import Device
 from quire.worker.slots import Slots
@@ -40,6 +41,7 @@ class _Followed:
     constraint: Constraint
     first: int  # position of the first token of the output
     end: int  # and of the next one
+    limit: int  # of the output: no token can come there
     taken: list[int] = field(default_factory=list)
     patience: int = PATIENCE
 
@@ -72,6 +74,7 @@ class StructuredOutputs:
         self._slots = slots
         self._device = device
         self._grammars = grammars
+        self._forks = Forks(grammars) if grammars is not None else None
         self._rows: dict[int, _Followed] = {}
         self._masks: _Masks | None = None
         self._ahead: _Masks | None = None  # for the step after this one, if its rows will be the same
@@ -87,9 +90,15 @@ class StructuredOutputs:
             return False
         if self._grammars is None:
             raise RequestFailedError("structured_outputs needs a tokenizer, and this worker has none")
-        followed = _Followed(self._grammars.constraint(params.structured_outputs), new.prompt_len, new.prompt_len)
-        _take(followed, new.token_ids[new.prompt_len :])
-        self._rows[new.slot] = followed
+        form, begin, output = params.structured_outputs, new.prompt_len, new.token_ids[new.prompt_len :]
+        limit = begin + (params.max_tokens or self._slots.tokens.shape[1])
+        if params.allowed_logprobs and self._forks is not None:
+            constraint = self._forks.behind(form, output)
+            self._rows[new.slot] = _Followed(constraint, begin, begin + len(output), limit, list(output))
+        else:
+            followed = _Followed(self._grammars.constraint(form), begin, begin, limit)
+            _take(followed, output)
+            self._rows[new.slot] = followed
         return True
 
     def release(self, slot: int) -> None:
@@ -161,6 +170,8 @@ class StructuredOutputs:
                 ((lone[index],), ()) if lone is not None else (results[index].tokens, results[index].drafts)
             )
             known = span.start + span.count - len(span.drafts)
+            if known + len(tokens) >= followed.limit:
+                continue
             if tokens and followed.end == known:
                 _take(followed, tokens)
             if tokens and followed.end == known + len(tokens):

@@ -31,12 +31,12 @@ class SuffixDrafter:
         self._known = np.zeros(rows, dtype=np.int64)  # the row's length then
         self._past = PastOutputs()
         self._salts = [b""] * rows
-        self._begins = np.zeros(rows, dtype=np.int64)  # where the row's output does
+        self._begins = np.zeros(rows, dtype=np.int64)  # where what the row's request says from now on does
 
     def admit(self, new: Admission) -> None:
         """Another request is in this row: it copies nothing yet."""
         self._places[new.slot] = self._matched[new.slot] = 0
-        self._salts[new.slot], self._begins[new.slot] = new.salt, new.prompt_len
+        self._salts[new.slot], self._begins[new.slot] = new.salt, len(new.token_ids)
 
     def release(self, slot: int) -> None:
         """What the row's request has said may be said again."""
