@@ -14,7 +14,7 @@ from quire.config import ModelOptions, Speculation
 from quire.errors import ConfigError
 from quire.layers.spec import ModelLayout
 from quire.models.build import layout_of
-from quire.models.eagle3 import LLAMA, fused_layout, fused_taps, is_fused, layer_overrides
+from quire.models.eagle3 import LLAMA, fused_taps, is_fused, layer_overrides
 from quire.models.hub import ModelFiles, find_model
 from quire.models.native import FAMILIES
 from quire.models.nextlayer import EAGLE, Style, mtp_style, next_layout
@@ -138,7 +138,7 @@ def _find_eagle(
         return _fitting(DraftModel(files, wanted, next_layout(files), _longest(files), EAGLE), target, layout)
     fused = replace(fused, hf_overrides=layer_overrides(files))
     files = find_model(fused, download)
-    found = replace(fused_layout(files), vocab_size=layout.vocab_size)
+    found = replace(next_layout(files), vocab_size=layout.vocab_size)
     taps = fused_taps(files, target.text_config.num_hidden_layers)
     return DraftModel(files, fused, found, _longest(files), taps=taps)
 

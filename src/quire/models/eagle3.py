@@ -7,7 +7,6 @@ In the published format and in that of the speculators library, which differ in 
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,15 +17,11 @@ from quire.kernels.table import Ops
 from quire.layers.batch import Batch
 from quire.layers.embedding import Embedding
 from quire.layers.linear import Linear
-from quire.layers.norm import RMSNorm
-from quire.layers.rope import Rotary
-from quire.layers.spec import ModelLayout
 from quire.layers.target import Target
 from quire.models.checkpoint import Checkpoint
-from quire.models.frequencies import frequencies_of
 from quire.models.hub import ModelFiles
 from quire.models.load import LoadRules, load_into
-from quire.models.native import Layer, native_layout, shape_of
+from quire.models.nextlayer import lone_layer
 from quire.models.open_model import OpenModel
 
 LLAMA = {
@@ -47,12 +42,6 @@ def is_fused(files: ModelFiles) -> bool:
 def layer_overrides(files: ModelFiles) -> dict[str, Any]:
     """What must be laid over the head's config so that it describes a Llama of one layer."""
     return {**files.raw_config.get(INNER_CONFIG, {}), **LLAMA, "num_hidden_layers": 1}
-
-
-def fused_layout(files: ModelFiles) -> ModelLayout:
-    """The layout of the head's layer."""
-    layout = native_layout(files.architecture, files.config)
-    return replace(layout, layers=(replace(layout.layers[-1], group=0),))
 
 
 def fused_taps(files: ModelFiles, layers: int) -> tuple[int, ...]:
@@ -79,36 +68,34 @@ class FusedLayer:
     def __init__(
         self, files: ModelFiles, model: OpenModel, taps: int, dtype: torch.dtype, device: torch.device, ops: Ops
     ) -> None:
-        self.layout = fused_layout(files)
+        own = lone_layer(files, dtype, device, ops)
+        self.layout, self._layer, self._rotary = own.layout, own.layer, own.rotary
         self.hf_config = files.config
         self._model = model
         self._vocabulary = model.layout.vocab_size
         self._norm_first = bool(files.raw_config.get("norm_before_residual", INNER_CONFIG in files.raw_config))
-        shape = replace(shape_of(files.architecture, files.config), tied=False)
         checkpoint = Checkpoint(files)
         names = {_own_name(name): name for name in checkpoint.headers}
-        self._fuse = Linear(ops, taps * model.layout.hidden_size, (shape.size,), "fc.bias" in names, dtype, device)
-        self._layer = layer = Layer(ops, shape, self.layout.layers[0], 0, dtype, device)
-        layer.qkv = Linear(ops, 2 * shape.size, layer.qkv.sizes, shape.qkv_bias, dtype, device)
-        self._state_norm = RMSNorm(ops, shape.size, shape.eps, "down_then_scale", dtype, device)
-        self._last_norm = RMSNorm(ops, shape.size, shape.eps, "down_then_scale", dtype, device)
-        self._rotary = Rotary(frequencies_of(files.config, shape.head_dim), "half", dtype, device)
+        self._fuse = Linear(ops, taps * model.layout.hidden_size, (own.size,), "fc.bias" in names, dtype, device)
+        inner = own.layer.qkv
+        own.layer.qkv = Linear(ops, 2 * own.size, inner.sizes, inner.has_bias, dtype, device)
+        self._state_norm, self._last_norm = own.norm(), own.norm()
         targets = self._targets()
         self._embedding = None
         if "embed_tokens.weight" in names:
             rows = checkpoint.headers[names["embed_tokens.weight"]].shape[0]
-            self._embedding = Embedding(rows, shape.size, dtype, device)
+            self._embedding = Embedding(rows, own.size, dtype, device)
             targets["embed_tokens.weight"] = self._embedding.weight_target()
         self._output = self._tokens = None
         if "lm_head.weight" in names:
             rows = checkpoint.headers[names["lm_head.weight"]].shape[0]
-            self._output = Linear(ops, shape.size, (rows,), False, dtype, device)
+            self._output = Linear(ops, own.size, (rows,), False, dtype, device)
             targets["lm_head.weight"] = self._output.weight_target()
             if "d2t" in names:
                 # The differences between the model's token ids and the head's own.
                 self._tokens = (checkpoint.read(names["d2t"]).to(torch.int64) + torch.arange(rows)).to(device)
-        wanted = ((own, checkpoint.read(name)) for own, name in names.items() if own not in ("d2t", "t2d"))
-        load_into(targets, wanted, LoadRules(origin=lambda own: checkpoint.where(names[own])))
+        wanted = ((short, checkpoint.read(name)) for short, name in names.items() if short not in ("d2t", "t2d"))
+        load_into(targets, wanted, LoadRules(origin=lambda short: checkpoint.where(names[short])))
 
     def _targets(self) -> dict[str, Target]:
         found = {f"layers.0.{name}": target for name, target in self._layer.targets().items()}

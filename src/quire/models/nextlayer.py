@@ -6,8 +6,9 @@ see STYLES. Embedding and output matrix are the model's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -74,6 +75,31 @@ def next_layout(files: ModelFiles) -> ModelLayout:
     return replace(layout, layers=(replace(layout.layers[-1], group=0),))
 
 
+@dataclass(frozen=True, slots=True)
+class LoneLayer:
+    """The last of the layers that a config describes, alone, before its weights are read."""
+
+    layout: ModelLayout
+    size: int  # of what it reads and returns
+    layer: Layer
+    rotary: Rotary
+    norm: Callable[[], RMSNorm]  # makes one more, as its own are
+
+
+def lone_layer(files: ModelFiles, dtype: torch.dtype, device: torch.device, ops: Ops) -> LoneLayer:
+    """Such a layer with keys and values of its own. Raises UnsupportedModelError."""
+    layout, shape = next_layout(files), shape_of(files.architecture, files.config)
+    last = len(shape.windows) - 1
+    shape = replace(shape, experts=shape.experts[last:], windows=shape.windows[last:])
+    return LoneLayer(
+        layout,
+        shape.size,
+        Layer(ops, shape, layout.layers[0], 0, dtype, device),
+        Rotary(frequencies_of(files.config, shape.head_dim), "half", dtype, device),
+        partial(RMSNorm, ops, shape.size, shape.eps, "down_then_scale", dtype, device),
+    )
+
+
 class Head(Recordable, Protocol):
     """A layer that guesses on; `layout` is that of its own keys and values.
 
@@ -97,22 +123,16 @@ class NextLayer:
     def __init__(
         self, files: ModelFiles, style: Style, model: OpenModel, dtype: torch.dtype, device: torch.device, ops: Ops
     ) -> None:
-        self.layout = next_layout(files)
+        own = lone_layer(files, dtype, device, ops)
+        self.layout, self._layer, self._rotary = own.layout, own.layer, own.rotary
         self.hf_config = files.config
         self.model = model
         self._style = style
-        shape = shape_of(files.architecture, files.config)
-        last = len(shape.windows) - 1
-        shape = replace(shape, experts=shape.experts[last:], windows=shape.windows[last:])
-        self._layer = Layer(ops, shape, self.layout.layers[0], 0, dtype, device)
-        self._rotary = Rotary(frequencies_of(files.config, shape.head_dim), "half", dtype, device)
         checkpoint = Checkpoint(files)
         names = {name.removeprefix(style.prefix) for name in checkpoint.headers if name.startswith(style.prefix)}
-        self._join = Linear(ops, 2 * shape.size, (shape.size,), f"{style.join}.bias" in names, dtype, device)
+        self._join = Linear(ops, 2 * own.size, (own.size,), f"{style.join}.bias" in names, dtype, device)
         self._norms: dict[str, RMSNorm] = {
-            name: RMSNorm(ops, shape.size, shape.eps, "down_then_scale", dtype, device)
-            for name in (style.embedding_norm, style.state_norm, style.last_norm)
-            if name is not None
+            name: own.norm() for name in (style.embedding_norm, style.state_norm, style.last_norm) if name is not None
         }
         # EAGLE's first layer reads its input as it is.
         self._input_norm = f"{style.layer}input_layernorm.weight" in names
