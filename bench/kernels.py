@@ -1,13 +1,13 @@
 """The CPU kernels beside PyTorch's own path and beside what the machine can do at best.
 
-    python bench/kernels.py [--only linear,quantized,attention,experts,fused,small] [--seconds 0.5] [--json FILE]
+    python bench/kernels.py [--only linear,quantized,attention,shared,experts,fused,small] [--seconds 0.5] [--json FILE]
 
 Both sides of a line run in alternation on the same inputs, so that a disturbed minute disturbs both; the time shown is
 the lower quartile of each, the ratio the median of the ratios of neighbouring runs. The ceilings (reading memory,
 multiplying from registers) are measured in the same minute. Quantized linears stand beside quire's own bfloat16 and beside
 PyTorch's dynamic int8 and its int4 with bfloat16 activations; experts in one call beside one product for each; layers that
 make their own rows beside the same in two calls. Weights and pages are taken in turn from copies that together exceed the
-caches.
+caches. `shared` is attention of sequences that begin with the same pages, beside the same with pages of their own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from quire.quant.format import quantized_ops
 
 COLD_BYTES = 192 << 20
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
+CACHE_DTYPES = {"bf16": torch.bfloat16, "int8": torch.int8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +153,8 @@ def torch_int4(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """`batch` sequences of `context` positions each, the last `new` of them to compute."""
+    """`batch` sequences of `context` positions each, the last `new` of them to compute, the first `shared` in the pages of
+    all."""
 
     batch: int
     context: int
@@ -160,35 +162,63 @@ class Scene:
     heads: int
     kv_heads: int
     dim: int
+    shared: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"batch={self.batch} context={self.context} new={self.new} heads={self.heads}/{self.kv_heads} d={self.dim}"
+        )
+
+    def flops(self) -> float:
+        """What its scores and weighted values take."""
+        seen = self.batch * self.new * (self.context - (self.new - 1) / 2)
+        return 4.0 * seen * self.heads * self.dim
+
+
+def paged(
+    ops: CpuOps, scene: Scene, query: torch.Tensor, pair: torch.Tensor, stored: torch.dtype
+) -> Callable[[], object]:
+    """Attention over the keys and values of `pair` [2, batch, context, kv_heads, dim], stored in shuffled pages."""
+    page, batch = 16, scene.batch
+    pages, common = -(-scene.context // page), scene.shared // page
+    cache = ops.new_cache(batch * pages + 1, page, scene.kv_heads, scene.dim, scene.dim, stored, "cpu")
+    tables = (torch.randperm(batch * pages) + 1).int().view(batch, pages)
+    tables[:, :common] = tables[0, :common]
+    at = torch.arange(scene.context)
+    for s in range(batch):
+        ops.write_cache(cache, pair[0, s], pair[1, s], tables[s, at // page].long() * page + at % page)
+    starts = (torch.arange(batch + 1) * scene.new).int()
+    lengths = torch.full((batch,), scene.context, dtype=torch.int32)
+    return lambda: ops.attention(query, cache, tables, starts, lengths, scene.dim**-0.5)
 
 
 def attention_case(ops: CpuOps, label: str, scene: Scene) -> Case:
     """PyTorch gets its keys and values contiguous and in its own order, ours lie in shuffled pages."""
-    dtype, page = DTYPES[label], 16
-    batch, context, new = scene.batch, scene.context, scene.new
-    heads, kv_heads, dim = scene.heads, scene.kv_heads, scene.dim
-    pages = -(-context // page)
-    cache = ops.new_cache(batch * pages + 1, page, kv_heads, dim, dim, dtype, "cpu")
-    tables = (torch.randperm(batch * pages) + 1).int().view(batch, pages)
-    key, value = torch.randn(2, batch, context, kv_heads, dim).to(dtype)
-    at = torch.arange(context)
-    for s in range(batch):
-        ops.write_cache(cache, key[s], value[s], tables[s, at // page].long() * page + at % page)
-    query = torch.randn(batch * new, heads, dim).to(dtype)
-    starts = (torch.arange(batch + 1) * new).int()
-    lengths = torch.full((batch,), context, dtype=torch.int32)
-    q = query.view(batch, new, heads, dim).transpose(1, 2)
+    dtype, batch, context, new = DTYPES[label], scene.batch, scene.context, scene.new
+    pair = torch.randn(2, batch, context, scene.kv_heads, scene.dim).to(dtype)
+    query = torch.randn(batch * new, scene.heads, scene.dim).to(dtype)
+    q = query.view(batch, new, scene.heads, scene.dim).transpose(1, 2)
     # What is seen of a context of which a part is there already cannot be said by is_causal.
     mask = torch.ones(new, context, dtype=torch.bool).tril(context - new) if 1 < new < context else None
     causal = new == context
-    k, v = key.transpose(1, 2).contiguous(), value.transpose(1, 2).contiguous()
-    seen = batch * new * (context - (new - 1) / 2)
+    k, v = pair.transpose(2, 3).contiguous()
     return Case(
-        f"attention {label} batch={batch} context={context} new={new} heads={heads}/{kv_heads} d={dim}",
-        lambda: ops.attention(query, cache, tables, starts, lengths, dim**-0.5),
+        f"attention {label} {scene}",
+        paged(ops, scene, query, pair, dtype),
         lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True),
-        4.0 * seen * heads * dim,
-        key.nbytes + value.nbytes,
+        scene.flops(),
+        pair.nbytes,
+    )
+
+
+def shared_case(ops: CpuOps, label: str, scene: Scene) -> Case:
+    """Sequences that begin with the same pages beside the same number with pages of their own."""
+    pair = torch.randn(2, scene.batch, scene.context, scene.kv_heads, scene.dim).bfloat16()
+    query = torch.randn(scene.batch * scene.new, scene.heads, scene.dim).bfloat16()
+    return Case(
+        f"{label} {scene} shared={scene.shared}",
+        paged(ops, scene, query, pair, CACHE_DTYPES[label]),
+        paged(ops, replace(scene, shared=0), query, pair, CACHE_DTYPES[label]),
     )
 
 
@@ -199,6 +229,12 @@ def attention_cases(ops: CpuOps) -> Iterator[Case]:
     yield attention_case(ops, "bf16", Scene(32, 512, 1, 16, 8, 128))
     for context, new in [(1024, 1024), (2048, 2048), (4096, 512), (4096, 2048)]:
         yield attention_case(ops, "bf16", Scene(1, context, new, 32, 8, 64))
+
+
+def shared_cases(ops: CpuOps) -> Iterator[Case]:
+    for label in CACHE_DTYPES:
+        for heads, dim in ((16, 128), (32, 64)):
+            yield shared_case(ops, label, Scene(32, 1100, 1, heads, 8, dim, 1024))
 
 
 def experts_cases(ops: CpuOps) -> Iterator[Case]:
@@ -324,7 +360,7 @@ def call_cost(ops: CpuOps) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="linear,quantized,attention,experts,fused,small")
+    parser.add_argument("--only", default="linear,quantized,attention,shared,experts,fused,small")
     parser.add_argument("--rows", default="1,8,32,256,1024", help="M of the linear and quantized cases")
     parser.add_argument("--shape", default="4096,2048", help="N,K of the linear and quantized cases")
     parser.add_argument("--seconds", type=float, default=0.5, help="time for each line")
@@ -342,6 +378,7 @@ def main() -> None:
         "linear": lambda: linear_cases(ops, [int(m) for m in options.rows.split(",")], (n, k)),
         "quantized": lambda: quantized_cases(ops, [int(m) for m in options.rows.split(",")], (n, k)),
         "attention": lambda: attention_cases(ops),
+        "shared": lambda: shared_cases(ops),
         "experts": lambda: experts_cases(ops),
         "fused": lambda: fused_cases(ops, library),
         "small": lambda: small_cases(ops),
