@@ -58,8 +58,8 @@ class PlainMtp:
         return before[0], after
 
 
-def write_model(folder: Path, family: str) -> tuple[Path, nn.Module, PlainMtp]:
-    """A checkpoint of three layers and one that guesses, the model without that one, and the plain layer."""
+def write_model(folder: Path, family: str, guessing: int) -> tuple[Path, nn.Module, PlainMtp]:
+    """A checkpoint of three layers and some that guess, the model without those, and the first of them as a plain layer."""
     tiny.write_tiny(folder, family, num_hidden_layers=LAYERS + 1)
     whole = tiny.tiny_model(family, num_hidden_layers=LAYERS + 1)
     plain = PlainMtp(whole)
@@ -68,9 +68,13 @@ def write_model(folder: Path, family: str) -> tuple[Path, nn.Module, PlainMtp]:
         tensors[f"model.layers.{LAYERS}.{name}.weight"] = tensor
     tensors[f"model.layers.{LAYERS}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
     tensors[f"model.layers.{LAYERS}.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    own = f"model.layers.{LAYERS}."
+    for name in [name for name in tensors if name.startswith(own)]:
+        for number in range(1, guessing):
+            tensors[f"model.layers.{LAYERS + number}.{name[len(own) :]}"] = torch.randn_like(tensors[name])
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
-    config |= {"num_hidden_layers": LAYERS, "num_nextn_predict_layers": 1}
+    config |= {"num_hidden_layers": LAYERS, "num_nextn_predict_layers": guessing}
     for name, value in config.items():
         if isinstance(value, list) and len(value) == LAYERS + 1:
             config[name] = value[:LAYERS]
@@ -80,11 +84,14 @@ def write_model(folder: Path, family: str) -> tuple[Path, nn.Module, PlainMtp]:
     return folder, whole, plain
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
+@pytest.mark.parametrize(("family", "guessing"), [("deepseek_v3", 1), ("glm4_moe", 3)])
 @torch.no_grad()
-def test_an_mtp_layer_guesses_as_the_librarys_own(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_mtp_layer_guesses_as_the_librarys_own(
+    family: str, guessing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level("INFO", "quire.models.draft")
     monkeypatch.setitem(tiny.FAMILIES, "glm4_moe", GLM)
-    folder, target, plain = write_model(tmp_path / family, family)
+    folder, target, plain = write_model(tmp_path / family, family, guessing)
     made = noted_guesses(monkeypatch)
     params = [SamplingParams(max_tokens=20, ignore_eos=True, temperature=t, seed=3) for t in (0.0, 0.0, 0.8)]
     prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
@@ -93,6 +100,7 @@ def test_an_mtp_layer_guesses_as_the_librarys_own(family: str, tmp_path: Path, m
         with LLM(str(folder), **SETTINGS, **options) as llm:
             said.append([out.outputs[0].token_ids for out in llm.generate(prompts, params, use_tqdm=False)])
     assert said[0] == said[1]
+    assert ("has 3 MTP layers. The first one, model.layers.3.*" in caplog.text) == (guessing == 3)
     greedy = [(text, guess) for text, guess in made if guess and text[:2] != PROMPTS[2][:2]]
     assert len(greedy) > 20
     for text, guess in greedy[::2]:

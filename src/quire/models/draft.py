@@ -6,6 +6,7 @@ Reads configs and the names of weights, no weights.
 from __future__ import annotations
 
 import importlib.resources
+import logging
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +18,9 @@ from quire.models.build import layout_of
 from quire.models.eagle3 import LLAMA, fused_taps, is_fused, layer_overrides
 from quire.models.hub import ModelFiles, find_model
 from quire.models.native import FAMILIES
-from quire.models.nextlayer import EAGLE, Style, mtp_style, next_layout
+from quire.models.nextlayer import EAGLE, Style, mtp_layers, mtp_style, next_layout
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +114,12 @@ def find_heads(
             f"The checkpoint of {files.name} has no MTP layer (names like mtp.fc.weight or model.layers.N.eh_proj.weight). "
             "Take another method, or name the folder that has it."
         )
+    layers = mtp_layers(files, style)
+    if layers > 1:
+        logger.info(
+            "%s has %d MTP layers. The first one, %s%s*, guesses every token from its own states; the others are not read.",
+            files.name, layers, style.prefix, style.layer,
+        )  # fmt: skip
     if files.architecture not in FAMILIES and style.prefix.startswith("model.layers."):
         # Imported here, with the Transformers library: it takes seconds, and native models do without.
         from quire.models.nextlibrary import library_layout

@@ -11,6 +11,7 @@ import re
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count, takewhile
 from typing import Any, Literal
 
 import torch
@@ -286,11 +287,11 @@ def opaque_experts(layers: Sequence[Layer]) -> list[Opaque]:
 def spare_layers(names: Container[str], layers: int) -> tuple[str, ...]:
     """Patterns of those of a checkpoint's names that belong to layers that guess (models/nextlayer.py).
 
-    One behind the model's own `layers` is told by its join; without that it is a layer for which the config has no place.
+    Those behind the model's own `layers` are told by their joins; without one it is a layer for which the config has no
+    place.
     """
-    behind = f"model.layers.{layers}."
-    own = (r"^mtp\.", r"^model\.mtp_layers\.")
-    return (*own, f"^{re.escape(behind)}") if f"{behind}eh_proj.weight" in names else own
+    behind = takewhile(lambda prefix: f"{prefix}eh_proj.weight" in names, map("model.layers.{}.".format, count(layers)))
+    return (r"^mtp\.", r"^model\.mtp_layers\.", *(f"^{re.escape(prefix)}" for prefix in behind))
 
 
 class NativeDecoder:

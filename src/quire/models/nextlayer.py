@@ -6,9 +6,11 @@ see STYLES. Embedding and output matrix are the model's.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count, takewhile
 from typing import Protocol
 
 import torch
@@ -53,6 +55,9 @@ MTP_STYLES = (
     Style("model.layers.{layers}.", "eh_proj", "", True, "enorm", "hnorm", "shared_head.norm", False),
 )
 
+NUMBERED = re.compile(r"(.*\.)(\d+)\.")
+FURTHER = re.compile(r"layers\.[1-9]")
+
 
 def mtp_style(files: ModelFiles) -> Style | None:
     """The style of the MTP layer that a model's checkpoint has, if it has one."""
@@ -62,6 +67,15 @@ def mtp_style(files: ModelFiles) -> Style | None:
         if f"{prefix}{style.join}.weight" in names:
             return replace(style, prefix=prefix)
     return None
+
+
+def mtp_layers(files: ModelFiles, style: Style) -> int:
+    """How many such layers the checkpoint has, one behind the other; the first one is used."""
+    found = NUMBERED.fullmatch(f"{style.prefix}{style.layer}")
+    assert found is not None, "MTP layers are numbered"
+    begin = found[1]
+    numbers = {name[len(begin) :].split(".")[0] for name in weight_headers(files) if name.startswith(begin)}
+    return sum(1 for _ in takewhile(numbers.__contains__, map(str, count(int(found[2])))))
 
 
 def next_layout(files: ModelFiles) -> ModelLayout:
@@ -187,7 +201,7 @@ class NextLayer:
 
 
 def _weights(checkpoint: Checkpoint, style: Style) -> Iterator[tuple[str, torch.Tensor]]:
-    """The layer's own tensors; an embedding or an output matrix beside them is a copy of the model's."""
+    """The layer's own tensors, no further layers'; an embedding or an output matrix beside them is the model's again."""
     found = 0
     for name in checkpoint.headers:
         own = name.removeprefix(style.prefix)
@@ -195,6 +209,7 @@ def _weights(checkpoint: Checkpoint, style: Style) -> Iterator[tuple[str, torch.
             name.startswith(style.prefix)
             and own.split(".")[0] not in ("embed_tokens", "lm_head")
             and "head.head" not in own
+            and not FURTHER.match(own)
         ):
             found += 1
             yield own, checkpoint.read(name)
