@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -12,6 +13,8 @@ import pytest
 from served_model import ENGINE, served_model
 
 from quire import LLM, BeamSearchParams
+from started_server import kill_engine, started_server
+from waiting import until
 
 PROMPT = "The old man went to the"
 SCHEMA = {
@@ -158,3 +161,27 @@ def test_its_time_can_be_over(server: httpx.Client) -> None:
     body = {"prompt": PROMPT, "timeout": 0.001, "ignore_eos": True} | BEAMS | {"max_tokens": 240}
     assert server.post("/v1/completions", json=body).status_code in (408, 429)
     assert server.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 2}).status_code == 200
+
+
+@pytest.mark.slow
+def test_a_search_outlives_its_engine() -> None:
+    """Beams go on in another engine process, each where it was in its form, and find the same."""
+    form = {"structured_outputs": {"regex": "([a-z]{1,7}[ ,]){60,80}"}}
+    body = {"prompt": PROMPT} | form | BEAMS | {"max_tokens": 150}
+    with (
+        started_server("--max-model-len", "256", "--dtype", "float32", rows=8, threads=1) as server,
+        httpx.Client(base_url=server.url, timeout=120) as client,
+        ThreadPoolExecutor(1) as beside,
+    ):
+
+        def generated() -> float:
+            found = re.search(r"^quire:generation_tokens_total\{.*\} (.*)$", client.get("/metrics").text, re.MULTILINE)
+            return float(found[1]) if found else 0.0
+
+        wanted = client.post("/v1/completions", json=body).raise_for_status().json()["choices"]
+        before = generated()
+        found = beside.submit(client.post, "/v1/completions", json=body)
+        until(lambda: generated() > before + 30 or found.done())
+        kill_engine(server.process.pid)
+        choices = found.result().raise_for_status().json()["choices"]
+    assert [choice["text"] for choice in choices] == [choice["text"] for choice in wanted]
