@@ -1,18 +1,19 @@
 // Reading a cache for attention: where the keys and values of one step can be read as panels. What lies in pages as the
-// products want it is read in its place; the rest is put together in memory of the task: positions of pages that hold no
-// whole groups, int8, values that are a part of the keys, and groups of which a part was never written.
+// products want it is read in its place; the rest is put together in memory of the thread: positions of pages that hold no
+// whole groups, int8, bf16 that many rows want widened, values that are a part of the keys, and groups of which a part was
+// never written.
 #pragma once
 
+#include "attention_plan.h"
 #include "pages.h"
 
 namespace quire {
 
-constexpr long STEP = BLOCK_COLUMNS;  // positions of a step
 constexpr long STEP_GROUPS = STEP / PANEL;
 
-template <class T>
+template <class K>
 struct Groups {
-    const T *keys[STEP_GROUPS], *values[STEP_GROUPS];
+    const K *keys[STEP_GROUPS], *values[STEP_GROUPS];
     const float *key_scales[STEP_GROUPS], *value_scales[STEP_GROUPS];  // only of int8
     const char* next[STEP_GROUPS];  // the groups of the next step as stored, to be fetched meanwhile
     long count = 0;
@@ -25,59 +26,53 @@ inline void transpose_eight(const int32_t* in, long in_stride, int32_t* out, lon
     Eight a[8], b[8];
     for (int i = 0; i < 8; i++) std::memcpy(&a[i], in + i * in_stride, sizeof(Eight));
     for (int i = 0; i < 8; i += 2) {
-        b[i] = __builtin_shuffle(a[i], a[i + 1], Eight{0, 8, 1, 9, 4, 12, 5, 13});
-        b[i + 1] = __builtin_shuffle(a[i], a[i + 1], Eight{2, 10, 3, 11, 6, 14, 7, 15});
+        b[i] = QUIRE_SHUFFLE(a[i], a[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+        b[i + 1] = QUIRE_SHUFFLE(a[i], a[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
     }
     for (int i = 0; i < 8; i += 4)
         for (int j = 0; j < 2; j++) {
-            a[i + 2 * j] = __builtin_shuffle(b[i + j], b[i + 2 + j], Eight{0, 1, 8, 9, 4, 5, 12, 13});
-            a[i + 2 * j + 1] = __builtin_shuffle(b[i + j], b[i + 2 + j], Eight{2, 3, 10, 11, 6, 7, 14, 15});
+            a[i + 2 * j] = QUIRE_SHUFFLE(b[i + j], b[i + 2 + j], 0, 1, 8, 9, 4, 5, 12, 13);
+            a[i + 2 * j + 1] = QUIRE_SHUFFLE(b[i + j], b[i + 2 + j], 2, 3, 10, 11, 6, 7, 14, 15);
         }
     for (int j = 0; j < 4; j++) {
-        b[j] = __builtin_shuffle(a[j], a[j + 4], Eight{0, 1, 2, 3, 8, 9, 10, 11});
-        b[j + 4] = __builtin_shuffle(a[j], a[j + 4], Eight{4, 5, 6, 7, 12, 13, 14, 15});
+        b[j] = QUIRE_SHUFFLE(a[j], a[j + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        b[j + 4] = QUIRE_SHUFFLE(a[j], a[j + 4], 4, 5, 6, 7, 12, 13, 14, 15);
     }
     for (int j = 0; j < 8; j++) std::memcpy(out + j * out_stride, &b[j], sizeof(Eight));
 }
 
-template <class S>
+// S: the dtype of the cache. K: what the panels are made of, the work dtype of S or float.
+template <class S, class K>
 class GroupReader {
 public:
-    using T = WorkOf<S>;
-
     // Bytes that a reader needs as `memory`.
     static long bytes(const Pages<S>& pages) {
-        return STEP_GROUPS * (padded(work_elements(pages) * long(sizeof(T))) + padded(pages.group_elements() * long(sizeof(S))));
+        return STEP_GROUPS * (padded(work_elements(pages) * long(sizeof(K))) + padded(pages.group_elements() * long(sizeof(S))));
     }
 
     GroupReader(const Pages<S>& pages, const int32_t* table, long head, void* memory)
         : pages_(pages), table_(table), head_(head), memory_(static_cast<char*>(memory)) {}
 
     // The step that begins at `start`, of which positions [from, to) are seen.
-    Groups<T> read(long start, long from, long to) const {
-        Groups<T> g;
+    Groups<K> read(long start, long from, long to) const {
+        Groups<K> g;
         for (long p = start; p < std::min(to, start + STEP); p += PANEL, g.count++) {
             const long i = g.count, low = std::max(from - p, 0l), high = std::min<long>(to - p, PANEL);
             const bool whole = pages_.page_size % PANEL == 0 && high > low;
             const S* stored = whole ? in_place(p) : gather(p, low, high, i);
-            T* work = reinterpret_cast<T*>(memory_ + i * padded(work_elements(pages_) * long(sizeof(T))));
-            T* work_values = work + pages_.key_elements();
+            K* work = reinterpret_cast<K*>(memory_ + i * padded(work_elements(pages_) * long(sizeof(K))));
+            g.keys[i] = as_work(stored, pages_.key_elements(), work);
+            g.values[i] = work += pages_.key_elements();
+            if (pages_.shared) {
+                transpose(g.keys[i], low, high, work);
+            } else if (const S* values = stored + pages_.key_elements(); high - low < PANEL && whole) {
+                copy_values(as_work(values, pages_.value_elements(), work), low, high, work);
+            } else {
+                g.values[i] = as_work(values, pages_.value_elements(), work);
+            }
             if constexpr (Pages<S>::BYTES) {
-                widen(stored, pages_.key_elements(), work);
-                widen(stored + pages_.key_elements(), pages_.value_elements(), work_values);
-                g.keys[i] = work, g.values[i] = work_values;
                 g.key_scales[i] = pages_.scales(stored);
                 g.value_scales[i] = g.key_scales[i] + (pages_.shared ? 0 : PANEL);
-            } else {
-                g.keys[i] = stored, g.values[i] = stored + pages_.key_elements();
-                if (whole && !pages_.shared && high - low < PANEL) {
-                    copy_values(g.values[i], low, high, work_values);
-                    g.values[i] = work_values;
-                }
-            }
-            if (pages_.shared) {
-                transpose(g.keys[i], low, high, work_values);
-                g.values[i] = work_values;
             }
         }
         for (long i = 0; i < g.count; i++) {
@@ -98,7 +93,7 @@ private:
 
     // Puts positions [low, high) of the group at p together, zeros elsewhere.
     const S* gather(long p, long low, long high, long index) const {
-        char* memory = memory_ + STEP_GROUPS * padded(work_elements(pages_) * long(sizeof(T)));
+        char* memory = memory_ + STEP_GROUPS * padded(work_elements(pages_) * long(sizeof(K)));
         S* out = reinterpret_cast<S*>(memory + index * padded(pages_.group_elements() * long(sizeof(S))));
         std::memset(static_cast<void*>(out), 0, size_t(pages_.group_elements()) * sizeof(S));
         for (long q = low; q < high; q++) {
@@ -114,28 +109,42 @@ private:
         return out;
     }
 
-    // What a position outside [low, high) holds is unknown, and 0 * NaN is not 0: read zeros there instead.
-    void copy_values(const T* values, long low, long high, T* out) const {
-        constexpr long DEPTH = Dot<T>::DEPTH;
-        std::memset(static_cast<void*>(out), 0, size_t(pages_.value_elements()) * sizeof(T));
-        for (long j = low; j < high; j++)
-            for (long e = 0; e < pages_.value_panels() * PANEL; e += PANEL) {
-                const long at = pages_.value_at(j, e);
-                for (long d = 0; d < PANEL * DEPTH; d += DEPTH) out[at + d] = values[at + d];
+    // `count` stored elements as the products take them: where they are, or made at `out`.
+    static const K* as_work(const S* stored, long count, K* out) {
+        if constexpr (std::is_same_v<S, K>) {
+            return stored;
+        } else if constexpr (Pages<S>::BYTES) {
+            for (long i = 0; i < count; i += W) store_narrow(out + i, load(stored + i));  // count is a multiple of 32
+            return out;
+        } else {
+            widen(stored, count / Pages<S>::STEP_B, out);
+            return out;
+        }
+    }
+
+    // What a position outside [low, high) holds is unknown, and 0 * NaN is not 0: there shall be zeros. `values` may be at
+    // `out` already.
+    void copy_values(const K* values, long low, long high, K* out) const {
+        constexpr long DEPTH = Dot<K>::DEPTH, STEP_B = Dot<K>::STEP_B;
+        for (long e = 0; e < pages_.value_panels(); e++)
+            for (long j = 0; j < PANEL; j += DEPTH, values += STEP_B, out += STEP_B) {
+                if (j + DEPTH <= low || j >= high) {
+                    std::memset(static_cast<void*>(out), 0, STEP_B * sizeof(K));
+                    continue;
+                }
+                if (values != out) std::memcpy(static_cast<void*>(out), values, STEP_B * sizeof(K));
+                for (long q = j; q < j + DEPTH; q++)
+                    for (long d = q - j; d < STEP_B && (q < low || q >= high); d += DEPTH) out[d] = K{};
             }
     }
 
-    static void widen(const int8_t* in, long count, T* out) {  // count is a multiple of 32
-        for (long i = 0; i < count; i += W) store_narrow(out + i, load(in + i));
-    }
-
     // Values from the keys whose first part they are; zeros for positions outside [low, high).
-    void transpose(const T* keys, long low, long high, T* out) const {
-        constexpr long STEPS = PANEL / Dot<T>::DEPTH;  // of 16 dimensions
+    void transpose(const K* keys, long low, long high, K* out) const {
+        constexpr long STEPS = PANEL / Dot<K>::DEPTH;  // of 16 dimensions
         alignas(64) int32_t rows[PANEL][STEPS];        // [position][words of 16 dimensions]
         for (long e = 0; e < pages_.value_panels(); e++, out += Pages<S>::VALUE_PANEL) {
-            const auto* in = reinterpret_cast<const int32_t*>(keys + e * STEPS * Dot<T>::STEP_B);
-            const long steps = std::min(STEPS, pages_.key_steps() - e * STEPS);
+            const auto* in = reinterpret_cast<const int32_t*>(keys + e * STEPS * Dot<K>::STEP_B);
+            const long steps = std::min(STEPS, pages_.key_elements() / Dot<K>::STEP_B - e * STEPS);
             if (steps == STEPS) {
                 for (long s = 0; s < STEPS; s += 8)
                     for (long j = 0; j < PANEL; j += 8) transpose_eight(in + s * PANEL + j, PANEL, &rows[j][s], STEPS);
@@ -145,7 +154,7 @@ private:
             }
             for (long j = 0; j < PANEL; j++)
                 if (j < low || j >= high) std::memset(rows[j], 0, sizeof rows[j]);
-            if constexpr (Dot<T>::DEPTH == 1) {
+            if constexpr (Dot<K>::DEPTH == 1) {
                 std::memcpy(static_cast<void*>(out), rows, sizeof rows);
             } else {
                 auto* words = reinterpret_cast<uint32_t*>(out);

@@ -13,6 +13,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(QUIRE_SIMDE)
 #define SIMDE_ENABLE_NATIVE_ALIASES
@@ -264,20 +265,38 @@ QUIRE_INLINE P* after(V x, P* p) {
 }
 QUIRE_INLINE F neg(F x) { return sub(zero(), x); }
 
+// Lanes of two vectors of 32 bits each, in the order of the indices. GCC before 12 lacks the builtin of the others.
+#if defined(__clang__) || __GNUC__ >= 12
+#define QUIRE_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+template <class V>
+struct LanesOf {
+    typedef int32_t Type __attribute__((vector_size(sizeof(V))));
+};
+#define QUIRE_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, typename LanesOf<decltype(a)>::Type{__VA_ARGS__})
+#endif
+
+template <int HALF, int... LANE>
+QUIRE_INLINE F swap_halves(F x, std::integer_sequence<int, LANE...>) {
+    return QUIRE_SHUFFLE(x, x, (LANE ^ HALF)...);
+}
+
+// All lanes in one: op(lane i, lane i + W / 2), and so on.
+template <class Op>
+QUIRE_INLINE float fold(F x, const Op& op) {
+    constexpr auto LANES = std::make_integer_sequence<int, W>();
+    if constexpr (W > 8) x = op(x, swap_halves<8>(x, LANES));
+    if constexpr (W > 4) x = op(x, swap_halves<4>(x, LANES));
+    x = op(x, swap_halves<2>(x, LANES));
+    return op(x, swap_halves<1>(x, LANES))[0];
+}
+
 QUIRE_INLINE float reduce_add(F x) {
-    float lanes[W];
-    store(lanes, x);
-    for (int half = W / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
-    return lanes[0];
+    return fold(x, [](F a, F b) { return add(a, b); });
 }
 
 QUIRE_INLINE float reduce_max(F x) {
-    float lanes[W];
-    store(lanes, x);
-    for (int half = W / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
-    return lanes[0];
+    return fold(x, [](F a, F b) { return max(a, b); });
 }
 
 // The first n < W elements; the missing lanes read as 0, or are not written.
@@ -329,23 +348,25 @@ QUIRE_INLINE F exp_small(F r) {
 }
 
 // Where there is nothing left of it the result is exactly 0 (so exp2(-inf) is too), from 2^128 on it is inf; NaN stays NaN.
-#if defined(QUIRE_AVX512) || defined(QUIRE_AVX512BF16)
 QUIRE_INLINE F exp2(F x) {
+#if defined(QUIRE_AVX512) || defined(QUIRE_AVX512BF16)
     x = max(set1(-200.0f), min(set1(128.0f), x));
     const F n = _mm512_roundscale_ps(x, 8), r = sub(x, n);
+#else
+    x = max(set1(-127.0f), min(set1(128.0f), x));
+    const F n = round_whole(x), r = sub(x, n);
+#endif
     F p = fma(set1(1.326473133e-3f), r, set1(9.671513410e-3f));
     p = fma(p, r, set1(5.550733728e-2f));
     p = fma(p, r, set1(2.402224207e-1f));
     p = fma(p, r, set1(6.931469776e-1f));
-    return _mm512_scalef_ps(fma(p, r, set1(1.0f)), n);
-}
+    p = fma(p, r, set1(1.0f));
+#if defined(QUIRE_AVX512) || defined(QUIRE_AVX512BF16)
+    return _mm512_scalef_ps(p, n);
 #else
-QUIRE_INLINE F exp2(F x) {
-    x = max(set1(-127.0f), min(set1(128.0f), x));
-    F n = round_whole(x);
-    return mul(exp_small(mul(sub(x, n), set1(0.693147181f))), power_of_two(n));
-}
+    return mul(p, power_of_two(n));
 #endif
+}
 
 // From e^88.4 on the result is inf; below e^-87.3 it stays at that, about 1e-38. NaN stays NaN.
 QUIRE_INLINE F exp(F x) {

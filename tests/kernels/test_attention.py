@@ -188,6 +188,54 @@ def test_bits_do_not_depend_on_company_or_chunking(
     assert torch.equal(rows(1099, 1100)[0], whole[1099])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("stored", "shared"), [(None, False), (torch.int8, False), (None, True)])
+@pytest.mark.parametrize("page_size", [16, 12])
+def test_bits_do_not_depend_on_who_shares_pages(
+    ops: Ops, dtype: torch.dtype, page_size: int, stored: torch.dtype | None, shared: bool
+) -> None:
+    """Rows whose tables name the same pages for a part of the context are computed together: each has the bits of itself
+    alone, on one thread and on several, with a window, a soft cap and sinks."""
+    lengths, new = [900, 840, 900, 300, 90, 880, 1300, 40, 1200], [1, 1, 2, 1, 1, 1, 1, 1, 300]
+    kv_heads = 1 if shared else 2
+    scene = Scene(lengths, new, 4, kv_heads, page_size=page_size, dtype=dtype, stored=stored, shared=shared)
+    cache = scene.cache(ops)
+    # Everybody begins like sequence 6, for as many positions as are given; 0 and 2 go on alike, and so do 1 and 5.
+    for s, same in enumerate([790, 790, 790, 272, 64, 790, 0, 30, 500]):
+        scene.tables[s, : same // page_size] = scene.tables[6, : same // page_size]
+    for s, like, same in [(2, 0, 850), (5, 1, 820)]:
+        scene.tables[s, : same // page_size] = scene.tables[like, : same // page_size]
+    starts = torch.tensor([0, *new]).cumsum(0).tolist()
+    scale = scene.key_dim**-0.5
+    sinks = torch.randn(scene.heads)
+    for options in ({}, {"window": 400}, {"softcap": 2.0, "sinks": sinks}, {"chunk": 200}):
+        together = scene.attend(ops, cache, **options)
+        ops.set_threads(1)
+        assert torch.equal(scene.attend(ops, cache, **options), together)
+        ops.set_threads(2)
+        for s, length in enumerate(lengths):
+            first, last = starts[s], starts[s + 1]
+            start, length_of = torch.tensor([0, last - first]).int(), torch.tensor([length]).int()
+            query, table = scene.query[first:last], scene.tables[s : s + 1]
+            alone = ops.attention(query, cache, table, start, length_of, scale, **options)
+            assert torch.equal(alone, together[first:last]), (options, s)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8])
+def test_many_rows_that_share_pages(ops: Ops, oracle: Ops, dtype: torch.dtype) -> None:
+    """More of them than one piece holds, with two lengths of what they share."""
+    model = torch.bfloat16 if dtype == torch.int8 else dtype
+    scene = Scene([560] * 40, [1] * 40, dtype=model, stored=dtype)
+    for s in range(1, 40):
+        scene.tables[s, : 8 if s % 3 else 20] = scene.tables[0, : 8 if s % 3 else 20]
+    for keys in (scene.keys, scene.values):
+        for s in range(1, 40):
+            same = 128 if s % 3 else 320
+            keys[s][:same] = keys[0][:same]
+    scene.check(ops, oracle)
+    scene.check(ops, oracle, window=300)
+
+
 def test_queries_may_be_part_of_a_wider_row(ops: Ops) -> None:
     scene = Scene([30], [30])
     want = scene.attend(ops)
