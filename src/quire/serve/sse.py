@@ -108,19 +108,16 @@ class Pipe:
             self._straight = None
             self._news.set()
 
-    def wake(self, _: object = None) -> None:
-        """There is something else to tell whoever waits."""
-        self._news.set()
-
-    async def wait(self, patience: float = 0.0) -> bool:
-        """Until events wait, the client reads too slowly, or wake() was called; False after `patience` seconds, if any."""
+    async def wait(self, making: asyncio.Future[None], patience: float = 0.0) -> bool:
+        """Until events wait, the client reads too slowly, or `making` is over; False after `patience` seconds, if any."""
+        news = asyncio.ensure_future(self._news.wait())
         try:
-            async with asyncio.timeout(patience or None):
-                await self._news.wait()
-        except TimeoutError:
-            return False
-        self._news.clear()
-        return True
+            done, _ = await asyncio.wait((news, making), timeout=patience or None, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            news.cancel()
+        if done:
+            self._news.clear()
+        return bool(done)
 
     @property
     def has_waiting(self) -> bool:
@@ -146,9 +143,8 @@ async def stream(request: Request, make: Making, style: EventStyle = OPENAI, pat
     """
     pipe = Pipe()
     making = asyncio.ensure_future(make(pipe.put))
-    making.add_done_callback(pipe.wake)
     try:
-        if not await until_left(request, pipe.wait(patience)):
+        if not await until_left(request, pipe.wait(making, patience)):
             pipe.put(KEEP_ALIVE)
         first = pipe.waiting()
         if not first:
@@ -218,7 +214,7 @@ class EventStream(StreamingResponse):
                 return
             if chunks is not None and not patience:
                 pipe.go_straight(chunks)
-            if not await pipe.wait(patience):
+            if not await pipe.wait(self._making, patience):
                 pipe.put(KEEP_ALIVE)
 
 
