@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from library_beams import SETTINGS, library_beams, library_model
 
-import quire
 from quire import LLM, BeamSearchParams, SamplingParams
 from quire.core.structured import StructuredOutputsParams
 from quire.errors import ValidationError
@@ -21,8 +20,6 @@ from quire.grammar.constraint import mask_width
 from quire.kernels import choosing
 from quire.worker.logprobs import FEW, token_logprobs
 
-BUNDLED = Path(quire.__file__).parent / "bundled" / "model"
-SETTINGS = {"device": "cpu", "threads": 1, "kv_cache_memory_bytes": 1 << 26, "max_model_len": 128, "max_num_seqs": 16}
 PROMPT = "The old man went to the"
 SCHEMA = {
     "type": "object",
@@ -47,9 +44,7 @@ def llm() -> Iterator[LLM]:
 
 @pytest.fixture(scope="module")
 def reference() -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32).eval()
+    return library_model()
 
 
 def started(llm: LLM, form: dict[str, Any]) -> Constraint:
@@ -78,27 +73,8 @@ def allowing(llm: LLM, form: dict[str, Any], start: int) -> Callable[[int, torch
 def expected(llm: LLM, reference: Any, form: dict[str, Any], params: BeamSearchParams) -> list[tuple[list[int], float]]:
     """Sequences without their end, and their scores. Rows that Transformers fills up with are left out."""
     prompt, ends = llm.get_tokenizer().encode(PROMPT), list(llm._engine.settings.eos_token_ids)
-    found = reference.generate(
-        torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-        num_beams=params.beam_width,
-        num_return_sequences=params.beam_width,
-        max_new_tokens=params.max_tokens,
-        length_penalty=params.length_penalty,
-        early_stopping=params.early_stopping,
-        do_sample=False,
-        eos_token_id=ends,
-        pad_token_id=ends[0],
-        prefix_allowed_tokens_fn=allowing(llm, form, len(prompt)),
-        output_scores=True,
-        return_dict_in_generate=True,
-    )
-    sequences = []
-    for row, score in zip(found.sequences.tolist(), found.sequences_scores.tolist(), strict=True):
-        stops = [place for place, token in enumerate(row) if place >= len(prompt) and token in ends]
-        if score > -1e6:
-            sequences.append((row[: stops[0]] if stops else row[: len(prompt) + params.max_tokens], score))
-    return sequences
+    found = library_beams(reference, prompt, params, ends, allowing(llm, form, len(prompt)))
+    return [(row, score) for row, score in found if score > -1e6]
 
 
 def keeps(form: dict[str, Any], text: str) -> bool:

@@ -5,20 +5,16 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from library_beams import SETTINGS, library_beams, library_model
 
-import quire
 from quire import LLM, BeamSearchParams
 from quire.engine.beams import BeamSearch
 from quire.engine.logprobs import Logprob
 from quire.errors import ValidationError
 
-BUNDLED = Path(quire.__file__).parent / "bundled" / "model"
-SETTINGS = {"device": "cpu", "threads": 1, "kv_cache_memory_bytes": 1 << 26, "max_model_len": 128, "max_num_seqs": 16}
 PROMPTS = ["The old man went to the", "Say again: mill blue London Clara.", "It was a dark night, and the captain said"]
 
 
@@ -30,34 +26,7 @@ def llm() -> Iterator[LLM]:
 
 @pytest.fixture(scope="module")
 def reference() -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32).eval()
-
-
-def expected(
-    reference: Any, prompt: list[int], width: int, tokens: int, penalty: float, ends: list[int] | None, early: Any
-) -> list[tuple[list[int], float]]:
-    """Sequences without their end, and their scores, as Transformers has them."""
-    found = reference.generate(
-        torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-        num_beams=width,
-        num_return_sequences=width,
-        max_new_tokens=tokens,
-        length_penalty=penalty,
-        early_stopping=early,
-        do_sample=False,
-        eos_token_id=ends,
-        pad_token_id=4090,
-        output_scores=True,
-        return_dict_in_generate=True,
-    )
-    sequences = []
-    for row, score in zip(found.sequences.tolist(), found.sequences_scores.tolist(), strict=True):
-        stops = [place for place, token in enumerate(row) if place >= len(prompt) and token in (ends or ())]
-        sequences.append((row[: stops[0]] if stops else row[: len(prompt) + tokens], score))
-    return sequences
+    return library_model()
 
 
 @pytest.mark.parametrize(
@@ -98,7 +67,7 @@ def test_the_sequences_of_transformers(
     finally:
         llm._engine.settings = settings
     for prompt, output in zip(prompts, outputs, strict=True):
-        wanted = expected(reference, prompt, width, tokens, penalty, None if ends is None else list(stops), early)
+        wanted = library_beams(reference, prompt, params, None if ends is None else list(stops))
         assert [sequence.tokens for sequence in output.sequences] == [row for row, _ in wanted]
         assert [sequence.score for sequence in output.sequences] == pytest.approx(
             [score for _, score in wanted], rel=1e-4
