@@ -22,7 +22,7 @@ from typing import Any
 from shapes import SHAPES, write_shape
 
 from quire import LLM, SamplingParams
-from quire.models.recorded import RecordedModel
+from quire.models.programs.recorded import RecordedModel
 from quire.worker import runner as runner_module
 
 PROMPT = 16

@@ -20,12 +20,12 @@ import torch
 
 from quire.config import ModelOptions
 from quire.kernels.table import load_ops
-from quire.models import latent, rewrite
 from quire.models.assemble import build_transformers
-from quire.models.hub import find_model
-from quire.models.probe import examine, find_class
-from quire.models.recorded import Plan, with_program
-from quire.models.trial import PagedLoop
+from quire.models.files.hub import find_model
+from quire.models.probing.probe import examine, find_class
+from quire.models.programs.recorded import Plan, with_program
+from quire.models.replacements import latent, rewrite
+from quire.models.twin.trial import PagedLoop
 
 PAGE = 16
 SHAPE: dict[str, Any] = {

@@ -51,10 +51,11 @@ of the key, once for all heads: LayerSpec.shared. The linear that expands them i
 (`layers/latent.py`), its first half multiplied to the queries, its second to the results. It keeps the model's dtype where
 other linears are quantized, and is widened where the checkpoint stores it with few bits.
 
-`models/latent.py` recognises such a module by what its method `expand_kv` computes on the twin. Where that is anything else
-than one linear and a copy, or the twin's answers change, keys and values are written out as before. Prompts and decoded
-tokens are computed in the same way, because expanding only where many rows come together would make bits depend on how a
-prompt was cut. That costs prompts something: a score is a product of 576 numbers instead of 192 for DeepSeek's sizes.
+`models/replacements/latent.py` recognises such a module by what its method `expand_kv` computes on the twin. Where that is
+anything else than one linear and a copy, or the twin's answers change, keys and values are written out as before. Prompts
+and decoded tokens are computed in the same way, because expanding only where many rows come together would make bits depend
+on how a prompt was cut. That costs prompts something: a score is a product of 576 numbers instead of 192 for DeepSeek's
+sizes.
 Prefix cache, drafts, copies of pages and a cache of int8 (one scale for latent and rotated part of a position) work as with
 other models. Models with a sparse indexer (deepseek_v32, glm_moe_dsa, hy_v4, axk2, dots3_note) run per sequence on the
 library's own cache.
@@ -68,8 +69,9 @@ processor with bfloat16 products makes of it is not measured.
 ## Routers
 
 Many mixtures of experts multiply with a parameter of their own where others have a linear (deepseek_v3, qwen3_moe, mixtral
-and most of the library's newer ones). That product is replaced, too (`OwnProduct` in `models/replaced.py`): the forward is
-the library's, and finds our product under the name of PyTorch's. So a row's bits do not depend on how its prompt was cut.
+and most of the library's newer ones). That product is replaced, too (`OwnProduct` in `models/replacements/replaced.py`):
+the forward is the library's, and finds our product under the name of PyTorch's. So a row's bits do not depend on how its
+prompt was cut.
 What follows is PyTorch's: its sigmoid computes numbers behind the last whole vector of 16 in another way, so that with a
 number of experts that is no multiple of 16 last digits may still depend on the cut (`tests/models/test_chunks.py`).
 

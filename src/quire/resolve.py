@@ -21,9 +21,9 @@ from quire.kernels.table import load_ops
 from quire.layers.spec import ModelLayout
 from quire.models import footprint
 from quire.models.build import layout_of
-from quire.models.draft import DraftModel, find_guesser
-from quire.models.hub import ModelFiles, find_model
+from quire.models.files.hub import ModelFiles, find_model
 from quire.models.registry import select_impl
+from quire.models.speculation.draft import DraftModel, find_guesser
 from quire.worker.device import Device
 
 logger = logging.getLogger(__name__)

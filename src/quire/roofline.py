@@ -58,8 +58,8 @@ def measure(config: EngineConfig) -> Speed:
 def load_of(config: EngineConfig) -> Load:
     """What a step reads and multiplies: all weights but the embedding table, and only the experts that are chosen."""
     # Imported here: PyTorch comes with them, and the command line's flags do without.
+    from quire.models.files.headers import weight_headers
     from quire.models.footprint import bytes_per_weight, head_bytes
-    from quire.models.headers import weight_headers
     from quire.resolve import count_parameters
 
     files, layout = config.files, config.layout

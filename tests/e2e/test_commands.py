@@ -11,7 +11,7 @@ import torch
 
 from quire.cli import compare
 from quire.cli.main import main
-from quire.models.native import NativeDecoder
+from quire.models.native.decoder import NativeDecoder
 
 FAST = ("--threads", "1", "--max-num-seqs", "4", "--kv-cache-memory-bytes", "32M")
 

@@ -22,8 +22,8 @@ from quire.errors import QuireError
 from quire.kernels.table import load_ops
 from quire.layers.spec import LayerSpec, ModelLayout
 from quire.models.build import build_model
-from quire.models.medusa import MedusaHeads
-from quire.models.nextlayer import NextLayer
+from quire.models.speculation.medusa import MedusaHeads
+from quire.models.speculation.nextlayer import NextLayer
 from quire.resolve import resolve
 from quire.worker import draft_pages, worker
 from quire.worker.device import Device

@@ -89,7 +89,7 @@ def write_model(folder: Path, family: str, guessing: int) -> tuple[Path, nn.Modu
 def test_an_mtp_layer_guesses_as_the_librarys_own(
     family: str, guessing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    caplog.set_level("INFO", "quire.models.draft")
+    caplog.set_level("INFO", "quire.models.speculation.draft")
     monkeypatch.setitem(tiny.FAMILIES, "glm4_moe", GLM)
     folder, target, plain = write_model(tmp_path / family, family, guessing)
     made = noted_guesses(monkeypatch)

@@ -20,11 +20,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from quire.kernels.table import Ops, load_ops
 from quire.models.assemble import build_transformers
-from quire.models.hub import ModelFiles
-from quire.models.probe import examine, model_config
+from quire.models.files.hub import ModelFiles
+from quire.models.probing.probe import examine, model_config
 from quire.models.served import ServedModel
-from quire.models.trial import PagedLoop, Sequence
-from quire.models.twin import VOCAB, shrink, twin_model
+from quire.models.twin.shrink import VOCAB, shrink, twin_model
+from quire.models.twin.trial import PagedLoop, Sequence
 
 NEW_TOKENS = 10
 SHARED = 8  # positions that the third prompt has in common with the second

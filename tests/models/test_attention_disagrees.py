@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from quire.models.probe import examine
+from quire.models.probing.probe import examine
 
 
 @pytest.mark.parametrize("alibi", [True, False])

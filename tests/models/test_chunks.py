@@ -13,10 +13,10 @@ from tiny import write_tiny
 from quire.config import ModelOptions
 from quire.kernels.table import load_ops
 from quire.models.build import build_model
-from quire.models.hub import find_model
-from quire.models.replaced import OwnProduct
-from quire.models.rewrite import FUNCTIONS
-from quire.models.trial import PagedLoop
+from quire.models.files.hub import find_model
+from quire.models.replacements.replaced import OwnProduct
+from quire.models.replacements.rewrite import FUNCTIONS
+from quire.models.twin.trial import PagedLoop
 
 CUTS = ([60], [7, 20, 1, 32], [1] * 60, [59, 1])
 EXPERTS = {"deepseek_v3": "n_routed_experts", "mixtral": "num_local_experts"}  # sixteen: as wide as PyTorch's vectors

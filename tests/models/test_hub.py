@@ -26,7 +26,7 @@ from quire.errors import (
     ModelNotFoundError,
     UnsupportedModelError,
 )
-from quire.models.hub import ModelFiles, choose_weights, find_model
+from quire.models.files.hub import ModelFiles, choose_weights, find_model
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_local_folder(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nothing_means_the_bundled_model(monkeypatch: pytest.MonkeyPatch, tiny: Path, tmp_path: Path) -> None:
-    import quire.models.hub as hub
+    import quire.models.files.hub as hub
 
     monkeypatch.setattr(hub.importlib.resources, "files", lambda package: tmp_path)
     with pytest.raises(ModelNotFoundError, match="lacks the bundled one"):
@@ -301,8 +301,8 @@ FIND = """
 import json, sys
 from quire.config import ModelOptions
 from quire.errors import ModelError
-from quire.models.headers import weight_headers
-from quire.models.hub import find_model
+from quire.models.files.headers import weight_headers
+from quire.models.files.hub import find_model
 found = []
 for options in json.loads(sys.argv[1]):
     try:

@@ -16,9 +16,9 @@ from quire.kernels.rounding import restored
 from quire.kernels.table import load_ops
 from quire.layers.latent import LatentProjection
 from quire.models.build import build_model
-from quire.models.hub import find_model
+from quire.models.files.hub import find_model
 from quire.models.served import ServedModel
-from quire.models.trial import PagedLoop
+from quire.models.twin.trial import PagedLoop
 from quire.quant.checkpoints import Scheme, StoredWeight
 
 CPU = torch.device("cpu")

@@ -24,11 +24,11 @@ from quire.kernels.table import load_ops, ops_of
 from quire.layers.linear import Linear
 from quire.layers.target import Target
 from quire.models.build import build_model
-from quire.models.checkpoint import Checkpoint, stream_weights
-from quire.models.headers import read_headers, weight_headers
-from quire.models.hub import ModelFiles, find_model
-from quire.models.load import LoadRules, dummy_weights, load_into
-from quire.models.native import NativeDecoder
+from quire.models.files.headers import read_headers, weight_headers
+from quire.models.files.hub import ModelFiles, find_model
+from quire.models.native.decoder import NativeDecoder
+from quire.models.weights.checkpoint import Checkpoint, stream_weights
+from quire.models.weights.load import LoadRules, dummy_weights, load_into
 
 CPU = torch.device("cpu")
 
@@ -390,8 +390,8 @@ from pathlib import Path
 from quire.config import ModelOptions
 from quire.kernels import reference
 from quire.kernels.table import ops_of
-from quire.models.hub import find_model
-from quire.models.native import NativeDecoder
+from quire.models.files.hub import find_model
+from quire.models.native.decoder import NativeDecoder
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -16,9 +16,9 @@ from quire.errors import CheckpointError, ModelError
 from quire.kernels import reference
 from quire.kernels.table import ops_of
 from quire.layers.linear import Linear
-from quire.models.conversion import load_transformers, model_targets
-from quire.models.hub import ModelFiles, find_model
-from quire.models.load import LoadReport
+from quire.models.files.hub import ModelFiles, find_model
+from quire.models.transformers.conversion import load_transformers, model_targets
+from quire.models.weights.load import LoadReport
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 6, 7, 8, 9, 200]])

@@ -14,9 +14,9 @@ from quire.config import ModelOptions
 from quire.errors import UnsupportedModelError
 from quire.kernels import reference
 from quire.kernels.table import Ops, load_ops, ops_of
-from quire.models.hub import ModelFiles, find_model
-from quire.models.native import FAMILIES, NativeDecoder, frequencies_of, native_layout, shape_of
-from quire.models.trial import PagedLoop, Sequence
+from quire.models.files.hub import ModelFiles, find_model
+from quire.models.native.decoder import FAMILIES, NativeDecoder, frequencies_of, native_layout, shape_of
+from quire.models.twin.trial import PagedLoop, Sequence
 
 CPU = torch.device("cpu")
 NEW = 12

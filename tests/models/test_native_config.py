@@ -12,11 +12,11 @@ import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from quire.config import ModelOptions
-from quire.models.describe import sampling_defaults, stop_token_ids
-from quire.models.frequencies import frequencies_of
-from quire.models.hub import ModelFiles, find_model
-from quire.models.native import native_layout, native_shapes, shape_of
-from quire.models.native_config import MODEL_TYPES, NativeConfig
+from quire.models.files.describe import sampling_defaults, stop_token_ids
+from quire.models.files.hub import ModelFiles, find_model
+from quire.models.files.native_config import MODEL_TYPES, NativeConfig
+from quire.models.native.decoder import native_layout, native_shapes, shape_of
+from quire.models.native.frequencies import frequencies_of
 from quire.resolve import activation_bytes, checkpoint_dtype, count_parameters, model_length
 
 SMALL = {"vocab_size": 99, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}

@@ -12,9 +12,9 @@ from tiny import FAMILIES, VOCAB, write_tiny
 from quire.config import ModelOptions
 from quire.kernels.table import load_ops
 from quire.models.build import build_model
-from quire.models.hub import find_model
-from quire.models.open_model import KeepsStates, OpenModel
-from quire.models.trial import PagedLoop
+from quire.models.files.hub import find_model
+from quire.models.speculation.open_model import KeepsStates, OpenModel
+from quire.models.twin.trial import PagedLoop
 
 IDS = [[5, 9, 200, 31, 7, 7, 90], [41, 300, 12]]
 COHERE = {name: value for name, value in FAMILIES["llama"].items() if name != "rms_norm_eps"}

@@ -19,10 +19,10 @@ from quire.engine import prefetch
 from quire.kernels.memory import AHEAD
 from quire.kernels.table import Ops, load_ops
 from quire.kernels.weights import KeptLinear
-from quire.models import packed_file
 from quire.models.build import build_model
-from quire.models.packed_cache import PackedCache, packed_cache
-from quire.models.packed_file import PackedFile, write_packed
+from quire.models.weights import packed_file
+from quire.models.weights.packed_cache import PackedCache, packed_cache
+from quire.models.weights.packed_file import PackedFile, write_packed
 from quire.resolve import EngineConfig, resolve
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from torch import nn
 
 from quire.kernels.table import load_ops
 from quire.layers.target import Target
-from quire.models.experts import PackedExperts
+from quire.models.replacements.experts import PackedExperts
 
 COUNT, SIZE, INNER = 5, 24, 16
 

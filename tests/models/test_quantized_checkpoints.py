@@ -21,8 +21,8 @@ from quire.kernels.rounding import restored
 from quire.kernels.table import load_ops
 from quire.kernels.weights import PackedLinear, QuantizedLinear
 from quire.models.build import build_model
-from quire.models.hub import find_model
-from quire.models.native import NativeDecoder
+from quire.models.files.hub import find_model
+from quire.models.native.decoder import NativeDecoder
 from quire.resolve import EngineConfig, resolve
 
 CPU = torch.device("cpu")

@@ -18,11 +18,11 @@ from quire.kernels.cpu import CpuOps, native
 from quire.kernels.programs import NotRecordableError
 from quire.kernels.table import Ops, load_ops, ops_of
 from quire.models.build import build_model
-from quire.models.hub import find_model
-from quire.models.proved_programs import ProvedPrograms
-from quire.models.recorded import Plan, RecordedModel, with_program
+from quire.models.files.hub import find_model
+from quire.models.programs.proved import ProvedPrograms
+from quire.models.programs.recorded import Plan, RecordedModel, with_program
 from quire.models.served import ServedModel
-from quire.models.trial import PagedLoop
+from quire.models.twin.trial import PagedLoop
 from quire.resolve import activation_bytes
 
 CPU = torch.device("cpu")
@@ -224,7 +224,7 @@ def test_tables_grow_with_the_sequences(tmp_path: Path) -> None:
 
 
 def test_large_steps_run_as_they_are(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("quire.models.recorded.MOST_ARENA", 32 << 10)
+    monkeypatch.setattr("quire.models.programs.recorded.MOST_ARENA", 32 << 10)
     ops = load_ops("cpu")
     model = build(write_tiny(tmp_path, "llama", tokenizer=False), "native", ops)
     loop = PagedLoop(model, ops, PAGE, PAGES)

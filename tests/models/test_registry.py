@@ -9,8 +9,8 @@ from tiny import write_tiny
 
 from quire.config import ModelOptions
 from quire.errors import ConfigError, UnsupportedModelError
-from quire.models.hub import ModelFiles, find_model
-from quire.models.native import FAMILIES, NativeDecoder
+from quire.models.files.hub import ModelFiles, find_model
+from quire.models.native.decoder import FAMILIES, NativeDecoder
 from quire.models.registry import PLUGIN_GROUP, ModelRegistry, select_impl
 
 

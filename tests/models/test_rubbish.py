@@ -15,11 +15,11 @@ import quire.bundled
 from quire.config import ModelOptions
 from quire.errors import CheckpointError, ModelError, QuireError, UnsupportedModelError
 from quire.layers.target import Target
-from quire.models.describe import describe, stop_token_ids
-from quire.models.headers import read_headers, read_index
-from quire.models.hub import choose_weights, find_model
-from quire.models.load import LoadRules, load_into
+from quire.models.files.describe import describe, stop_token_ids
+from quire.models.files.headers import read_headers, read_index
+from quire.models.files.hub import choose_weights, find_model
 from quire.models.registry import select_impl
+from quire.models.weights.load import LoadRules, load_into
 
 BUNDLED = Path(quire.bundled.__file__).parent / "model"
 

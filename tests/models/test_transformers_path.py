@@ -11,16 +11,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from quire.errors import UnsupportedModelError
 from quire.kernels.table import load_ops
 from quire.layers.batch import Batch
-from quire.models.decide import Decider, serve
-from quire.models.fallback import SequentialModel
-from quire.models.interface import current_batch, paged_attention
-from quire.models.masks import mask_spec
-from quire.models.observe import ModelObserver
-from quire.models.probe import examine, probe, report_key
-from quire.models.prove import prove, transplant
-from quire.models.report import ProbeReport, RewritePlan
-from quire.models.trial import PagedLoop
-from quire.models.twin import build, randomize, shrink
+from quire.models.probing.decide import Decider, serve
+from quire.models.probing.probe import examine, probe, report_key
+from quire.models.probing.prove import prove, transplant
+from quire.models.transformers.fallback import SequentialModel
+from quire.models.transformers.interface import current_batch, paged_attention
+from quire.models.transformers.masks import mask_spec
+from quire.models.transformers.report import ProbeReport, RewritePlan
+from quire.models.twin.observe import ModelObserver
+from quire.models.twin.shrink import build, randomize, shrink
+from quire.models.twin.trial import PagedLoop
 
 OPS = load_ops("cpu")
 SIZES = {
@@ -134,7 +134,7 @@ def test_a_mask_that_is_not_plain_is_not_taken_for_one():
 
 
 def observe(model):
-    from quire.models.decide import observed_arguments
+    from quire.models.probing.decide import observed_arguments
 
     observer = ModelObserver(model, model.config, with_linears=True)
     return observer.run(observed_arguments(model, observer))
@@ -172,7 +172,7 @@ def test_a_replacement_that_changes_the_answer_is_left_alone(monkeypatch):
     broken = changed(OPS, rms_norm=lambda x, weight, eps, style: OPS.rms_norm(x, weight, eps, style) * 1.01)
     plan = propose_with(decider, decision)
     assert plan.norms
-    monkeypatch.setattr("quire.models.prove.propose", lambda *_: plan)
+    monkeypatch.setattr("quire.models.probing.prove.propose", lambda *_: plan)
     kept = prove(decider, decision, broken)
     assert not kept.norms
     assert kept.merged == plan.merged
@@ -180,7 +180,7 @@ def test_a_replacement_that_changes_the_answer_is_left_alone(monkeypatch):
 
 
 def propose_with(decider, decision):
-    from quire.models.rewrite import propose
+    from quire.models.replacements.rewrite import propose
 
     return propose(decider.twin(), decision.seen, OPS)
 
@@ -276,14 +276,14 @@ def test_the_key_of_a_report_depends_on_config_and_dtype():
 
 def test_a_remembered_report_is_used_and_a_damaged_one_made_anew(tmp_path, monkeypatch):
     from quire.config import ModelOptions
-    from quire.models.hub import find_model
+    from quire.models.files.hub import find_model
 
     monkeypatch.setenv("QUIRE_CACHE", str(tmp_path / "cache"))
     llama().save_pretrained(tmp_path / "model")
     files = find_model(ModelOptions(model=str(tmp_path / "model")))
     made = probe(files, torch.float32)
     (remembered,) = (tmp_path / "cache" / "probes").glob("*.json")
-    monkeypatch.setattr("quire.models.probe.examine", lambda *_: pytest.fail("probed again"))
+    monkeypatch.setattr("quire.models.probing.probe.examine", lambda *_: pytest.fail("probed again"))
     assert probe(files, torch.float32) == made
     monkeypatch.undo()
     monkeypatch.setenv("QUIRE_CACHE", str(tmp_path / "cache"))

@@ -52,6 +52,11 @@ LAYERS: dict[str, set[str]] = {
     "serve": {"errors", "env", "config", "core", "text", "engine", "resolve", "llm"},
 }
 TOP = {"cli", "__init__"}  # may import everything
+# The parts of models/, each of which imports only from those before it.
+MODELS = (
+    *("served", "files", "registry", "weights", "native", "transformers", "twin", "replacements", "probing"),
+    *("assemble", "build", "footprint", "programs", "speculation"),
+)
 # Only these files of engine/ know that a worker exists: they start it and carry plans to it.
 WORKER_FILES = {"engine/executor.py", "engine/prefetch.py", "engine/start.py", "engine/engine_process.py"}
 
@@ -118,6 +123,17 @@ def test_files_import_only_from_lower_layers() -> None:
         for module, node in quire_imports(path)
         if not allowed(path, part_of(path), module)
     ]
+    assert not offenders, "\n".join(offenders)
+
+
+def test_parts_of_models_import_only_from_those_before() -> None:
+    folder, offenders = SOURCE / "models", []
+    for path in sorted(folder.rglob("*.py")):
+        part = path.relative_to(folder).parts[0].removesuffix(".py")
+        for module, node in quire_imports(path):
+            names = module.split(".")
+            if part != "__init__" and names[0] == "models" and MODELS.index(names[1]) > MODELS.index(part):
+                offenders.append(f"{place(path, node)}: models.{part} may not import quire.{module}")
     assert not offenders, "\n".join(offenders)
 
 

@@ -98,7 +98,7 @@ def test_cve_2026_27893_no_file_decides_for_itself_to_trust_a_model() -> None:
         for keyword in call.keywords
         if keyword.arg == "trust_remote_code" and ast.unparse(keyword.value) == "True"
     ]
-    assert set(places) <= {"models/describe.py"}, places
+    assert set(places) <= {"models/files/describe.py"}, places
 
 
 AUTO_MAP = {"auto_map": {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.Evil"}}
@@ -121,7 +121,7 @@ def test_cve_2026_41523_cve_2025_66448_cve_2026_22807_foreign_code_does_not_run(
     code = (
         "from quire.config import ModelOptions\n"
         "from quire.errors import QuireError\n"
-        "from quire.models.hub import find_model\n"
+        "from quire.models.files.hub import find_model\n"
         f"for folder in {folders!r}:\n"
         "    try:\n"
         "        find_model(ModelOptions(model=folder))\n"

@@ -24,7 +24,7 @@ from quire.errors import ConfigError
 from quire.kernels.table import load_ops
 from quire.layers.norm import RMSNorm
 from quire.models.build import build_model
-from quire.models.native import NativeDecoder
+from quire.models.native.decoder import NativeDecoder
 from quire.models.served import ServedModel
 from quire.resolve import EngineConfig, resolve
 from quire.text.tokenizer import load_tokenizer

@@ -15,7 +15,7 @@ from typing import Any
 
 from quire.config import EngineOptions, ModelOptions
 from quire.kernels import memory
-from quire.models.packed_folder import last_file
+from quire.models.weights.packed_folder import last_file
 from quire.text import tokenizer_files
 
 logger = logging.getLogger(__name__)

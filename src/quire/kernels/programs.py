@@ -1,7 +1,7 @@
 """What a step program is, whichever backend makes it: a model's forward, recorded once and run without its Python.
 
 It names the two roles, recorder and program, and the one error. How a backend does it is its own affair; how a model
-uses it is in models/recorded.py.
+uses it is in models/programs/recorded.py.
 """
 
 from __future__ import annotations

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from quire.kernels.table import Ops
-from quire.models.conversion import load_transformers, model_targets
-from quire.models.decide import serve
-from quire.models.hub import ModelFiles
-from quire.models.probe import find_class, model_config
-from quire.models.report import ProbeReport
-from quire.models.rewrite import rewrite
+from quire.models.files.hub import ModelFiles
+from quire.models.probing.decide import serve
+from quire.models.probing.probe import find_class, model_config
+from quire.models.replacements.rewrite import rewrite
 from quire.models.served import ServedModel
-from quire.models.twin import build
+from quire.models.transformers.conversion import load_transformers, model_targets
+from quire.models.transformers.report import ProbeReport
+from quire.models.twin.shrink import build
 
 logger = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ import torch
 from quire.config import ModelOptions
 from quire.kernels.table import Ops
 from quire.layers.spec import ModelLayout
-from quire.models.hub import ModelFiles, OnShare
-from quire.models.packed_cache import packed_cache
+from quire.models.files.hub import ModelFiles, OnShare
 from quire.models.registry import ModelRegistry, select_impl
 from quire.models.served import ServedModel
+from quire.models.weights.packed_cache import packed_cache
 from quire.quant.checkpoints import stored_ops
 from quire.quant.format import quantized_ops
 
@@ -25,7 +25,7 @@ def layout_of(files: ModelFiles, model_impl: str = "auto", dtype: torch.dtype | 
     if select_impl(files, model_impl) == "native":
         layout: ModelLayout = ModelRegistry.resolve(files.architecture).layout_of(files)
         return layout
-    from quire.models.probe import probe
+    from quire.models.probing.probe import probe
 
     return probe(files, dtype).layout
 
@@ -51,7 +51,7 @@ def build_model(
         served.load(files, options.seed)  # type: ignore[attr-defined]
     else:
         from quire.models.assemble import build_transformers
-        from quire.models.probe import probe
+        from quire.models.probing.probe import probe
 
         served = build_transformers(files, probe(files, dtype), options.seed, dtype, device, ops)
     if cache is not None:

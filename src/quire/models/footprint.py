@@ -12,10 +12,10 @@ import torch
 from quire.kernels import reference
 from quire.kernels.table import ops_of
 from quire.layers.spec import ModelLayout
-from quire.models.headers import weight_headers
-from quire.models.hub import ModelFiles
-from quire.models.native import native_shapes
-from quire.models.native_config import NativeConfig
+from quire.models.files.headers import weight_headers
+from quire.models.files.hub import ModelFiles
+from quire.models.files.native_config import NativeConfig
+from quire.models.native.decoder import native_shapes
 from quire.quant.checkpoints import stored_bytes
 from quire.quant.format import ROUTERS, format_of, head_format
 

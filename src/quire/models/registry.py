@@ -12,14 +12,14 @@ import logging
 from typing import Any, Literal
 
 from quire.errors import ConfigError, UnsupportedModelError
-from quire.models.hub import ModelFiles
+from quire.models.files.hub import ModelFiles
 
 logger = logging.getLogger(__name__)
 
 Impl = Literal["native", "transformers"]
 PLUGIN_GROUP = "quire.models"
 
-NATIVE = "quire.models.native:NativeDecoder"
+NATIVE = "quire.models.native.decoder:NativeDecoder"
 BUILT_IN: dict[str, str | type] = {
     "LlamaForCausalLM": NATIVE,
     "MistralForCausalLM": NATIVE,

@@ -10,7 +10,7 @@ import torch
 
 from quire.core.plan import Admission, StepPlan
 from quire.kernels.table import Ops
-from quire.models.recorded import Plan, with_program
+from quire.models.programs.recorded import Plan, with_program
 from quire.models.served import ServedModel
 from quire.worker.batch import Rows
 from quire.worker.device import Device

@@ -12,9 +12,9 @@ import torch
 from quire.core.plan import Admission, StepPlan
 from quire.kernels.table import Ops
 from quire.layers.batch import Batch
-from quire.models.medusa import MedusaHeads
-from quire.models.nextlayer import Head
-from quire.models.recorded import Plan, with_program
+from quire.models.programs.recorded import Plan, with_program
+from quire.models.speculation.medusa import MedusaHeads
+from quire.models.speculation.nextlayer import Head
 from quire.worker.batch import Rows
 from quire.worker.device import Device
 from quire.worker.draft_pages import DraftPages

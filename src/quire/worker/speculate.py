@@ -14,7 +14,7 @@ import numpy as np
 
 from quire.core.params import SamplingParams
 from quire.core.plan import Admission, Singles, Span, SpanResult, StepPlan
-from quire.models.open_model import KeepsStates
+from quire.models.speculation.open_model import KeepsStates
 from quire.worker.drafter import Drafter, History, Seen
 from quire.worker.governor import Governor
 

@@ -21,15 +21,15 @@ from quire.kernels import memory
 from quire.kernels.table import Ops, load_ops
 from quire.layers.spec import ModelLayout
 from quire.models.build import build_model
-from quire.models.draft import DraftModel
-from quire.models.eagle3 import FusedLayer
-from quire.models.hub import ModelFiles, OnShare
-from quire.models.medusa import MedusaHeads
-from quire.models.nextlayer import Head, NextLayer
-from quire.models.open_model import KeepsStates, OpenModel
-from quire.models.proved_programs import ProvedPrograms
-from quire.models.recorded import Plan, with_program
+from quire.models.files.hub import ModelFiles, OnShare
+from quire.models.programs.proved import ProvedPrograms
+from quire.models.programs.recorded import Plan, with_program
 from quire.models.served import ServedModel
+from quire.models.speculation.draft import DraftModel
+from quire.models.speculation.eagle3 import FusedLayer
+from quire.models.speculation.medusa import MedusaHeads
+from quire.models.speculation.nextlayer import Head, NextLayer
+from quire.models.speculation.open_model import KeepsStates, OpenModel
 from quire.worker.device import Device, DeviceMemory
 from quire.worker.draft import ModelDrafter
 from quire.worker.drafter import Drafter, History
@@ -141,7 +141,7 @@ class Worker:
             self._draft = NextLayer(draft.files, draft.style, open_model, setup.dtype, where, self._ops)
         else:
             # Imported here, with the Transformers library: it takes seconds, and native models do without.
-            from quire.models.nextlibrary import LibraryLayer
+            from quire.models.speculation.nextlibrary import LibraryLayer
 
             self._draft = LibraryLayer(draft.files, draft.style, open_model, setup.dtype, where, self._ops)
         self._model = self._states = KeepsStates(open_model, draft.taps)

@@ -1,0 +1,1 @@
+"""The tiny twin of a model: how it is made, driven over pages, and watched."""
