@@ -1,4 +1,5 @@
-"""The only reader of os.environ: few variables, each with a type, read when asked for. Also sets up logging.
+"""The only reader of os.environ: few variables, each with a type, read when asked for. Also sets up logging and the
+standard streams of quire's own programs.
 
 HF_TOKEN, HF_HOME, HF_HUB_OFFLINE and their kind belong to the huggingface_hub library, which reads them itself.
 
@@ -23,6 +24,7 @@ from pathlib import Path
 from quire.errors import ConfigError
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
+NO_HOME = Path("/dev/null")
 
 
 def cpu_level() -> str | None:
@@ -32,7 +34,15 @@ def cpu_level() -> str | None:
 
 def cache_folder() -> Path:
     """Where quire keeps what it remembers between runs. Not created here."""
-    return Path(os.environ.get("QUIRE_CACHE") or Path.home() / ".cache" / "quire")
+    return Path(os.environ.get("QUIRE_CACHE") or _home() / ".cache" / "quire")
+
+
+def _home() -> Path:
+    """The user's home. A user whom the system does not know, as in many containers, has one that cannot be written to."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return NO_HOME
 
 
 def api_keys() -> tuple[str, ...]:
@@ -53,6 +63,26 @@ def log_level() -> str:
     if level not in LOG_LEVELS:
         raise ConfigError(f"QUIRE_LOG_LEVEL is {level!r}; it can be {', '.join(LOG_LEVELS)}.")
     return level
+
+
+def open_closed_streams() -> None:
+    """Put /dev/null in place of standard streams that are closed, here and in the processes that are started from here:
+    else the first sockets get their numbers, and what somebody prints goes there."""
+    while (found := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(found, True)
+    os.close(found)
+
+
+def drop_full_streams() -> None:
+    """Write out what was printed. A stream that takes no more, its reader gone or its disk full, becomes /dev/null: else
+    the interpreter tries again at its end, and ends with status 120."""
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), number)
 
 
 def set_up_logging(level: str | None = None) -> None:

@@ -178,7 +178,7 @@ def test_what_is_cut_off(tmp_path: Path, name: str, capsys: pytest.CaptureFixtur
     whole = (folder / name).read_bytes()
     (folder / name).write_bytes(whole[: len(whole) // 2])
     try:
-        status = run_command("run", [str(folder), "x", "--max-tokens", "1", "--threads", "1"])
+        status = run_command(["run", str(folder), "x", "--max-tokens", "1", "--threads", "1"])
     except QuireError as error:  # what run_command shows of it is checked by the status
         raise AssertionError from error
     told = capsys.readouterr().err

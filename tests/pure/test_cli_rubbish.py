@@ -66,7 +66,7 @@ def test_config_files(tmp_path: Path, capsys: pytest.CaptureFixture[str], conten
     path = tmp_path / "flags.yaml"
     path.write_bytes(content)
     try:
-        status = run_command("serve", ["--config", str(path)])
+        status = run_command(["serve", "--config", str(path)])
     except SystemExit as end:  # a mistake in flags
         status = int(str(end.code))
     told = capsys.readouterr().err

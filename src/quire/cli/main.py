@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
 
+from quire import env
 from quire.config import nearest
 from quire.errors import ConfigError, QuireError
 
@@ -29,9 +30,40 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0, 1 for an error, 2 for a mistake in flags, 130 for Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
+    env.open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # where the locale has no word for what a model says
+    try:
+        return run_command(words)
+    finally:
+        env.drop_full_streams()
+
+
+def run_command(words: Sequence[str]) -> int:
+    """Run the command that the words name; turn what it raises into a line and a status."""
+    name = f"quire {words[0]}" if words and words[0] in COMMANDS else "quire"
+    try:
+        status = _answer(words)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
+    except ConfigError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except QuireError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 0  # the reader, such as head, has seen enough
+    except OSError as error:  # a full disk, a limit of the system
+        print(f"{name}: {error}", file=sys.stderr)
+        return 1
+
+
+def _answer(words: Sequence[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
@@ -43,26 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] not in COMMANDS:
         print(f"quire: no command {words[0]!r}.{nearest(words[0], COMMANDS)}\nTry 'quire --help'.", file=sys.stderr)
         return 2
-    return run_command(words[0], words[1:])
-
-
-def run_command(name: str, words: Sequence[str]) -> int:
-    """Import the subcommand's module and run it."""
-    try:
-        return importlib.import_module(COMMANDS[name][0]).main(words)
-    except ConfigError as error:
-        print(f"quire {name}: {error}", file=sys.stderr)
-        return 2
-    except QuireError as error:
-        print(f"quire {name}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        return 0  # the reader, such as head, has seen enough
-    except OSError as error:  # a full disk, a limit of the system
-        print(f"quire {name}: {error}", file=sys.stderr)
-        return 1
+    return importlib.import_module(COMMANDS[words[0]][0]).main(words[1:])
 
 
 def usage() -> str:
