@@ -1,7 +1,7 @@
 """Executor: carries a plan to the workers and the result back. LocalExecutor runs one worker in this process;
 FakeExecutor runs no model at all: its "model" is a function of the tokens so far.
 
-The only file of this folder, besides the other executors, that may know the worker.
+Of this folder only this file and those that start an engine may know that there is a worker.
 """
 
 from __future__ import annotations
