@@ -17,7 +17,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from quire.core.structured import FIELD, StructuredOutputsParams
 from quire.errors import OverloadedError, ValidationError
 from quire.grammar.constraint import Constraint
-from quire.grammar.source import source_of
+from quire.grammar.source import reason_of, source_of
 
 MOST_REMEMBERED = 512  # compiled grammars
 COMPILE_SECONDS = 5.0
@@ -148,8 +148,7 @@ class Grammars:
         source = source_of(wish, self._special)
         matcher = LLMatcher(tokenizer, source, limits=LIMITS, log_level=0)
         if matcher.is_error():
-            reason = " ".join(matcher.get_error().split())[:300]
-            raise ValidationError(f"{FIELD}.{wish.form} cannot be used: {reason}", FIELD)
+            raise ValidationError(f"{FIELD}.{wish.form} cannot be used: {reason_of(matcher.get_error())}", FIELD)
         return matcher
 
     def _built(self) -> LLTokenizer:

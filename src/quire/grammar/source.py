@@ -48,7 +48,22 @@ _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSc
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
 _SINGLES = ("items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames")
 
-
+# What the grammar engine says of schemas that it does not take -> what to do about it.
+_REASONS = (
+    (
+        r"Unimplemented keys: \[(.*?)\]",
+        r"no grammar can keep to the keywords \1 of JSON schema. Leave them out, and check the answer.",
+    ),
+    (r"Unknown format: (\S+)", r"no grammar can keep to the format \1. Leave it out, and check the answer."),
+    (
+        r"Resource '(.*?)' is not present",
+        r"it refers to the document \1, and none is fetched. Put its schemas into $defs.",
+    ),
+    (
+        r"^oneOf constraints",
+        r"the branches of a oneOf may overlap, so that no grammar can keep to it. Use anyOf, or tell them apart.",
+    ),
+)
 # As templates write JSON, so that models find their own habit again.
 TEMPLATE_SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
@@ -122,17 +137,16 @@ def _schema_source(schema: Any, wish: StructuredOutputsParams, spacing: Mapping[
     try:
         return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)  # type: ignore[arg-type]
     except ValueError as error:
-        raise ValidationError(f"{FIELD}.json cannot be used: {_reason(str(error))}", FIELD) from error
+        raise ValidationError(f"{FIELD}.json cannot be used: {reason_of(str(error))}", FIELD) from error
 
 
-def _reason(error: str) -> str:
-    """What the grammar engine does not take, in words for the one who wrote the schema."""
-    unknown = re.search(r"Unimplemented keys: \[(.*?)\]", error)
-    if unknown is not None:
-        return f"no grammar can keep to the keywords {unknown[1]} of JSON schema. Leave them out, and check the answer."
-    if error.startswith("oneOf constraints"):
-        return "the branches of a oneOf may overlap, so that no grammar can keep to it. Use anyOf, or tell them apart."
-    return error[:300]
+def reason_of(error: str) -> str:
+    """Why the grammar engine does not take a form, in words for the one who wrote it."""
+    for pattern, words in _REASONS:
+        found = re.search(pattern, error)
+        if found is not None:
+            return found.expand(words)
+    return " ".join(error.split())[:300]
 
 
 def _read_schema(text: str) -> Any:
