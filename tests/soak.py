@@ -32,6 +32,7 @@ COUNTED = {
     "schedules": [f"engine/schedules.py --count 10 --seed {10 * seed}" for seed in range(6)],
     "faults": [f"engine/fault_rig.py --shard {shard}/16" for shard in range(1, 17)],
     "memory": [f"engine/short_memory.py --every {every}" for every in (1009, 307, 101, 53)],
+    "bodies": ["security/test_security_fuzz.py --examples 1000"],
     "storms": [f"engine/storms.py --connections 2500 --seed {seed}" for seed in range(4)],
 }
 

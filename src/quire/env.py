@@ -18,10 +18,11 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from quire.errors import ConfigError
+from quire.errors import ConfigError, reason
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 NO_HOME = Path("/dev/null")
@@ -83,6 +84,15 @@ def drop_full_streams() -> None:
         except OSError:
             with open(os.devnull, "wb") as nowhere:
                 os.dup2(nowhere.fileno(), number)
+
+
+def announce(lines: Sequence[str]) -> None:
+    """Print what people may want to know. That nobody reads it, or that the disk is full, must not end what works."""
+    try:
+        print("\n".join(lines), flush=True)
+    except OSError as error:
+        drop_full_streams()
+        logging.getLogger("quire").warning("%s (stdout takes nothing: %s)", lines[0], reason(error))
 
 
 def set_up_logging(level: str | None = None) -> None:

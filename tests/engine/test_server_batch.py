@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from quire.cli.run_batch import main
 from quire.config import ServeOptions
 from quire.engine.async_engine import AsyncEngine
 from quire.engine.executor import FakeExecutor
-from quire.errors import ConfigError, EngineDeadError
+from quire.errors import CapacityError, ConfigError, EngineDeadError
 from quire.serve.app import create_app
 from quire.serve.batch import URLS, BatchRun, done_rows, local_path, run_batch, summary
 from quire.serve.progress import Progress
@@ -130,6 +132,30 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     assert run.skipped == before and run.answered == 60 - before
     texts = {name: answer["response"]["body"]["choices"][0]["text"] for name, answer in answers(run).items()}
     assert texts == {f"r{number}": str(number) for number in range(60)}
+
+
+def test_a_full_disk_loses_no_row(tmp_path: Path) -> None:
+    rows = [row(f"r{number}", {"prompt": f"say:{number};|"}, "/v1/completions") for number in range(60)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(CapacityError, match="Make room"):
+            asyncio.run(run_batch(batch(tmp_path, rows, concurrency=4)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "out.jsonl").stat().st_size == 10_000
+    run = batch(tmp_path, rows)
+    asyncio.run(run_batch(run))
+    assert len(answers(run)) == 60 and run.skipped > 10
+
+
+def test_an_output_that_is_no_file(tmp_path: Path) -> None:
+    """As /dev/stdout often is a pipe, which holds nothing to go on behind."""
+    os.mkfifo(tmp_path / "out.jsonl")
+    reader = os.open(tmp_path / "out.jsonl", os.O_RDONLY | os.O_NONBLOCK)
+    asyncio.run(run_batch(batch(tmp_path, [row("only", CHAT)])))
+    assert json.loads(os.read(reader, 65536))["custom_id"] == "only"
+    os.close(reader)
 
 
 def test_a_full_queue_is_waited_for(tmp_path: Path) -> None:

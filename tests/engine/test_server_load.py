@@ -8,12 +8,14 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import cycle
 from typing import Any
 
 import httpx
 import pytest
 from served import Running, Setup, refused, served
 
+from quire.config import ServeOptions
 from waiting import until
 
 STEP = 0.02  # seconds
@@ -155,3 +157,18 @@ def test_the_account_counts_restarts() -> None:
     with served() as server:
         body = {"prompt": "say:hello;|", "include_account": True}
         assert server.http.post("/v1/completions", json=body).json()["usage"]["quire"]["restarts"] == 0
+
+
+def test_a_clock_that_is_set_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deadlines, health and accounts are told by the clock that nobody sets; here the other one jumps by years."""
+    years, real = cycle((3e8, -3e8, 0.0)), time.time
+    with served(Setup(delay=0.002, options=ServeOptions(stall_timeout=60.0))) as server:
+        monkeypatch.setattr(time, "time", lambda: real() + next(years))
+        for _ in range(3):
+            body = {"prompt": "x|", "max_tokens": 60, "timeout": 60.0, "include_account": True}
+            answer = post(server, body)
+            assert answer.status_code == 200, answer.text
+            assert all(0 <= answer.json()["usage"]["quire"][name] < 60_000 for name in ("queue_ms", "total_ms"))
+            assert server.http.get("/health").status_code == 200
+        late = post(server, ENDLESS | {"timeout": 0.05})
+        assert late.status_code in (408, 429), late.text

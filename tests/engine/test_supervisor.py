@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import random
@@ -272,6 +273,17 @@ def test_a_start_that_fails_raises_its_own_error() -> None:
         supervisor({"fail": "ModelNotFoundError"}).start()
     with pytest.raises(EngineError, match="ArithmeticError: as the test wants it"):
         supervisor({"fail": "ArithmeticError"}).start()
+
+
+def test_a_system_that_has_no_file_left_is_an_error_of_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which the supervisor tries again, as any other."""
+
+    def none_left() -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr("quire.engine.child.new_file", none_left)
+    with pytest.raises(EngineError, match="Too many open files"):
+        ChildProcess(CHILD)
 
 
 def test_an_engine_beyond_repair_tells_everybody(tmp_path: Path) -> None:

@@ -119,10 +119,12 @@ def test_an_end_is_noticed_after_the_last_message() -> None:
     ours, theirs = pair()
     theirs.send(wire.Phase("last", 0.0))
     theirs.close()
+    ours.send(wire.Abort(1, "a"))  # nobody reads it, and nothing happens
+    assert not ours.has_unsent and not ours.ended
     assert ours.receive() == [wire.Phase("last", 0.0)]
     ours.receive()
     assert ours.ended
-    ours.send(wire.Abort(1, "a"))  # nobody reads it, and nothing happens
+    ours.send(wire.Abort(1, "a"))
     assert not ours.has_unsent
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
+import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +19,7 @@ from served import CHAT, TEMPLATE, TOKENIZER, Running, Setup, refused, served
 
 from quire.config import ServeOptions
 from quire.errors import ValidationError
-from quire.serve.renderer import RenderPool
+from quire.serve.renderer import WORKER, RenderPool
 from quire.text import ChatOptions, Tokenizer, prompt_text
 from quire.text.chat import render_job
 from quire.text.library_tokenizer import of_library
@@ -269,3 +272,23 @@ def test_a_template_that_ends_its_process_twice_is_refused(monkeypatch: pytest.M
         await pool.close()
 
     asyncio.run(run())
+
+
+def test_where_no_process_can_be_started_clients_are_told_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    with served() as server:
+        with monkeypatch.context() as patch:
+            patch.setattr("quire.serve.renderer.WORKER", Path("/nowhere/worker.py"))
+            response = server.http.post("/v1/chat/completions", json={"messages": CHAT})
+            assert refused(response, 503) and int(response.headers["retry-after"]) > 0
+        assert server.http.post("/v1/chat/completions", json={"messages": CHAT}).is_success
+
+
+def test_a_worker_ends_with_its_server_in_the_middle_of_a_template() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = subprocess.Popen([sys.executable, "-P", str(WORKER)], stdin=theirs.fileno(), stdout=theirs.fileno())
+    assert ours.recv(4) == bytes(4)
+    content = json.dumps(job(SLOW) | {"chars": 9}).encode()
+    ours.sendall(len(content).to_bytes(4) + content)
+    ours.close()
+    assert process.wait(60) == 0

@@ -21,7 +21,7 @@ from quire.engine import wire
 from quire.engine.blackbox import BlackBox, new_file
 from quire.errors import EngineError
 
-COMMAND = (sys.executable, "-m", "quire.engine.engine_process")
+COMMAND = (sys.executable, "-P", "-m", "quire.engine.engine_process")  # -P: no module comes from the working folder
 LAST_SECONDS = 5.0  # that a process gets to end before it is killed
 OUTSIDE = frozenset((signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT))
 
@@ -59,21 +59,24 @@ class ChildProcess:
     """A started process, which imports what it needs and waits for begin()."""
 
     def __init__(self, command: Sequence[str] = COMMAND) -> None:
-        ours, theirs = socket.socketpair()
-        memory = new_file()
         try:
-            self.box = BlackBox(memory)
-            descriptors = (theirs.fileno(), memory)
-            self._process = subprocess.Popen(
-                [*command, *map(str, descriptors)], stdin=subprocess.DEVNULL, pass_fds=descriptors
-            )
+            self._open(command)
         except OSError as error:
-            ours.close()
             raise EngineError(f"the engine process cannot be started: {error}") from error
-        finally:
-            theirs.close()
-            os.close(memory)
+
+    def _open(self, command: Sequence[str]) -> None:
+        ours, theirs = socket.socketpair()
         self.connection: wire.Connection[wire.FromEngine] = wire.Connection(ours, wire.FromEngine)
+        with theirs:
+            memory = new_file()
+            try:
+                self.box = BlackBox(memory)
+                descriptors = (theirs.fileno(), memory)
+                self._process = subprocess.Popen(
+                    [*command, *map(str, descriptors)], stdin=subprocess.DEVNULL, pass_fds=descriptors
+                )
+            finally:
+                os.close(memory)
 
     def begin(self, options: EngineOptions) -> None:
         """Let it load a model."""

@@ -336,8 +336,8 @@ class Connection(Generic[Incoming]):
                 sent = self._socket.send(memoryview(self._leaving)[:CHUNK])
             except BlockingIOError:
                 return
-            except OSError:  # nobody reads any more
-                self.ended = True
+            except OSError:  # nobody reads any more; what was sent from there before can still be received
+                self._leaving.clear()
                 return
             del self._leaving[:sent]
 

@@ -22,6 +22,7 @@ from quire.engine.child import ending
 from quire.engine.relay import Relay
 from quire.engine.supervisor import Supervisor
 from quire.engine.tallies import Tallies, total
+from quire.env import announce
 from quire.errors import EngineDeadError
 from quire.serve.listen import one_for_each
 from quire.serve.neighbours import Begin, Note, Question, Reply, Stop, Sum, SumWanted, ToParent, Up
@@ -29,7 +30,7 @@ from quire.serve.setup import Setup
 
 logger = logging.getLogger(__name__)
 
-COMMAND = (sys.executable, "-m", "quire.serve.api_process")
+COMMAND = (sys.executable, "-P", "-m", "quire.serve.api_process")  # -P: no module comes from the working folder
 LATE_SECONDS = 10.0  # beyond the time for draining, until an API process that does not end is killed
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds before the second restart of a place in a row; doubled each time
 LONG_LIFE = 30.0  # seconds after which a death is no longer one in a row
@@ -147,20 +148,16 @@ class ApiProcesses:
     def _start(self, index: int) -> None:
         self._lives += 1
         life, seat = self._lives, self._seats[index]
-        ours, theirs = socket.socketpair()
-        engine_end, relay_end = socket.socketpair()
         try:
-            ends = (seat.listener.fileno(), engine_end.fileno(), theirs.fileno())
-            process = subprocess.Popen([*COMMAND, *map(str, ends)], stdin=subprocess.DEVNULL, pass_fds=ends)
+            ours, theirs = socket.socketpair()
+            engine_end, relay_end = socket.socketpair()
+            with theirs, engine_end:
+                ends = (seat.listener.fileno(), engine_end.fileno(), theirs.fileno())
+                process = subprocess.Popen([*COMMAND, *map(str, ends)], stdin=subprocess.DEVNULL, pass_fds=ends)
         except OSError as error:
             logger.error("an API process cannot be started: %s", error)
-            ours.close()
-            relay_end.close()
             self._plan(seat)
             return
-        finally:
-            theirs.close()
-            engine_end.close()
         seat.api = ApiProcess(life, process, wire.Connection(ours, ToParent), time.monotonic())
         setup = self._setup
         again = self._has_greeted
@@ -263,7 +260,7 @@ class ApiProcesses:
         if self._has_greeted or lines is None or not all(api.lines for api in processes):
             return
         self._has_greeted = True
-        print("\n".join(lines), flush=True)
+        announce(lines)
 
     def _pass_on(self, asker: ApiProcess, question: Question) -> None:
         """Ask all others that are up."""

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 import msgspec
 from starlette.types import ASGIApp, Message, Scope
 
-from quire.errors import ConfigError, EngineDeadError
+from quire.errors import CapacityError, ConfigError, EngineDeadError, reason
 from quire.serve.service import Service
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,9 @@ class BatchRun:
     _seen: set[str] = field(default_factory=set)
 
     async def run(self) -> None:
-        """Answer all rows that the output does not hold yet. EngineDeadError when the engine stopped on the way."""
+        """Answer all rows that the output does not hold yet. EngineDeadError when the engine stopped on the way,
+        CapacityError when the answers cannot be written.
+        """
         self._done = done_rows(self.target)
         reporter = asyncio.create_task(self._report())
         try:
@@ -71,7 +73,13 @@ class BatchRun:
                     for task in tasks:
                         task.cancel()
                     await asyncio.gather(*tasks, return_exceptions=True)
-                    os.fsync(sink.fileno())
+                    if self.target.is_file():  # and no pipe
+                        os.fsync(sink.fileno())
+        except OSError as error:
+            raise CapacityError(
+                f"The answers cannot be written to {self.target}: {reason(error)}. Make room there and give the same "
+                "command again: it keeps the answers that the file holds and goes on behind them."
+            ) from error
         finally:
             reporter.cancel()
 
@@ -160,8 +168,11 @@ def _failed_row(own_id: str, name: str | None, code: str, message: str) -> dict[
 
 
 def done_rows(target: Path) -> set[str]:
-    """The names of the rows in an output file, which loses a last line that is cut off. Raises ConfigError."""
-    if not target.exists():
+    """The names of the rows in an output file, which loses a last line that is cut off. Raises ConfigError.
+
+    A pipe, as /dev/stdout may be, holds none.
+    """
+    if not target.is_file():
         return set()
     found: set[str] = set()
     good = 0  # bytes of whole lines

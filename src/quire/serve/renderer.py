@@ -7,6 +7,7 @@ frames and limits; what is rendered is the matter of quire.text.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import quire.text
-from quire.errors import ValidationError
+from quire.errors import ClientError, OverloadedError, ValidationError
 from quire.text.tokenizer import refusal
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 WORKER = Path(quire.text.__file__).with_name("render_worker.py")
 LONGEST_TEXT = 32 * 2**20  # characters
 START_SECONDS = 60.0  # that a process may take to start, on a very busy machine
+RETRY_SECONDS = 5.0  # after which clients may come back where none can be started
 
 
 @dataclass(slots=True)
@@ -69,8 +71,9 @@ class RenderPool:
         self._busy: set[asyncio.Task[str]] = set()
 
     async def warm(self) -> None:
-        """Have a process ready, so that the first request does not wait for it."""
-        await self.render({"template": "ready", "messages": [{}], "variables": {}} | _NOTHING)
+        """Have a process ready, so that the first request does not wait for it. Where none can be had, requests say so."""
+        with contextlib.suppress(ClientError):
+            await self.render({"template": "ready", "messages": [{}], "variables": {}} | _NOTHING)
 
     async def render(self, job: dict[str, Any]) -> str:
         """The text of a job, see quire.text.chat.render_job. ValidationError for what the template cannot do in time."""
@@ -127,7 +130,18 @@ _NOTHING = {"tools": None, "documents": None, "add_generation_prompt": False, "c
 
 
 async def _start() -> _Child:
-    """A new process. It gets the module path and nothing else of the environment, where keys may be."""
+    """A new process. OverloadedError where the system has none to give, or no file, or no memory for it."""
+    try:
+        return await _launch()
+    except (OSError, EOFError) as error:  # TimeoutError is one
+        logger.error("no process can be started to render chat templates: %r", error)
+        raise OverloadedError(
+            "The server cannot start a process to render the chat template.", RETRY_SECONDS
+        ) from error
+
+
+async def _launch() -> _Child:
+    """It gets the module path and nothing else of the environment, where keys may be."""
     ours, theirs = socket.socketpair()
     with theirs:
         process = subprocess.Popen(

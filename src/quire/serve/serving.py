@@ -20,6 +20,7 @@ from starlette.types import ASGIApp
 
 from quire.config import ServeOptions
 from quire.engine.heap import keep_for_good
+from quire.env import announce
 from quire.serve.anywhere import answer
 from quire.serve.app import create_app
 from quire.serve.auth import KeyCheck
@@ -189,7 +190,7 @@ async def _live(service: Service, lines: list[str], place: Place | None) -> None
     keep_for_good()
     tasks = []
     if place is None:
-        print("\n".join(lines), flush=True)
+        announce(lines)
     else:
         service.neighbours = place.neighbours
         place.neighbours.up(lines, partial(answer, service))

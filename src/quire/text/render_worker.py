@@ -7,8 +7,11 @@ frame is its length in four bytes, then JSON.
 from __future__ import annotations
 
 import json
+import os
 import resource
+import select
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from functools import lru_cache
@@ -169,6 +172,14 @@ def answer(request: Mapping[str, Any]) -> dict[str, str]:
         return {"kind": "render", "error": reason}
 
 
+def end_with_server() -> None:
+    """End this process when the other end of its socket is closed, in the middle of a template if need be."""
+    poll = select.poll()
+    poll.register(sys.stdin, 0)  # a hang-up is always told
+    poll.poll()
+    os._exit(0)
+
+
 def serve(source: BinaryIO, sink: BinaryIO) -> None:
     """Say with an empty frame that all is ready, then answer requests until the other side closes."""
     sink.write(bytes(4))
@@ -183,4 +194,5 @@ if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    threading.Thread(target=end_with_server, daemon=True).start()
     serve(sys.stdin.buffer, sys.stdout.buffer)

@@ -6,6 +6,7 @@ A file is written in one move, so that no reader ever sees half of it. Knows not
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -30,14 +31,19 @@ def recall(path: Path) -> str | None:
 
 
 def remember(path: Path, text: str) -> None:
-    """Write a text in one move. A disk that cannot be written to is no error."""
+    """Write a text in one move. A disk that cannot be written to is no error, and nothing is left of the attempt."""
+    part = None
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
+            part = Path(file.name)
             file.write(text)
-        Path(file.name).replace(path)
+        part.replace(path)
     except OSError as error:
         logger.info("%s is not remembered: %s", path.name, error)
+        if part is not None:
+            with contextlib.suppress(OSError):
+                part.unlink()
 
 
 def check_owner(file: BinaryIO) -> None:
