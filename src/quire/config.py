@@ -6,14 +6,13 @@ rules across sections, and everything that depends on the model or the machine, 
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from quire.errors import ConfigError
+from quire.errors import ConfigError, nearest
 
 SPECULATION_METHODS = ("ngram", "suffix", "draft_model", "medusa", "eagle", "mtp")
 
@@ -33,7 +32,7 @@ def refuse_nonsense(section: Any) -> None:
     for item in fields(section):
         value = getattr(section, item.name)
         least = item.metadata["least"]
-        if isinstance(value, float) and not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value) and value != item.default:
             raise ConfigError(f"{item.name} is {value}; it must be a number.")
         if least is not None and value is not None and value < least:
             choice = ", or left out" if item.default is None else ""
@@ -368,9 +367,3 @@ def fitted(name: str, value: Any, kind: Any) -> Any:
 def unknown_option(name: str, known: Iterable[str]) -> str:
     """The message for an option nobody knows, with the nearest known one."""
     return f"Unknown option {name!r}.{nearest(name, known)}"
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """ " Did you mean 'x'?", or nothing when no known name comes near."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""

@@ -24,6 +24,9 @@ what was found, what was tried and what to do. Nothing here imports another part
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class QuireError(Exception):
     """Root of all errors raised on purpose by quire."""
@@ -122,3 +125,9 @@ class EngineDeadError(EngineError):
 def reason(error: Exception) -> str:
     """What an exception says, in words: without the number of a system's error, and without a dot at its end."""
     return str(getattr(error, "strerror", None) or error).rstrip(".")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ " Did you mean 'x'?", or nothing when no known name comes near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""

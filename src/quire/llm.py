@@ -6,7 +6,6 @@ Every method returns its results in the order of its input.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import time
 from collections import deque
@@ -29,27 +28,14 @@ from quire.engine.outputs import RequestOutput
 from quire.engine.prompts import Prompt
 from quire.engine.turns import HeldInterrupts, Turns
 from quire.errors import ConfigError, EngineDeadError, NoSuchMethodError, ValidationError
+from quire.foreign import FOREIGN, changes_nothing, instead_of
 from quire.text.answer_format import answer_format_of
 from quire.text.chat import ChatOptions, prompt_text, read_template
 from quire.text.tokenizer import Tokenizer
 from quire.text.tool_choice import ToolWish, tool_wish
 
-logger = logging.getLogger(__name__)
-
 Message = Mapping[str, Any]
 Progress = bool | Callable[..., tqdm]
-
-# Options of other engines that change nothing here, with the values that ask for nothing else.
-WITHOUT_EFFECT: dict[str, tuple[object, ...]] = {
-    "enforce_eager": (True, False),
-    "tokenizer_mode": ("auto", "hf"),
-    "task": ("auto", "generate"),
-    "runner": ("auto", "generate"),
-    "convert": ("auto", "none"),
-    "cpu_offload_gb": (0,),
-    "swap_space": (0, 4),
-    "disable_custom_all_reduce": (True, False),
-}
 
 _NO_VECTORS = "quire runs models that write text; vectors, classes and scores of prompts are not computed."
 _ONE_PROCESS = "The model runs in this process; there are no workers to call."
@@ -75,16 +61,16 @@ class LLM:
     >>> llm.generate("Once upon a time", SamplingParams(max_tokens=20))[0].outputs[0].text
 
     Keyword arguments are the engine's options (see config.py), by the names of the command line's flags with
-    underscores; an unknown one raises ConfigError with the nearest name.
+    underscores; an unknown one raises ConfigError with the nearest name. Those of other engines that would change
+    nothing here are taken (see foreign.py).
     """
 
     def __init__(self, model: str | None = None, **options: Any) -> None:
         values = {"model": model, "disable_log_stats": True, **options}
-        for name in [name for name in values if name in WITHOUT_EFFECT]:
+        for name in [name for name in values if name in FOREIGN]:
             value = values.pop(name)
-            if value not in WITHOUT_EFFECT[name]:
-                allowed = " or ".join(repr(item) for item in WITHOUT_EFFECT[name])
-                raise ConfigError(f"{name} is {value!r}; this version of quire takes only {allowed}. Leave it out.")
+            if not changes_nothing(name, value):
+                raise ConfigError(f"{name} is {value!r}, and quire has no such option: {instead_of(name, str)}")
         self._open(EngineOptions.from_flat(values))
 
     def _open(self, options: EngineOptions) -> None:
@@ -399,7 +385,7 @@ class LLM:
     # ---------------------------------------------------------------- the rest
 
     def get_tokenizer(self) -> Tokenizer | None:
-        """The model's tokenizer, None with skip_tokenizer_init. Its `hf` is the transformers object."""
+        """The model's tokenizer, None with skip_tokenizer_init. Its `library` is the object of Transformers, if any."""
         return self._engine.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:

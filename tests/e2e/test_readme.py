@@ -1,4 +1,4 @@
-"""The README's promises: its commands exist, its Python and its curl line work as printed."""
+"""What README and documents print works: the commands exist, Python and curl lines run as they stand."""
 
 from __future__ import annotations
 
@@ -67,6 +67,15 @@ def test_the_python_works_as_printed() -> None:
     assert "Once upon a time ... " in done.stdout
     assert "The old mill by the river ... " in done.stdout
     assert len(done.stdout.splitlines()) >= 3
+
+
+@pytest.mark.parametrize("page", ["beam-search.md", "sampling.md", "structured-output.md"])
+def test_the_python_of_documents_works_as_printed(page: str) -> None:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    assert "import" in code
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl here")

@@ -28,15 +28,17 @@ MOST_IMPORTED = 40  # modules
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
     "env": {"errors"},
+    "placeholders": set(),
     "core": {"errors"},
     "kernels": {"errors", "env"},
     "bundled": set(),  # data
     "config": {"errors", "env", "core.params"},
-    "text": {"errors", "env", "core"},
+    "foreign": set(),
+    "text": {"errors", "env", "placeholders", "core"},
     "grammar": {"errors", "env", "core.structured"},
     "quant": {"errors", "env", "kernels"},
     "layers": {"errors", "env", "kernels", "quant"},
-    "models": {"errors", "env", "kernels", "layers", "quant", "config"},
+    "models": {"errors", "env", "placeholders", "kernels", "layers", "quant", "config"},
     "worker": {
         *("errors", "env", "kernels", "layers", "models", "quant", "grammar", "config"),
         *("core.params", "core.plan"),
@@ -48,7 +50,7 @@ LAYERS: dict[str, set[str]] = {
     },
     "roofline": {"config", "core.picture", "kernels", "models", "resolve"},
     "engine": {"errors", "env", "core", "text", "grammar", "config", "sizing", "resolve", "roofline"},
-    "llm": {"errors", "env", "config", "core", "text", "engine", "resolve"},
+    "llm": {"errors", "env", "config", "foreign", "core", "text", "engine", "resolve"},
     "serve": {"errors", "env", "config", "core", "text", "engine", "resolve", "llm"},
 }
 TOP = {"cli", "__init__"}  # may import everything

@@ -54,7 +54,8 @@ class Recorder(BaseHTTPRequestHandler):
     asked: list[dict] = []
 
     def do_GET(self) -> None:
-        self._send(200, "application/json", json.dumps({"data": [{"id": "first"}, {"id": "second"}]}))
+        models = [] if "/none" in self.path else [{"id": "first"}, {"id": "second"}]
+        self._send(200, "application/json", json.dumps({"data": models}))
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -68,7 +69,9 @@ class Recorder(BaseHTTPRequestHandler):
                 {"delta": {"role": "assistant", "content": ""}},
                 *({"delta": {"content": p}} for p in ("Hel", "lo")),
             ]
-        events = [{"choices": [piece]} for piece in pieces]
+        events: list[dict] = [{"choices": [piece]} for piece in pieces]
+        if "top_k" not in body:  # the sign of a test whose server shall break off
+            events.append({"choices": [{"finish_reason": "stop"}]})
         events.append({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 2}})
         text = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
         self._send(200, "text/event-stream", text + "data: [DONE]\n\n")
@@ -112,6 +115,18 @@ def test_remote_error_is_one_sentence(server: str) -> None:
         list(session.complete("Hi"))
 
 
+def test_a_stream_that_breaks_off_is_an_error(server: str) -> None:
+    stream = RemoteSession(server, None, None, SampleOptions(top_k=1)).complete("Hi")
+    assert [next(stream), next(stream)] == ["Hel", "lo"]
+    with pytest.raises(QuireError, match="ended before the answer did"):
+        next(stream)
+
+
+def test_a_server_without_models(server: str) -> None:
+    with pytest.raises(QuireError, match="--model-name"):
+        RemoteSession(server + "/none", None, None, SampleOptions())
+
+
 def test_no_server() -> None:
     with pytest.raises(QuireError, match="No server answers.*quire serve"):
         RemoteSession("http://127.0.0.1:9/v1", None, None, SampleOptions())
@@ -143,7 +158,8 @@ def test_chat_through_main(server: str, capsys: pytest.CaptureFixture[str]) -> N
     assert main(["chat", "--url", server, "-q", "Hi", "--max-tokens", "5"]) == 0
     assert capsys.readouterr().out == "Hello\n"
     assert Recorder.asked[-1]["max_tokens"] == 5
-    assert main(["complete", "--url", server, "-q", "Hi"]) == 0
+    assert main(["complete", "second", "--url", server, "-q", "Hi"]) == 0
+    assert Recorder.asked[-1]["model"] == "second"
     assert main(["complete", "--url", server + "/nowhere", "-q", "Hi", "--temperature", "2"]) == 1
 
 

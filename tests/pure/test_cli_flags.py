@@ -121,11 +121,6 @@ def test_mistakes_are_explained(words: list[str], part: str, capsys: pytest.Capt
     assert text.startswith("quire test: ")
 
 
-def test_task_is_a_deprecated_alias(caplog: pytest.LogCaptureFixture) -> None:
-    assert options_of("--task", "generate", "m").model.model == "m"
-    assert "deprecated" in caplog.text
-
-
 def test_flags_without_effect_are_passed_over(caplog: pytest.LogCaptureFixture) -> None:
     options = options_of("--enforce-eager", "--swap_space", "4", "--tokenizer-mode=auto", "some/model", "--seed", "3")
     assert (options.model.model, options.model.seed) == ("some/model", 3)

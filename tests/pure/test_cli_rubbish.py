@@ -61,6 +61,26 @@ def test_numbers_of_the_engine(name: str, value: float) -> None:
         check_sections(EngineOptions.from_flat({name: value}))
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["bench", "latency", "--num-iters", "0"],
+        ["bench", "latency", "--batch-size", "0"],
+        ["bench", "throughput", "--num-prompts", "-1"],
+        ["bench", "throughput", "--n", "0"],
+        ["bench", "serve", "--max-concurrency", "-1"],
+        ["bench", "serve", "--num-prompts", "0"],
+        ["run-batch", "-i", "a", "-o", "b", "--concurrency", "0"],
+        ["verify", "--chunk", "0"],
+    ],
+    ids=" ".join,
+)
+def test_numbers_of_commands(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words) == 2
+    name = words[-2].removeprefix("--").replace("-", "_")
+    assert f"{name} is {words[-1]}; it must be at least" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"a: [\n", b"- a\n", b"foo-bar: 3\n"], ids=repr)
 def test_config_files(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes) -> None:
     path = tmp_path / "flags.yaml"

@@ -107,6 +107,13 @@ def test_an_unknown_keyword_names_the_nearest_one() -> None:
         PoolingParams(dimension=3)
 
 
+def test_setting_a_field_says_how_to_have_it() -> None:
+    params = SamplingParams(temperature=0.5)
+    with pytest.raises(AttributeError, match=r"dataclasses\.replace\(params, max_tokens=5\)"):
+        params.max_tokens = 5  # type: ignore[misc]
+    assert params.max_tokens == 16 and dataclasses.replace(params, max_tokens=5).max_tokens == 5
+
+
 def test_greedy_switches_the_filters_off() -> None:
     params = SamplingParams(temperature=0, top_p=0.5, top_k=5, min_p=0.1)
     assert params.greedy

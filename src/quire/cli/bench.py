@@ -18,7 +18,7 @@ from quire.cli import bench_serve
 from quire.cli.flags import FlagParser
 from quire.cli.options import add_engine_flags, add_model_argument, engine_options, section_of
 from quire.cli.workloads import Item, WorkloadOptions, make_items
-from quire.config import EngineOptions, option
+from quire.config import EngineOptions, option, refuse_nonsense
 from quire.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,12 +37,16 @@ PERCENTILES = (10, 25, 50, 75, 90, 99)
 class LatencyOptions:
     """One batch again and again."""
 
-    input_len: int = option(32, help="prompt tokens of each request")
-    output_len: int = option(128, help="output tokens of each request")
-    batch_size: int = option(8, help="requests that run together")
-    n: int = option(1, help="outputs of each request")
-    num_iters_warmup: int = option(10, help="runs that are not counted")
-    num_iters: int = option(30, help="runs that are counted")
+    input_len: int = option(32, help="prompt tokens of each request", least=1)
+    output_len: int = option(128, help="output tokens of each request", least=1)
+    batch_size: int = option(8, help="requests that run together", least=1)
+    n: int = option(1, help="outputs of each request", least=1)
+    num_iters_warmup: int = option(10, help="runs that are not counted", least=0)
+    num_iters: int = option(30, help="runs that are counted", least=1)
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for numbers that mean nothing."""
+        refuse_nonsense(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,16 +105,15 @@ def throughput(argv: Sequence[str]) -> None:
     """Requests and tokens per second when all requests are there at once."""
     parser = FlagParser("quire bench throughput", "Measure requests and tokens per second.", "[MODEL]")
     parser.add_section(WorkloadOptions, "workload")
-    parser.add_argument("--n", type=int, default=1, metavar="N", help="outputs of each request")
     found = parse_bench(parser, argv)
+    wanted = section_of(WorkloadOptions, found)
     options = engine_options(found)
     engine, config = start(options)
-    wanted = section_of(WorkloadOptions, found)
     encode = engine.tokenizer.encode if engine.tokenizer is not None else no_tokenizer
     items = make_items(wanted, engine.settings.vocab_size, encode, options.model.seed)
-    seconds = timed(engine, items, found.n, not found.disable_detokenize)
+    seconds = timed(engine, items, wanted.n, not found.disable_detokenize)
     engine.close()
-    out = sum(item.output_len for item in items) * found.n
+    out = sum(item.output_len for item in items) * wanted.n
     total = out + sum(len(item.prompt_token_ids) for item in items)
     report: dict[str, Any] = {
         "elapsed_time": seconds,
@@ -124,7 +127,7 @@ def throughput(argv: Sequence[str]) -> None:
         f"Throughput: {report['requests_per_second']:.2f} requests/s, {report['tokens_per_second']:.2f} total tokens/s, "
         f"{report['output_tokens_per_second']:.2f} output tokens/s"
     )
-    finish(report, ceiling(config, items, found.n, seconds), found.output_json)
+    finish(report, ceiling(config, items, wanted.n, seconds), found.output_json)
 
 
 def parse_bench(parser: FlagParser, argv: Sequence[str]) -> Any:

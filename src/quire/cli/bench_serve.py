@@ -20,7 +20,8 @@ from quire import env
 from quire.cli.bench_client import Answer, Server
 from quire.cli.flags import FlagParser
 from quire.cli.options import section_of
-from quire.config import option
+from quire.cli.workloads import FIRST_ORDINARY_ID
+from quire.config import option, refuse_nonsense
 from quire.errors import ConfigError, QuireError, reason
 
 METRICS = {"ttft": "Time to First Token", "tpot": "Time per Output Token (excl. 1st token)"}
@@ -42,16 +43,16 @@ class ServeBenchOptions:
     model: str | None = option(None, help="model's name on the server; the first of /v1/models when not given")
     api_key: str | None = option(None, help="key to show; the variable QUIRE_API_KEY works too")
     dataset_name: Literal["random"] = option("random", help="requests are made of random tokens")
-    num_prompts: int = option(1000, help="how many requests")
-    random_input_len: int = option(1024, help="prompt tokens of each request", aliases=("--input-len",))
-    random_output_len: int = option(128, help="output tokens of each request", aliases=("--output-len",))
+    num_prompts: int = option(1000, help="how many requests", least=1)
+    random_input_len: int = option(1024, help="prompt tokens of each request", aliases=("--input-len",), least=1)
+    random_output_len: int = option(128, help="output tokens of each request", aliases=("--output-len",), least=1)
     random_range_ratio: float = option(0.0, help="lengths vary by this share up and down")
-    random_prefix_len: int = option(0, help="tokens that all prompts begin with, on top of the input length")
+    random_prefix_len: int = option(0, help="tokens that all prompts begin with, on top of the input length", least=0)
     random_vocab_size: int = option(1000, help="token ids of prompts are below this number")
     request_rate: float = option(float("inf"), help="requests per second; inf sends all at once")
     burstiness: float = option(1.0, help="1 for Poisson arrivals, less for bursts, more for even ones")
-    max_concurrency: int | None = option(None, help="most requests under way at once")
-    num_warmups: int = option(1, help="requests sent before, which are not counted")
+    max_concurrency: int | None = option(None, help="most requests under way at once", least=1)
+    num_warmups: int = option(1, help="requests sent before, which are not counted", least=0)
     ignore_eos: bool = option(True, help="make all of the output tokens, whatever the model wants")
     temperature: float | None = option(None, help="sampling temperature; the server's own when not given")
     extra_body: dict[str, Any] = option(factory=dict, help="JSON object laid over each request's body")
@@ -62,6 +63,10 @@ class ServeBenchOptions:
     save_detailed: bool = option(False, help="with the times of each request")
     result_dir: str = option(".", help="folder of that file")
     result_filename: str | None = option(None, help="its name; made of the time and the model when not given")
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for numbers that mean nothing."""
+        refuse_nonsense(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +96,10 @@ def main(argv: Sequence[str]) -> int:
     unknown = [name for name in wanted if name not in METRICS]
     if unknown:
         raise ConfigError(f"--percentile-metrics names {unknown[0]!r}; there are {', '.join(METRICS)}.")
-    if options.num_prompts < 1 or options.request_rate <= 0 or options.burstiness <= 0:
-        raise ConfigError("--num-prompts, --request-rate and --burstiness must be above 0.")
-    if not 0 <= options.random_range_ratio < 1 or options.random_vocab_size <= FIRST_ID:
-        raise ConfigError(f"--random-range-ratio is 0 to below 1, --random-vocab-size more than {FIRST_ID}.")
+    if options.request_rate <= 0 or options.burstiness <= 0:
+        raise ConfigError("--request-rate and --burstiness must be above 0.")
+    if not 0 <= options.random_range_ratio < 1 or options.random_vocab_size <= FIRST_ORDINARY_ID:
+        raise ConfigError(f"--random-range-ratio is 0 to below 1, --random-vocab-size more than {FIRST_ORDINARY_ID}.")
     result = asyncio.run(measure(options))
     answers = result.pop("answers")
     result |= figures(answers, result["duration"], percentiles)
@@ -106,9 +111,6 @@ def main(argv: Sequence[str]) -> int:
             result |= _details(answers)
         print(f"written to {save(result, options)}")
     return 0 if result["completed"] else 1
-
-
-FIRST_ID = 16  # the first ids of a vocabulary are often special
 
 
 def _numbers(text: str) -> list[float]:
@@ -124,7 +126,7 @@ def _numbers(text: str) -> list[float]:
 def make_requests(options: ServeBenchOptions) -> list[Wanted]:
     """Random requests, always the same for the same seed."""
     rng = random.Random(options.seed)
-    ids = range(FIRST_ID, options.random_vocab_size)
+    ids = range(FIRST_ORDINARY_ID, options.random_vocab_size)
     prefix = rng.choices(ids, k=options.random_prefix_len)
 
     def around(length: int) -> int:

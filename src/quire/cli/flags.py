@@ -17,8 +17,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from quire.cli.foreign import FOREIGN_FLAGS, IGNORED
 from quire.errors import ConfigError
+from quire.foreign import FOREIGN, changes_nothing, instead_of
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class FlagParser(argparse.ArgumentParser):
         """Parse flags in all the forms this module understands. Prints a usage error and exits with 2."""
         try:
             tokens = [_dashed(token) for token in with_config_file(list(argv))]
-            tokens = gather_dotted(without_ignored(tokens))
+            tokens = gather_dotted(without_foreign(tokens))
             found, rest = self.parse_known_args(tokens)
             if rest:
                 self.error(self._unknown(rest[0]))
@@ -64,9 +64,6 @@ class FlagParser(argparse.ArgumentParser):
         if not token.startswith("-"):
             return f"Unexpected argument {token!r}."
         flag = token.split("=")[0]
-        name = flag.removeprefix("--").removeprefix("no-")
-        if name in FOREIGN_FLAGS:
-            return f"quire has no flag {flag}: {FOREIGN_FLAGS[name]}"
         known = [option for action in self._actions for option in action.option_strings]
         near = difflib.get_close_matches(flag, known, n=1, cutoff=0.6)
         return f"Unknown flag {flag}." + (f" Did you mean {near[0]}?" if near else "")
@@ -81,7 +78,7 @@ class _Formatter(argparse.HelpFormatter):
 
 def add_field(group: Any, item: Field[Any], kind: Any, without: Sequence[str] = ()) -> None:
     """Add the flag of one dataclass field to an argument group."""
-    flag = "--" + item.name.replace("_", "-")
+    flag = _flag(item.name)
     names = [flag, *(alias for alias in item.metadata.get("aliases", ()) if alias not in without)]
     text = _help(item)
     plain = without_none(kind)
@@ -170,20 +167,29 @@ def _dashed(token: str) -> str:
     return name.replace("_", "-") + dot + keys + equals + value
 
 
-def without_ignored(tokens: list[str]) -> list[str]:
-    """Leave out flags of other engines that change nothing here, and say so."""
+def without_foreign(tokens: list[str]) -> list[str]:
+    """Leave out flags of other engines that change nothing here, and say so. ConfigError for those that would."""
     kept: list[str] = []
     words = iter(tokens)
     for token in words:
-        name, equals, _ = token.removeprefix("--").partition("=")
-        values = IGNORED.get(name) if token.startswith("--") else None
-        if values is None:
+        flag, equals, text = token.partition("=")
+        dashed = flag.partition(".")[0].removeprefix("--")
+        name = dashed.removeprefix("no-").replace("-", "_")
+        if not token.startswith("--") or name not in FOREIGN:
             kept.append(token)
             continue
-        logger.warning("--%s has no effect here and can be left out.", name)
-        for _ in range(0 if equals else values):
-            next(words, None)
+        if FOREIGN[name].switch:
+            value = str(not dashed.startswith("no-"))
+        else:
+            value = text if equals else next(words, "")
+        if not changes_nothing(name, value):
+            raise ConfigError(f"quire has no flag {flag}: {instead_of(name, _flag)}")
+        logger.warning("%s has no effect here and can be left out.", flag)
     return kept
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def gather_dotted(tokens: list[str]) -> list[str]:

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from io import TextIOWrapper
 
 from quire import env
-from quire.config import nearest
-from quire.errors import ConfigError, QuireError
+from quire.errors import ConfigError, QuireError, nearest
 
 COMMANDS = {
     "serve": ("quire.cli.serve", "serve a model over HTTP, as the OpenAI API does"),

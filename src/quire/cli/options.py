@@ -6,7 +6,6 @@ Turns parsed flags into EngineOptions and sampling wishes. Starts nothing.
 from __future__ import annotations
 
 import argparse
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, get_type_hints
@@ -14,8 +13,6 @@ from typing import Any, get_type_hints
 from quire.cli.flags import FlagParser
 from quire.config import EngineOptions, engine_fields, option
 from quire.errors import ConfigError
-
-logger = logging.getLogger(__name__)
 
 TITLES = {
     "model": "model",
@@ -61,9 +58,8 @@ def add_model_argument(parser: FlagParser) -> None:
 
 
 def add_engine_flags(parser: FlagParser, without: Sequence[str] = ()) -> None:
-    """All engine flags in groups, --config, and the deprecated --task. `without` names aliases that mean other things."""
+    """All engine flags in groups, and --config. `without` names aliases that mean other things."""
     parser.add_argument("--config", metavar="FILE", help="YAML file of flags; those on the command line win")
-    parser.add_argument("--task", default=None, help=argparse.SUPPRESS)
     types = get_type_hints(EngineOptions)
     for name, title in TITLES.items():
         parser.add_section(types[name], title, without=without)
@@ -71,10 +67,6 @@ def add_engine_flags(parser: FlagParser, without: Sequence[str] = ()) -> None:
 
 def engine_options(found: argparse.Namespace) -> EngineOptions:
     """EngineOptions of the flags that were given."""
-    if found.task is not None:
-        if found.task not in ("generate", "auto"):
-            raise ConfigError(f"--task is {found.task!r}; this version of quire generates text. Leave the flag out.")
-        logger.warning("--task is deprecated and not needed: quire sees what a model can do.")
     values = {item.name: getattr(found, item.name) for _, item in engine_fields() if hasattr(found, item.name)}
     given = getattr(found, "model_argument", None)
     if given is not None:

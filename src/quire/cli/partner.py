@@ -13,7 +13,9 @@ from quire.cli.session import LocalSession, RemoteSession, Session
 
 def add_partner_flags(parser: FlagParser) -> None:
     """The flags of both commands."""
-    parser.add_argument("model_argument", metavar="MODEL", nargs="?", help="model to load in this process")
+    parser.add_argument(
+        "model_argument", metavar="MODEL", nargs="?", help="model to load in this process, or to ask the server for"
+    )
     parser.add_argument("--url", help="address of a server instead, such as http://localhost:8000/v1")
     parser.add_argument("--model-name", metavar="NAME", help="model to ask the server for (default: its first one)")
     parser.add_argument("--api-key", metavar="KEY", help="key for the server (default: QUIRE_API_KEY)")
@@ -29,7 +31,7 @@ def open_session(found: argparse.Namespace) -> Session:
     sample = section_of(SampleOptions, found)
     if found.url is not None:
         key = found.api_key or next(iter(env.api_keys()), None)
-        return RemoteSession(found.url, found.model_name, key, sample)
+        return RemoteSession(found.url, found.model_name or found.model_argument, key, sample)
     return LocalSession(engine_options(found), sample)
 
 

@@ -9,7 +9,7 @@ from functools import partial
 
 from quire import env
 from quire.cli.options import engine_options, engine_parser, section_of
-from quire.config import ServeOptions, option
+from quire.config import ServeOptions, option, refuse_nonsense
 from quire.errors import ConfigError
 
 
@@ -21,8 +21,12 @@ class BatchOptions:
     output_file: str | None = option(
         None, help="file of answers; those that it holds are not asked again", aliases=("-o",)
     )
-    concurrency: int = option(256, help="rows that are answered at once")
+    concurrency: int = option(256, help="rows that are answered at once", least=1)
     overwrite: bool = option(False, help="begin the output file anew")
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for numbers that mean nothing."""
+        refuse_nonsense(self)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -34,8 +38,6 @@ def main(argv: Sequence[str]) -> int:
     options: BatchOptions = section_of(BatchOptions, found)
     if options.input_file is None or options.output_file is None:
         raise ConfigError("Give the file of requests with -i and the file for the answers with -o.")
-    if options.concurrency < 1:
-        raise ConfigError("--concurrency must be at least 1.")
     # Imported here: the server brings FastAPI, and mistakes in flags should answer at once.
     from quire.serve.batch import BatchRun, local_path, run_batch, summary
 
@@ -45,8 +47,10 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"There is no file {source}.")
     if not target.parent.is_dir():
         raise ConfigError(f"There is no folder {target.parent} for the answers. Make it, or name another output file.")
-    if options.overwrite:
-        target.unlink(missing_ok=True)
+    if target.is_dir():
+        raise ConfigError(f"{target} is a folder. Name a file for the answers.")
+    if options.overwrite and target.is_file():
+        target.unlink()
 
     from quire.engine.async_engine import AsyncEngine
     from quire.serve.app import create_app

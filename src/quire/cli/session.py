@@ -10,7 +10,7 @@ import json
 import time
 import urllib.parse
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -142,11 +142,18 @@ class RemoteSession:
 
     def _first_model(self) -> str:
         connection, response = self._request("GET", "/models", None)
-        names = [entry["id"] for entry in json.loads(response.read())["data"]]
-        connection.close()
-        return names[0]
+        try:
+            return str(json.loads(response.read())["data"][0]["id"])
+        except (ValueError, LookupError, TypeError) as error:
+            raise QuireError(
+                f"{self._url.geturl()}/models names no model, as a server of the OpenAI API would. Check --url, or name "
+                "the model with --model-name."
+            ) from error
+        finally:
+            connection.close()
 
     def _events(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The choices of a stream's chunks. Raises QuireError where the stream ends before the answer does."""
         body = {
             "model": self._model,
             "stream": True,
@@ -157,23 +164,25 @@ class RemoteSession:
         start = time.perf_counter()
         self.figures = figures = Figures()
         connection, response = self._request("POST", path, body)
+        complete = False
         try:
-            for line in response:
-                text = line.decode().strip()
-                if not text.startswith("data:") or text == "data: [DONE]":
-                    continue
-                event = json.loads(text.removeprefix("data:"))
+            for event in _told(response):
                 if "error" in event:
-                    raise QuireError(f"The server broke off: {event['error'].get('message')}")
+                    raise QuireError(f"The server broke off: {_message_in(event)}")
                 figures.seconds = time.perf_counter() - start
                 if event.get("usage"):
                     figures.prompt_tokens = event["usage"]["prompt_tokens"]
                     figures.output_tokens = event["usage"]["completion_tokens"]
                 if event.get("choices"):
                     figures.first_seconds = figures.first_seconds or figures.seconds
+                    complete = complete or event["choices"][0].get("finish_reason") is not None
                     yield event["choices"][0]
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise QuireError(f"The server broke off: {reason(error) or type(error).__name__}") from error
         finally:
             connection.close()
+        if not complete:
+            raise QuireError("The server broke off: its stream ended before the answer did.")
 
     def _request(
         self, method: str, path: str, body: dict[str, Any] | None
@@ -194,11 +203,26 @@ class RemoteSession:
         return connection, response
 
 
+def _told(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """The events of a stream, up to its closing [DONE]."""
+    for line in lines:
+        text = line.decode().strip()
+        if text == "data: [DONE]":
+            return
+        if text.startswith("data:"):
+            yield json.loads(text.removeprefix("data:"))
+
+
 def _message_of(body: bytes) -> str:
     """The message of an error body, or the body itself."""
     text = body.decode(errors="replace")
     try:
-        error = json.loads(text)["error"]
+        return _message_in(json.loads(text))
     except (ValueError, KeyError, TypeError):
         return text[:200]
-    return error["message"] if isinstance(error, dict) else str(error)
+
+
+def _message_in(told: dict[str, Any]) -> str:
+    """The message of an error object; some servers send the message alone."""
+    error = told["error"]
+    return str(error["message"] if isinstance(error, dict) else error)

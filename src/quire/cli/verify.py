@@ -13,7 +13,7 @@ from pathlib import Path
 from quire import env
 from quire.cli.flags import FlagParser
 from quire.cli.options import add_engine_flags, add_model_argument, engine_options, section_of
-from quire.config import option
+from quire.config import option, refuse_nonsense
 
 BUILT_IN_PROMPTS = (
     "Once upon a time there was a miller who had three sons, a mill, a donkey and a cat.",
@@ -29,9 +29,13 @@ class VerifyOptions:
 
     prompt: tuple[str, ...] = option((), help="texts to compare on; built-in ones when not given")
     prompt_file: str | None = option(None, help="file of texts, one a line")
-    chunk: int | None = option(None, help="compute our side in spans of so many positions")
+    chunk: int | None = option(None, help="compute our side in spans of so many positions", least=1)
     max_kl: float | None = option(None, help="largest mean KL divergence; 0.0001 in float32, else 0.02")
     min_top1: float | None = option(None, help="least share of equal most likely tokens; 0.999 in float32, else 0.95")
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for numbers that mean nothing."""
+        refuse_nonsense(self)
 
 
 @dataclass(frozen=True, slots=True)

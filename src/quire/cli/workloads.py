@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from quire.config import option
+from quire.config import option, refuse_nonsense
 from quire.errors import ConfigError
 
 FIRST_ORDINARY_ID = 16  # the first ids of a vocabulary are often special
@@ -27,12 +27,19 @@ class WorkloadOptions:
         "random", help="made of random tokens, or read from a file"
     )
     dataset_path: str | None = option(None, help="JSON or JSONL file of sharegpt or custom")
-    num_prompts: int = option(1000, help="how many requests")
-    input_len: int | None = option(None, help="prompt tokens of each request; 1024 for made ones, else the file's")
-    output_len: int | None = option(None, help="output tokens of each request; 128, or what the file has")
+    num_prompts: int = option(1000, help="how many requests", least=1)
+    input_len: int | None = option(
+        None, help="prompt tokens of each request; 1024 for made ones, else the file's", least=1
+    )
+    output_len: int | None = option(None, help="output tokens of each request; 128, or what the file has", least=1)
+    n: int = option(1, help="outputs of each request", least=1)
     random_range_ratio: float = option(0.0, help="lengths vary by this share up and down")
-    random_prefix_len: int = option(0, help="tokens that all random prompts begin with, on top of input_len")
-    prefix_repetition_num_prefixes: int = option(10, help="how many different beginnings there are")
+    random_prefix_len: int = option(0, help="tokens that all random prompts begin with, on top of input_len", least=0)
+    prefix_repetition_num_prefixes: int = option(10, help="how many different beginnings there are", least=1)
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for numbers that mean nothing."""
+        refuse_nonsense(self)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,13 +7,12 @@ by check(). Nothing here knows tokenizers, tensors or the scheduler.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import enum
 import functools
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 from quire.core.checks import (
     biases,
@@ -26,7 +25,7 @@ from quire.core.checks import (
     token_rows,
 )
 from quire.core.structured import StructuredOutputsParams
-from quire.errors import ValidationError
+from quire.errors import ValidationError, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +61,9 @@ class RequestOutputKind(enum.IntEnum):
 
 
 def suggesting(cls: type[_Params]) -> type[_Params]:
-    """Turn an unknown keyword of a dataclass into a ValidationError that names the nearest known one."""
+    """For a frozen dataclass: an unknown keyword is a ValidationError that names the nearest known one, and an attempt to
+    set a field says how to make an object that has it.
+    """
     made = cls.__init__
     known = [item.name for item in dataclasses.fields(cls)]  # type: ignore[arg-type]
 
@@ -75,12 +76,17 @@ def suggesting(cls: type[_Params]) -> type[_Params]:
             elif instead:
                 raise ValidationError(f"{cls.__name__} has no field {name!r} here. {instead}", name)
             else:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
-                raise ValidationError(f"{cls.__name__} has no field {name!r}.{hint}", name)
+                raise ValidationError(f"{cls.__name__} has no field {name!r}.{nearest(name, known)}", name)
         made(self, *args, **values)
 
+    def fixed(self: _Params, name: str, value: object) -> NoReturn:
+        raise dataclasses.FrozenInstanceError(
+            f"{cls.__name__} cannot be changed, since requests share it. Make another one: "
+            f"dataclasses.replace(params, {name}={value!r})"
+        )
+
     cls.__init__ = checked  # type: ignore[assignment]
+    cls.__setattr__ = fixed  # type: ignore[assignment]
     return cls
 
 

@@ -5,12 +5,11 @@ Pure functions of the prompt, the tokenizer and the limits: safe to call from an
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, Required, TypedDict
 
-from quire.errors import ValidationError
+from quire.errors import ValidationError, nearest
 
 
 class TextPrompt(TypedDict, total=False):
@@ -78,8 +77,7 @@ def read_prompt(
 def _read_mapping(prompt: dict, tokenizer: Encoder | None, limits: PromptLimits, special: bool) -> ReadPrompt:
     for key in prompt:
         if key not in PROMPT_KEYS:
-            near = difflib.get_close_matches(str(key), PROMPT_KEYS, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else f" Known keys: {', '.join(PROMPT_KEYS)}."
+            hint = nearest(str(key), PROMPT_KEYS) or f" Known keys: {', '.join(PROMPT_KEYS)}."
             raise ValidationError(f"A prompt has no key {key!r}.{hint}", "prompt")
     salt = prompt.get("cache_salt")
     if salt is not None and (not isinstance(salt, str) or not salt):

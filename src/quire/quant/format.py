@@ -7,13 +7,12 @@ A method is written int8, int4, int4-g32, int4-g64 or int4-g128; int4 ones may e
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, fields
 from typing import Protocol
 
 import torch
 
-from quire.errors import ConfigError
+from quire.errors import ConfigError, nearest
 from quire.kernels.rounding import restored
 from quire.kernels.table import Ops
 from quire.kernels.weights import Parts, QuantizedLinear
@@ -99,9 +98,8 @@ def check_method(method: str) -> None:
     """Raise ConfigError for a method that does not exist, naming those that do."""
     if _body(method) in METHODS and method != "int8" + INT8_HEAD:
         return
-    near = difflib.get_close_matches(method, METHODS, n=1)
     raise ConfigError(
-        f"quantization is {method!r}, which quire does not have.{f' Did you mean {near[0]!r}?' if near else ''} "
+        f"quantization is {method!r}, which quire does not have.{nearest(method, METHODS)} "
         f"It has {', '.join(METHODS)}, each also with {KEEP_HEAD} at its end, int4 ones with {INT8_HEAD}; leave it out "
         "for unquantized weights."
     )
