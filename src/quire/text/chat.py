@@ -16,6 +16,7 @@ from jinja2 import TemplateSyntaxError, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from quire.errors import ConfigError, ValidationError
+from quire.placeholders import placeholder
 from quire.text.tokenizer import RESERVED_TEMPLATE_KWARGS, GenerationTag, Tokenizer
 
 # Limits on what clients may pass to the template as variables: a template may do anything with them, such as loop.
@@ -57,6 +58,8 @@ def read_template(option: str | None) -> str | None:
 
 
 def _template_in(path: str) -> str:
+    if instead := placeholder(Path(path)):
+        raise ConfigError(f"chat_template {path!r} is {instead}.")
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -5,10 +5,12 @@ Importing this module does not import that library; reading does.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from quire.errors import CheckpointError, ModelNotFoundError
+from quire.placeholders import placeholder
 from quire.text.codec import Codec, Described, LockedCodec, RustCodec
 
 # A library class whose own versions of these are in use cannot be bypassed by calling the Rust tokenizer underneath.
@@ -20,6 +22,8 @@ def read_with_library(path: str | Path, trust_remote_code: bool, revision: str |
     from transformers import AutoTokenizer  # here, because it imports torch and takes seconds
 
     is_folder = Path(path).is_dir()
+    if is_folder:
+        refuse_placeholders(_read_files(Path(path)))
     try:
         return of_library(
             AutoTokenizer.from_pretrained(
@@ -40,6 +44,21 @@ def read_with_library(path: str | Path, trust_remote_code: bool, revision: str |
             "files with transformers.AutoTokenizer. Download the files again, name another tokenizer with the option "
             "tokenizer, or, if they hold their own code that you trust, set trust_remote_code."
         ) from error
+
+
+def refuse_placeholders(paths: Iterable[Path]) -> None:
+    """Raise CheckpointError for a file that is not what its name says."""
+    for path in paths:
+        if instead := placeholder(path):
+            raise CheckpointError(f"{path} is {instead}.")
+
+
+def _read_files(folder: Path) -> list[Path]:
+    """The files that a tokenizer is read from; those that tokenizer.json stands for only where there is none."""
+    patterns = ["tokenizer*.json", "special_tokens_map.json", "added_tokens.json"]
+    if not (folder / "tokenizer.json").is_file():
+        patterns += ["vocab*", "merges*", "*.model", "*.tiktoken"]
+    return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
 
 
 def of_library(library: Any) -> Described:

@@ -21,7 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from quire.errors import ValidationError
 from quire.text.codec import Described
-from quire.text.library_tokenizer import is_own, read_with_library
+from quire.text.library_tokenizer import is_own, read_with_library, refuse_placeholders
 from quire.text.render_worker import answer
 from quire.text.token_bytes import Pieces, pieces_of
 from quire.text.tokenizer_files import read_tokenizer
@@ -223,7 +223,10 @@ def load_tokenizer(
     `chat_template` is the template itself, see quire.text.chat.read_template. A folder without a tokenizer raises
     ModelNotFoundError, one with damaged files CheckpointError.
     """
-    described = read_tokenizer(Path(path)) if Path(path).is_dir() else None
+    folder = Path(path)
+    if chat_template is None:
+        refuse_placeholders([folder / "chat_template.jinja", *folder.glob("additional_chat_templates/*.jinja")])
+    described = read_tokenizer(folder) if folder.is_dir() else None
     return Tokenizer(described or read_with_library(path, trust_remote_code, revision, token), chat_template)
 
 

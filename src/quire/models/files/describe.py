@@ -15,6 +15,7 @@ from typing import Any
 from quire.config import ModelOptions
 from quire.errors import ConfigError, ModelError, ModelNotFoundError, UnsupportedModelError
 from quire.models.files.native_config import read_native
+from quire.placeholders import placeholder
 from quire.quant.checkpoints import Scheme, check_wish, read_scheme
 from quire.quant.format import check_method
 
@@ -87,6 +88,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
+        if instead := placeholder(path):
+            raise ModelError(f"{path} is {instead}.") from error
         raise ModelError(f"{path} cannot be read as JSON: {error}. Download or copy it again.") from error
     if not isinstance(found, dict):
         raise ModelError(f"{path} holds a {type(found).__name__}, not a JSON object, so it describes no model.")

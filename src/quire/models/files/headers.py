@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quire.errors import CheckpointError
+from quire.placeholders import placeholder
 from quire.quant.checkpoints import MAIN, Scheme, stored_linears, stored_shape
 
 if TYPE_CHECKING:
@@ -41,12 +42,6 @@ DTYPES = {
     "C64": torch.complex64,
 }
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format itself
-# What lies where weights should, by its first eight bytes.
-PLACEHOLDERS = {
-    b"version ": "a placeholder of Git LFS, not the weights. Run 'git lfs pull' in its folder, or download it again",
-    b"<!DOCTYP": "a web page, not weights. Download it again, with access to the repository",
-    b"<!doctyp": "a web page, not weights. Download it again, with access to the repository",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +93,8 @@ def read_headers(path: Path) -> dict[str, WeightHeader]:
         with path.open("rb") as file:
             head = file.read(8)
             length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-            if head in PLACEHOLDERS:
-                raise CheckpointError(f"The weight file {path} is {PLACEHOLDERS[head]}.")
+            if found := placeholder(path):
+                raise CheckpointError(f"The weight file {path} is {found}.")
             if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
                 raise _broken(path, f"its {size} bytes cannot hold the header of {length} bytes that it announces")
             text = file.read(length)
@@ -153,6 +148,8 @@ def read_index(path: Path) -> dict[str, str]:
         weight_map = json.loads(path.read_text())["weight_map"]
         names = {str(name): str(file) for name, file in weight_map.items()}
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        if found := placeholder(path):
+            raise CheckpointError(f"The weight index {path} is {found}.") from error
         raise CheckpointError(
             f"The weight index {path} cannot be read ({type(error).__name__}: {error}). Download it again."
         ) from error

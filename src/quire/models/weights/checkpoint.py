@@ -19,6 +19,7 @@ from quire.errors import CheckpointError
 from quire.kernels.memory import FILE_PAGES
 from quire.models.files.headers import WeightHeader, merge_headers, read_index, weight_headers, with_stored_linears
 from quire.models.files.hub import ModelFiles
+from quire.placeholders import placeholder
 from quire.quant.checkpoints import StoredWeight
 
 SWEEP_BYTES = 128 << 20  # pages of a mapped file are let go when so many bytes may be resident
@@ -156,6 +157,8 @@ class _TorchFile:
 
 
 def _load_torch_file(path: Path) -> dict[str, torch.Tensor]:
+    if instead := placeholder(path):
+        raise CheckpointError(f"The weight file {path} is {instead}.")
     try:
         with path.open("rb") as file:
             zipped = file.read(4) == b"PK\x03\x04"  # files from before torch 1.6 are bare pickles and cannot be mapped
