@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from quire.core.pages import PageNames
+from quire.engine import child
+from quire.serve import api_processes
 
 SOURCE = Path(__file__).parent.parent.parent / "src" / "quire"
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -158,3 +160,14 @@ def test_cve_2025_25183_pages_are_named_by_more_than_pythons_hash(one: tuple[int
     assert names.follow(root, one) != names.follow(root, other)
     assert names.follow(root, one) == names.follow(root, one)
     assert PageNames().root(b"") != root, "names can be computed outside of the process"
+
+
+@pytest.mark.parametrize("command", [child.COMMAND, api_processes.COMMAND], ids=["engine", "api"])
+def test_no_module_of_the_working_folder_runs(command: tuple[str, ...], tmp_path: Path) -> None:
+    """A server may be started where somebody else's files lie, and a user's file may be called like a module of Python."""
+    for name in ("socket", "json", "random", "torch"):
+        (tmp_path / f"{name}.py").write_text("print('foreign code')\n")
+    done = subprocess.run(
+        [*command, "x", "x", "x"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert "foreign code" not in done.stdout and "ValueError" in done.stderr, done.stderr[-500:]
