@@ -320,14 +320,18 @@ class EngineOptions:
 
     @classmethod
     def from_flat(cls, values: dict[str, Any]) -> EngineOptions:
-        """Sort flat keyword arguments into their sections. An unknown name raises ConfigError with the nearest one."""
+        """Sort flat keyword arguments into their sections; None is as good as nothing, for it is no value of any option.
+
+        An unknown name raises ConfigError with the nearest one.
+        """
         sections: dict[str, dict[str, Any]] = {section.name: {} for section in fields(cls)}
         owner = {item.name: section for section, item in engine_fields()}
         types = get_type_hints(cls)
         for name, value in values.items():
             if name not in owner:
                 raise ConfigError(unknown_option(name, owner))
-            sections[owner[name]][name] = fitted(name, value, get_type_hints(types[owner[name]])[name])
+            if value is not None:
+                sections[owner[name]][name] = fitted(name, value, get_type_hints(types[owner[name]])[name])
         return cls(**{section: types[section](**found) for section, found in sections.items()})
 
 
@@ -345,6 +349,7 @@ def fitted(name: str, value: Any, kind: Any) -> Any:
     kinds = [inner for inner in get_args(kind) if inner is not type(None)] if optional else [kind]
     plain = kinds[0]
     if get_origin(plain) is Literal:
+        value = str(value).removeprefix("torch.")  # torch.float32 is as good as its name
         if value not in get_args(plain):
             raise ConfigError(f"{name} is {value!r}; it can be {', '.join(map(str, get_args(plain)))}.")
         return value

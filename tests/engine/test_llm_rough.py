@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from quire import LLM, SamplingParams
+from quire import LLM, EngineOptions, SamplingParams
 from quire.errors import EngineDeadError, ValidationError
 
 SETTINGS = {"device": "cpu", "threads": 1, "kv_cache_memory_bytes": 1 << 26, "max_model_len": 256, "max_num_seqs": 8}
@@ -41,11 +41,17 @@ def texts(llm: LLM, prompts: Any, params: Any = GREEDY) -> list[str]:
         (lambda: [np.array([5, 6]), torch.tensor([7, 8])], [[5, 6], [7, 8]]),
         (lambda: {"prompt_token_ids": np.array([5, 6])}, [5, 6]),
         (lambda: np.array(["a", "b"]), ["a", "b"]),
+        (lambda: list(np.array([5, 6])), [5, 6]),
+        (lambda: [list(torch.tensor([5, 6])), [np.uint8(7)]], [[5, 6], [7]]),
         (list, []),
     ],
 )
 def test_what_holds_prompts_is_as_good_as_the_list_of_them(llm: LLM, given: Callable[[], Any], same: Any) -> None:
     assert texts(llm, given()) == texts(llm, same)
+
+
+def test_a_data_type_may_be_torchs_own() -> None:
+    assert EngineOptions.from_flat({"dtype": torch.half}).model.dtype == "float16"
 
 
 def test_chat_takes_what_holds_messages(llm: LLM) -> None:

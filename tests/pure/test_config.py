@@ -34,6 +34,8 @@ def test_unknown_option_names_the_nearest() -> None:
         ("served_model_name", ["one", "two"], ("one", "two")),
         ("model", Path("/some/model"), "/some/model"),
         ("block_size", None, None),
+        ("seed", None, 0),
+        ("enable_prefix_caching", None, True),
         ("hf_overrides", {"a": 1}, {"a": 1}),
     ],
 )
@@ -52,7 +54,6 @@ def test_values_are_fitted(name: str, value: object, expected: object) -> None:
         ("enable_prefix_caching", 1),
         ("hf_overrides", "{}"),
         ("model", 7),
-        ("seed", None),
     ],
 )
 def test_wrong_values_are_refused_by_name(name: str, value: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 from quire.core.params import RequestOutputKind, SamplingParams
@@ -18,7 +19,7 @@ def listed(prompts: Any) -> Sequence[Prompt]:
     elif hasattr(prompts, "tolist"):
         prompts = prompts.tolist()
     is_one = isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Sequence)
-    return [prompts] if is_one or (prompts and isinstance(prompts[0], int)) else prompts
+    return [prompts] if is_one or (prompts and isinstance(prompts[0], Integral)) else prompts
 
 
 def adds_special(given: Mapping[str, Any] | None, special: bool) -> bool:

@@ -5,9 +5,11 @@ Pure functions of the prompt, the tokenizer and the limits: safe to call from an
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, Required, TypedDict
+from operator import index
+from typing import Protocol, Required, SupportsIndex, TypedDict
 
 from quire.errors import ValidationError, nearest
 
@@ -118,8 +120,7 @@ def check_token_ids(token_ids: object, limits: PromptLimits) -> tuple[int, ...]:
     if not ids:
         raise ValidationError("The decoder prompt cannot be empty: give at least one token", "prompt")
     if any(type(token) is not int for token in ids):
-        wrong = next(token for token in ids if type(token) is not int)
-        raise ValidationError("prompt_token_ids must be integers", "prompt_token_ids", repr(wrong)[:200])
+        ids = tuple(map(_integer, ids))
     if min(ids) < 0 or max(ids) >= limits.vocab_size:
         wrong_id = min(ids) if min(ids) < 0 else max(ids)
         raise ValidationError(
@@ -129,6 +130,14 @@ def check_token_ids(token_ids: object, limits: PromptLimits) -> tuple[int, ...]:
         )
     check_length(len(ids), limits.max_model_len)
     return ids
+
+
+def _integer(token: object) -> int:
+    """An id that is no plain int, such as one of NumPy's or an element of a tensor. Raises ValidationError."""
+    if isinstance(token, SupportsIndex) and not isinstance(token, bool):
+        with contextlib.suppress(TypeError):  # a tensor of another type or shape
+            return index(token)
+    raise ValidationError("prompt_token_ids must be integers", "prompt_token_ids", repr(token)[:200])
 
 
 def check_length(length: int, max_model_len: int) -> None:
