@@ -1,12 +1,13 @@
-"""Check every causal LM of the installed Transformers against its own generate, and write docs/models.md.
+"""Check every causal LM of the installed Transformers against its own generate, and renew docs/models.md.
 
-python tools/enumerate_models.py                 all of them, writes the document and the expected tiers
+python tools/enumerate_models.py                 all of them, renews the document's table and the expected tiers
 python tools/enumerate_models.py llama,qwen3     some of them, writes nothing
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -24,68 +25,7 @@ DOCUMENT = ROOT / "docs" / "models.md"
 EXPECTED = ROOT / "tests" / "models" / "expected_tiers.json"
 TIERS = ("A", "A+mixer", "B", "C", "none")
 
-INTRODUCTION = """# Models
-
-Every entry of the causal language model mapping of Transformers {version}, checked by `tools/enumerate_models.py`: a
-tiny random model, three prompts together in odd chunks, one on a prefix hit, one preempted and computed again, float32,
-greedy. *Equal* means the same tokens as the library's own `generate`.
-
-| tier | meaning | equal |
-|---|---|---|
-| A | packed row, paged attention; the library's code unchanged | {A} |
-| A+mixer | the same, with recurrent mixers on paged state | {A+mixer} |
-| B | attention modules one sequence at a time, the rest packed; slow, and without prefix cache | {B} |
-| C | the whole model one sequence at a time; slowest | {C} |
-| none | does not run, or its tokens differ | {none} |
-
-{equal} of {tried} are equal. The tier of a model is found on your machine, on a tiny twin of its own config; this table
-is what the default configs gave with torch {torch}. *Replaced* counts the kinds of modules whose replacement was proved
-equal: merged linears (m), linears (l), norms (n), gated blocks (g), rotary functions (r), expert blocks (e), products with
-a parameter of routers (p), attention that keeps latents (k).
-
-## Latent attention
-
-Nine model types (axk1, bailing_hybrid, deepseek_v2, deepseek_v3, glm4_moe_lite, kimi_linear, longcat_flash, minicpm3,
-youtu) make the keys and values of all heads of a position from one latent. Their pages keep the latent and the rotated part
-of the key, once for all heads: LayerSpec.shared. The linear that expands them is split by head when it is loaded
-(`layers/latent.py`), its first half multiplied to the queries, its second to the results. It keeps the model's dtype where
-other linears are quantized, and is widened where the checkpoint stores it with few bits.
-
-`models/replacements/latent.py` recognises such a module by what its method `expand_kv` computes on the twin. Where that is
-anything else than one linear and a copy, or the twin's answers change, keys and values are written out as before. Prompts
-and decoded tokens are computed in the same way, because expanding only where many rows come together would make bits depend
-on how a prompt was cut. That costs prompts something: a score is a product of 576 numbers instead of 192 for DeepSeek's
-sizes.
-Prefix cache, drafts, copies of pages and a cache of int8 (one scale for latent and rotated part of a position) work as with
-other models. Models with a sparse indexer (deepseek_v32, glm_moe_dsa, hy_v4, axk2, dots3_note) run per sequence on the
-library's own cache.
-
-Measured with `python bench/latent.py` (DeepSeek-V2-Lite's attention, 3 layers, bfloat16, two cores of a Zen 3 that others
-used too, both ways in alternation in one process): a position takes 3,456 bytes instead of 30,720; a token behind 4,096
-positions comes 1.11 times as fast, behind 16,384 1.48 times; 512 tokens of a prompt take 1.2 of the time at its beginning
-and 1.9 behind 3,584. AVX2 multiplies bfloat16 as float32, and there 16 heads on one latent are bound by products; what a
-processor with bfloat16 products makes of it is not measured.
-
-## Routers
-
-Many mixtures of experts multiply with a parameter of their own where others have a linear (deepseek_v3, qwen3_moe, mixtral
-and most of the library's newer ones). That product is replaced, too (`OwnProduct` in `models/replacements/replaced.py`):
-the forward is the library's, and finds our product under the name of PyTorch's. So a row's bits do not depend on how its
-prompt was cut.
-What follows is PyTorch's: its sigmoid computes numbers behind the last whole vector of 16 in another way, so that with a
-number of experts that is no multiple of 16 last digits may still depend on the cut (`tests/models/test_chunks.py`).
-
-## Where answers are not those of `generate`
-
-- **Longrope across the original length** (phi3 and its kind). The library computes all keys of a sequence anew when it
-  grows past the length that the model was first trained with. quire keeps the keys of positions before it as they were,
-  because they may be shared with others; a prompt that is longer from the start is the same in both.
-
-What the library's attention gives is the yardstick, and some models have two that disagree: for Falcon with ALiBi the eager
-one adds the biases twice (to the scores, and with the mask), the default one once. Both are tried on the twin; where they
-disagree the default one counts, and the model runs on it as a whole (tier C).
-
-| model type | class | tier | equal | largest difference | replaced | remarks |
+TABLE = """| model type | class | tier | equal | largest difference | replaced | remarks |
 |---|---|---|---|---|---|---|
 """
 
@@ -96,8 +36,7 @@ def main() -> int:
     counts = Counter(tier_of(outcome) for outcome in outcomes)
     print({tier: counts[tier] for tier in TIERS}, f"{sum(outcome.seconds for outcome in outcomes):.0f} s of work")
     if len(sys.argv) == 1:
-        DOCUMENT.parent.mkdir(exist_ok=True)
-        DOCUMENT.write_text(document(outcomes))
+        DOCUMENT.write_text(document(DOCUMENT.read_text(), outcomes))
         expected = {outcome.model_type: tier_of(outcome) for outcome in outcomes if not outcome.error}
         EXPECTED.write_text(json.dumps(expected, indent=1, sort_keys=True) + "\n")
     return 0
@@ -108,17 +47,16 @@ def tier_of(outcome: Outcome) -> str:
     return "none" if outcome.error else outcome.tier
 
 
-def document(outcomes: list[Outcome]) -> str:
-    """The text of docs/models.md."""
+def document(text: str, outcomes: list[Outcome]) -> str:
+    """The text of docs/models.md with these outcomes: its words stay, its counts, versions and table are new."""
     counts = Counter(tier_of(outcome) for outcome in outcomes)
-    head = INTRODUCTION.format(
-        version=transformers.__version__,
-        torch=torch.__version__,
-        equal=len(outcomes) - counts["none"],
-        tried=len(outcomes),
-        **{tier: counts[tier] for tier in TIERS},
-    )
-    return head + "".join(_row(outcome) for outcome in outcomes)
+    head = text[: text.index(TABLE)]
+    for tier in TIERS:
+        head = re.sub(rf"^(\| {re.escape(tier)} \|.*\|) \d+ \|$", rf"\1 {counts[tier]} |", head, flags=re.MULTILINE)
+    head = re.sub(r"\d+ of \d+ are equal", f"{len(outcomes) - counts['none']} of {len(outcomes)} are equal", head)
+    head = re.sub(r"of Transformers [\w.+]+\w", f"of Transformers {transformers.__version__}", head)
+    head = re.sub(r"with torch [\w.+]+\w", f"with torch {torch.__version__}", head)
+    return head + TABLE + "".join(_row(outcome) for outcome in outcomes)
 
 
 def _row(outcome: Outcome) -> str:

@@ -201,17 +201,61 @@ def test_a_weight_that_is_read_from_outside_is_not_packed():
 # ---------------------------------------------------------------- tiers
 
 
-def test_a_model_that_looks_ahead_runs_by_computing_everything_again():
-    config = shrink(transformers.XLMConfig())
-    report = examine(transformers.XLMWithLMHeadModel, config, torch.float32)
-    assert report.layout.tier == "C"
-    assert report.mode == "recompute"
+@pytest.mark.parametrize("name", ["XLMWithLMHeadModel", "XLNetLMHeadModel", "CpmAntForCausalLM"])
+def test_a_model_whose_forward_is_not_its_generation_runs_as_it_generates(name: str):
+    """They put tokens of their own around the text, or let its beginning see what follows."""
+    model_class = getattr(transformers, name)
+    config = shrink(model_class.config_class())
+    report = examine(model_class, config, torch.float32)
+    assert (report.layout.tier, report.mode) == ("C", "generate")
     assert not report.layout.batched
-    model = build(transformers.XLMWithLMHeadModel, config, torch.float32)
-    whole = serve(model, report, OPS)
+    assert any("generate gives other answers than a whole forward" in note for note in report.layout.notes)
+
+
+def test_the_beginning_of_a_prompt_wants_no_logits():
+    config = shrink(transformers.RecurrentGemmaConfig())
+    report = examine(transformers.RecurrentGemmaForCausalLM, config, torch.float32)
+    assert report.mode == "recompute"
+    whole = serve(build(transformers.RecurrentGemmaForCausalLM, config, torch.float32), report, OPS)
     ids, ends = torch.tensor([5, 6]), torch.tensor([0, 2], dtype=torch.int32)
     begun = Batch(ids, torch.arange(2), ends, ends[1:], ids[:0], ids[:1], [0, 2], [2], [0], [], [])
-    assert whole.forward(begun).shape == (0, config.vocab_size), "the beginning of a prompt wants no logits"
+    assert whole.forward(begun).shape == (0, config.vocab_size)
+
+
+def test_what_was_generated_is_replayed_token_by_token():
+    """Its logits depend on where the prompt ended, so a request that starts over must not take all for a prompt."""
+    config = shrink(transformers.ProphetNetConfig())
+    report = examine(transformers.ProphetNetForCausalLM, config, torch.float32)
+    assert not report.layout.chunked_prefill
+    model = build(transformers.ProphetNetForCausalLM, config, torch.float32)
+    randomize(model)
+    loop = PagedLoop(serve(model, report, OPS), OPS)
+    one = loop.start(0, [5, 6, 7, 8, 9, 10], prompt_length=4)
+    loop.step([(one, 4)])
+    (stepped,) = [loop.step([(one, 1)])[0] for _ in range(2)][1:]
+    loop.preempt(one)
+    (again,) = loop.step([(one, 6)])
+    torch.testing.assert_close(again[-1:], stepped)
+    other = loop.start(1, [5, 6, 7, 8, 9, 10])
+    (whole,) = loop.step([(other, 6)])
+    assert (whole[-1:] - stepped).abs().max() > 1e-2
+
+
+def test_a_model_whose_answers_cannot_be_given_is_refused():
+    class Moody(LlamaForCausalLM):
+        """Answers otherwise each time, which its code keeps to itself."""
+
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            self.calls = getattr(self, "calls", 0) + 1
+            output.logits = output.logits * (1 + self.calls % 7)
+            return output
+
+    with pytest.raises(
+        UnsupportedModelError, match="Moody is not served.*other answers.*logits differ.*generate"
+    ) as told:
+        examine(Moody, shrink(LlamaConfig()), torch.float32)
+    assert "register_model" in str(told.value)
 
 
 def test_tier_c_keeps_requests_apart_and_forgets_them():

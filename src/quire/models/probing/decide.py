@@ -6,9 +6,7 @@ NaN, are those of the unmodified twin run on each sequence alone.
 
 from __future__ import annotations
 
-import inspect
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,82 +17,38 @@ from torch import nn
 from quire.errors import UnsupportedModelError
 from quire.kernels.table import Ops
 from quire.layers.spec import LayerSpec, ModelLayout
+from quire.models.probing.reference import (
+    SINGLE,
+    TOLERANCE,
+    Reference,
+    cache_argument,
+    takes,
+    takes_anything,
+    whole,
+)
 from quire.models.served import ServedModel
-from quire.models.transformers.fallback import SequentialModel, forward_parameters, private_cache
+from quire.models.transformers.fallback import SequentialModel
 from quire.models.transformers.interface import BATCH_ARGUMENT
 from quire.models.transformers.model import TransformersModel, set_attention
-from quire.models.transformers.report import CallPlan, MixerPlan, ProbeReport, SequentialPlan
+from quire.models.transformers.report import CallPlan, MixerPlan, ProbeReport, SequentialMode, SequentialPlan
 from quire.models.transformers.ropes import length_ropes
 from quire.models.twin.observe import ROWS, ModelObserver, Observation
-from quire.models.twin.shrink import VOCAB, twin_model
+from quire.models.twin.shrink import twin_model
 from quire.models.twin.trial import PagedLoop, Sequence
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_ATTENTION = "sdpa"  # of the library, for models that have it
 ATTENTIONS_DISAGREE = "the library's default attention, which is followed, gives other answers"
-TOLERANCE = 2e-3  # of the largest logit of the twin, or of one: float32 differences are a hundred times smaller
-LENGTHS = (9, 14, 21)
-SINGLE = 5  # tokens at the end of each that come one by one where prompts stay whole
 CHUNKS = (3, 7, 5, 2)
 KNOWN_ARGUMENTS = ("position_ids", "use_cache", "logits_to_keep")
 ROPE_NOTE = "no prefix cache: its rotary frequencies depend on the length of the whole prompt"
-CACHE_ARGUMENTS = ("past_key_values", "cache_params")
-
-
-@dataclass(slots=True)
-class Reference:
-    """The unmodified twin's answers: what every way of serving must reproduce.
-
-    They come from one whole forward per sequence. Where the library's own cache answers otherwise (`own_cache_differs`)
-    they come from stepping on that cache, because that is what its generation does.
-    """
-
-    sequences: list[list[int]]
-    logits: list[torch.Tensor]  # [length, V] each
-    scale: float
-    own_cache_differs: bool = False
-
-    @classmethod
-    def make(cls, model: nn.Module) -> Reference:
-        """Run each sequence alone."""
-        generator = torch.Generator().manual_seed(7)
-        sequences = [torch.randint(3, VOCAB - 14, (n,), generator=generator).tolist() for n in LENGTHS]
-        with torch.no_grad():
-            logits = [_whole(model, tokens) for tokens in sequences]
-            scale = max(1.0, max(float(rows.abs().max()) for rows in logits))
-            stepped = _stepped(model, sequences[-1])
-            if stepped is not None and float((stepped - logits[-1]).abs().max()) > 10 * TOLERANCE * scale:
-                return cls(sequences, [_stepped(model, tokens) for tokens in sequences], scale, True)
-        return cls(sequences, logits, scale)
-
-
-def _whole(model: nn.Module, tokens: list[int]) -> torch.Tensor:
-    """Logits [length, V] of one forward without a cache."""
-    arguments = {"use_cache": False, "position_ids": torch.arange(len(tokens))[None]}
-    arguments = {name: value for name, value in arguments.items() if takes(model, name)}
-    return _logits(model(input_ids=torch.tensor([tokens]), **arguments))
-
-
-def _stepped(model: nn.Module, tokens: list[int]) -> torch.Tensor | None:
-    """Logits [length, V] of a prompt and single tokens on the library's cache; None where that cannot be done."""
-    name = cache_argument(model)
-    if name is None:
-        return None
-    cache = private_cache(model.config, full_length=False)
-    rows = []
-    try:
-        for first, last in [(0, len(tokens) - SINGLE), *((n, n + 1) for n in range(len(tokens) - SINGLE, len(tokens)))]:
-            offered = {"use_cache": True, "position_ids": torch.arange(first, last)[None], name: cache}
-            arguments = {key: value for key, value in offered.items() if takes(model, key)}
-            rows.append(_logits(model(input_ids=torch.tensor([tokens[first:last]]), **arguments)))
-        return torch.cat(rows)
-    except Exception:  # a cache of its own kind, or none
-        return None
-
-
-def _logits(output: Any) -> torch.Tensor:
-    return (output.logits if hasattr(output, "logits") else output[0])[0].float()
+OTHERWISE = {
+    "cache": "the library's cache gives other answers than a whole forward",
+    "generate": "the library's generate gives other answers than a whole forward",
+}
+ON_A_CACHE: tuple[SequentialMode, ...] = ("cache", "own_cache")
+OF_GENERATE: tuple[SequentialMode, ...] = ("generate", "recompute")  # ways of tier C that prepare a step as it does
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,34 +84,31 @@ class Decider:
 
     def decide(self) -> Decision:
         """The best tier that holds. Raises UnsupportedModelError when none does."""
-        if self.reference.own_cache_differs:
-            return self.decide_sequential_model("the library's cache gives other answers than a whole forward")
+        if self.reference.source != "forward":
+            return self.decide_sequential_model(OTHERWISE[self.reference.source])
         for attempt in (self._packed, self._sequential_attention, self._sequential_model):
             decision = attempt()
             if decision is not None:
                 return decision
-        raise UnsupportedModelError(
-            f"{self._class.__name__} does not reproduce its own answers on a tiny model in any way that quire knows: "
-            + " ".join(self.refused)
-        )
+        raise self._unsupported()
 
     def decide_sequential_model(self, cause: str) -> Decision:
         """Tier C, for a cause that lies outside the twin. Raises UnsupportedModelError when it does not hold either."""
         self._refuse("paged attention", cause)
         decision = self._sequential_model()
         if decision is None:
-            raise UnsupportedModelError(f"{self._class.__name__} cannot be served: " + " ".join(self.refused))
+            raise self._unsupported()
         return decision
 
     def _default_attention_differs(self) -> bool:
         """Whether the library's default attention gives other answers than its plain one."""
         model, tokens = self.twin(), self.reference.sequences[-1]
-        if self.reference.own_cache_differs or not getattr(model, "_supports_sdpa", False):
+        if self.reference.source != "forward" or not getattr(model, "_supports_sdpa", False):
             return False
         set_attention(model, DEFAULT_ATTENTION)
         try:
             with torch.no_grad():
-                found = _whole(model, tokens)
+                found = whole(model, tokens)
         except Exception:  # it says that it has such an attention, and has none
             return False
         difference = float((found - self.reference.logits[-1]).abs().max())
@@ -169,7 +120,7 @@ class Decider:
         if prepare is not None:
             prepare(model)
         served = serve(model, report, self._ops)
-        return measure(served, self.reference, self._ops, all_rows=report.mode != "recompute")
+        return measure(served, self.reference, self._ops, all_rows=report.mode not in OF_GENERATE)
 
     def _packed(self) -> Decision | None:
         """Tiers A and A+mixer."""
@@ -213,26 +164,22 @@ class Decider:
         return self._refuse("attention per sequence", cause)
 
     def _sequential_model(self) -> Decision | None:
-        """Tier C: with the library's cache, with the model's own, at last computing everything again each time."""
+        """Tier C: on the library's cache, on the model's own, as its generate does, all of it again for each token."""
         model = self.twin()
         seen = self._observe_cache(model)
         layers = counted_layers(seen, model)
+        ways: list[tuple[bool, SequentialMode]] = [(False, "generate"), (True, "recompute")]
+        if self.reference.source != "generate":
+            ways = [(chunked, mode) for chunked in (True, False) for mode in ON_A_CACHE] + ways
         cause = ""
-        for chunked in (True, False):
-            for mode in ("cache", "own_cache"):
-                report = replace(model_report(model, layers, mode, chunked, self._why()), attention=self.attention)
-                difference = self._try(report)
-                if isinstance(difference, float) and self._equal(difference):
-                    return Decision(report, difference, seen)
-                cause = difference if isinstance(difference, str) else f"logits differ by {difference:.2g}"
-        report = model_report(model, layers, "recompute", True, [*self._why(), f"model per sequence: {cause}."])
-        report = replace(report, attention=self.attention)
-        difference = self._try(report)
-        if isinstance(difference, float) and math.isfinite(difference):
-            # Each answer is the model's own on all tokens so far. It may differ from the reference where a model looks
-            # ahead, which the reference lets it do.
-            return Decision(report, difference, seen)
-        return self._refuse("everything again for each token", str(difference))
+        for chunked, mode in ways:
+            why = self._why() + ([f"model per sequence: {cause}."] if cause and mode in OF_GENERATE else [])
+            report = replace(model_report(model, layers, mode, chunked, why), attention=self.attention)
+            difference = self._try(report)
+            if isinstance(difference, float) and self._equal(difference):
+                return Decision(report, difference, seen)
+            cause = difference if isinstance(difference, str) else f"logits differ by {difference:.2g}"
+        return self._refuse("model per sequence", cause)
 
     def _observe_cache(self, model: nn.Module) -> Observation:
         observer = ModelObserver(model, model.config, with_linears=True)
@@ -253,6 +200,13 @@ class Decider:
 
     def _why(self) -> list[str]:
         return list(self.refused)
+
+    def _unsupported(self) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"{self._class.__name__} is not served, because it would give other answers than the library does. Tried on a "
+            f"tiny model of its config: {' '.join(self.refused)} Run it with the library's own generate, or register a "
+            "native class for it with ModelRegistry.register_model."
+        )
 
     def _refuse(self, way: str, cause: str) -> None:
         self.refused.append(f"{way}: {cause}.")
@@ -285,7 +239,8 @@ def measure(served: ServedModel, reference: Reference, ops: Ops, all_rows: bool 
         work = work[::-1] if turn % 2 else work
         for (sequence, _), logits in zip(work, loop.step(work, all_rows), strict=True):
             expected = reference.logits[sequence.slot][sequence.computed - len(logits) : sequence.computed]
-            difference = float((logits - expected).abs().max())
+            known = ~expected.isnan().any(-1)
+            difference = float((logits - expected)[known].abs().max()) if known.any() else 0.0
             largest = max(largest, difference if difference == difference else float("inf"))
         turn += 1
     return largest
@@ -312,19 +267,6 @@ def observed_arguments(model: nn.Module, observer: ModelObserver, device: str = 
     if takes_anything(model):
         arguments[BATCH_ARGUMENT] = ROWS
     return arguments
-
-
-def takes_anything(model: nn.Module) -> bool:
-    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in forward_parameters(model).values())
-
-
-def takes(model: nn.Module, name: str) -> bool:
-    """Whether the model's forward takes this argument, by name or among its **kwargs."""
-    return name in forward_parameters(model) or takes_anything(model)
-
-
-def cache_argument(model: nn.Module) -> str | None:
-    return next((name for name in CACHE_ARGUMENTS if name in forward_parameters(model)), None)
 
 
 def _arguments(model: nn.Module, seen: Observation | None) -> tuple[str, ...]:

@@ -128,25 +128,30 @@ class SequentialModel:
         self._arguments = frozenset(report.arguments)
         self._cache_argument = report.cache_argument
         self._carried: dict[int, dict[str, Any]] = {}
-        self._tokens: dict[int, torch.Tensor] = {}
+        self._tokens: dict[int, list[int]] = {}
+        self._generations: dict[int, Generation] = {}
         self._carried_names = [name for name in CARRIED if name in forward_parameters(model)]
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """The logits [R, V] of batch.logit_rows; see ServedModel."""
         wanted = batch.logit_rows.tolist()
+        prompts = batch.lengths if batch.prompt_lengths is None else batch.prompt_lengths
         parts = []
         with torch.no_grad():
-            for s, slot in enumerate(batch.rows_host):
+            for s, (slot, prompt) in enumerate(zip(batch.rows_host, prompts.tolist(), strict=True)):
                 low, high = batch.starts_host[s], batch.starts_host[s + 1]
                 start = batch.lengths_host[s] - (high - low)
                 if start == 0:
                     self.release(slot)
                 rows = [row - low for row in wanted if low <= row < high]
                 tokens = batch.token_ids[low:high]
-                if self._mode == "recompute":
-                    parts += self._recompute(slot, start, tokens, rows)
+                pieces = self._pieces(start, high - low, prompt)
+                if self._mode in ("generate", "recompute"):
+                    parts += self._generate(slot, tokens.tolist(), pieces, rows)
                 else:
-                    parts.append(self._advance(slot, tokens, batch.positions[low:high])[rows])
+                    positions = batch.positions[low:high]
+                    steps = [self._advance(slot, tokens[a:b], positions[a:b]) for a, b in pieces]
+                    parts.append(torch.cat(steps)[rows])
         # A step of prompts that are not at their end yet wants no logits at all.
         return torch.cat(parts) if parts else torch.empty(0, self.layout.vocab_size)
 
@@ -154,6 +159,18 @@ class SequentialModel:
         """Drop what is kept for the request in this row."""
         self._carried.pop(slot, None)
         self._tokens.pop(slot, None)
+        self._generations.pop(slot, None)
+
+    def _pieces(self, start: int, count: int, prompt: int) -> list[tuple[int, int]]:
+        """The parts of a span that the model computes at once, counted from its beginning.
+
+        Where prompts stay whole, a request that starts over goes through its prompt at once and through what it has
+        generated token by token, as it did before: such a model answers otherwise when all comes together.
+        """
+        if self.layout.chunked_prefill:
+            return [(0, count)]
+        first = max(min(prompt - start, count), 0)
+        return [(0, first)] * (first > 0) + [(n, n + 1) for n in range(first, count)]
 
     def _advance(self, slot: int, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """The next positions of one sequence -> logits [count, V]."""
@@ -170,18 +187,51 @@ class SequentialModel:
         self._carried[slot] = {name: value for name, value in returned.items() if value is not None}
         return _logits(output)
 
-    def _recompute(self, slot: int, start: int, tokens: torch.Tensor, rows: list[int]) -> list[torch.Tensor]:
-        """Each wanted row from all tokens up to it, prepared as the model's own generation does: [1, V] each."""
-        known = tokens if start == 0 else torch.cat([self._tokens[slot][:start], tokens])
-        self._tokens[slot] = known
-        answers = []
-        for row in rows:
-            ids = known[None, : start + row + 1]
-            arguments = self.model.prepare_inputs_for_generation(
-                ids, attention_mask=torch.ones_like(ids), use_cache=False, is_first_iteration=True
-            )
-            answers.append(_logits(self.model(**arguments))[-1:])
-        return answers
+    def _generate(
+        self, slot: int, tokens: list[int], pieces: list[tuple[int, int]], rows: list[int]
+    ) -> list[torch.Tensor]:
+        """The logits [1, V] of each wanted row: of the request's own generation where that passes it, else of a new one."""
+        known = self._tokens.setdefault(slot, [])
+        start = len(known)
+        known += tokens
+        answers = {}
+        if self._mode == "generate":
+            running = self._generations.setdefault(slot, Generation(self.model, self._cache_argument))
+            answers = {last - 1: running.step(known[: start + last]) for _, last in pieces}
+        missing = [row for row in rows if row not in answers]
+        answers |= {row: Generation(self.model, keeps=False).step(known[: start + row + 1]) for row in missing}
+        return [answers[row] for row in rows]
+
+
+class Generation:
+    """One sequence as the library's `generate` drives it: each step prepared, and followed up, by the model's own methods.
+
+    Where it keeps nothing of a step for the next one, it is good for one step.
+    """
+
+    def __init__(self, model: Any, cache_argument: str | None = None, keeps: bool = True) -> None:
+        self._model = model
+        self._keeps = keeps
+        self._cache = {cache_argument: private_cache(model.config, full_length=False)} if cache_argument else {}
+        self._arguments: dict[str, Any] = {}
+
+    def step(self, tokens: list[int]) -> torch.Tensor:
+        """The logits [1, V] behind all tokens so far: those of a prompt, then one more each time."""
+        ids = torch.tensor([tokens])
+        first = not self._arguments
+        if first:
+            self._arguments = {"attention_mask": torch.ones_like(ids), "use_cache": self._keeps, **self._cache}
+            if "position_ids" in forward_parameters(self._model):
+                self._arguments["position_ids"] = torch.arange(len(tokens))[None]
+        inputs = self._model.prepare_inputs_for_generation(
+            ids,
+            next_sequence_length=1 if self._keeps and not first else None,
+            is_first_iteration=first,
+            **self._arguments,
+        )
+        output = self._model(**inputs, return_dict=True)
+        self._arguments = self._model._update_model_kwargs_for_generation(output, self._arguments)
+        return _logits(output)[-1:]
 
 
 def _logits(output: Any) -> torch.Tensor:

@@ -16,7 +16,7 @@ from quire.layers.spec import LayerSpec, ModelLayout, StateSpec
 
 FORMAT = 1  # raised when the meaning of a field changes, so that remembered reports are made anew
 
-SequentialMode = Literal["cache", "own_cache", "recompute"]
+SequentialMode = Literal["cache", "own_cache", "generate", "recompute"]
 
 
 def class_key(module: nn.Module) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quire.models.twin.sizes import OVERRIDES, SIZES, ZERO_MEANS_NONE
+from quire.models.twin.sizes import ONE_MEANS_NONE, OVERRIDES, SIZES, ZERO_MEANS_NONE
 
 VOCAB = 99
 HEADS = 4
@@ -64,7 +64,8 @@ def _shrink_field(name: str, value: Any, heads: Any) -> Any:
         return HEADS if isinstance(heads, int) and value >= heads else HEADS // 2
     if isinstance(value, int) and not isinstance(value, bool):
         if name in SIZES:
-            return 0 if value == 0 and name in ZERO_MEANS_NONE else SIZES[name]
+            absent = (value == 0 and name in ZERO_MEANS_NONE) or (value == 1 and name in ONE_MEANS_NONE)
+            return value if absent else SIZES[name]
         if name.endswith(("_token_id", "_token_index", "token_idx")):
             return SPECIAL_TOKENS.get(name, 90 + sum(name.encode()) % 8)
     if name == "eos_token_id" and isinstance(value, list):

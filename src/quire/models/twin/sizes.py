@@ -31,7 +31,8 @@ SIZES: dict[str, int] = {
     **_all("moe_latent_size moe_ffn_hidden_size", 16),
     **_all("num_experts num_local_experts n_routed_experts moe_num_experts num_routed_experts", 4),
     **_all("num_experts_per_tok moe_top_k top_k_experts num_experts_per_token moe_topk moe_k", 2),
-    **_all("n_group topk_group num_expert_group n_shared_experts moe_num_shared_experts num_shared_experts", 1),
+    **_all("topk_group n_shared_experts moe_num_shared_experts num_shared_experts", 1),
+    **_all("n_group num_expert_group", 2),
     **_all("kv_lora_rank q_lora_rank qk_head_dim", 16),
     **_all("qk_nope_head_dim qk_rope_head_dim v_head_dim", 8),
     **_all("index_n_heads", 2),
@@ -52,7 +53,7 @@ SIZES: dict[str, int] = {
     **_all("n_mamba_heads mamba_expand", 2),
     **_all("mamba_d_ssm", 64),
     **_all("mamba_chunk_size mamba_dt_rank time_step_rank chunk_size", 4),
-    **_all("mamba_n_groups n_groups mamba_ngroups", 1),
+    **_all("mamba_n_groups n_groups mamba_ngroups", 2),
     **_all("linear_num_value_heads linear_num_heads", 4),
     **_all("linear_num_key_heads", 2),
     **_all("linear_key_head_dim linear_value_head_dim linear_head_dim dim_head", 8),
@@ -76,6 +77,9 @@ ZERO_MEANS_NONE = {
     "num_shared_experts",
     "topk_group",
 }
+
+# A one in these says that nothing is divided, and must stay one.
+ONE_MEANS_NONE = {"mamba_n_groups", "mamba_ngroups", "n_group", "n_groups", "num_expert_group"}
 
 _PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
