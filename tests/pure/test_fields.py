@@ -170,6 +170,14 @@ def test_counts() -> None:
     assert counts["SamplingParams"]["works"] >= 34
 
 
+def test_odd_values_that_are_right() -> None:
+    assert CompletionRequest(logprobs=False).logprobs is None and CompletionRequest(logprobs=True).logprobs == 1
+    assert CompletionRequest(prompt=["a", [1, 2]]).prompts() == ["a", [1, 2]]
+    assert CompletionRequest(max_tokens=5.0, seed="3").max_tokens == 5
+    with pytest.raises(ValidationError, match="key 'a', which is no token id"):
+        SamplingParams(logit_bias={"a": 1})
+
+
 def test_beams_know_their_fields() -> None:
     known = {item.name for item in dataclasses.fields(BeamSearchParams)}
     assert known >= {"beam_width", "max_tokens", "ignore_eos", "temperature", "length_penalty", "skip_special_tokens"}

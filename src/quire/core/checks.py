@@ -94,6 +94,8 @@ def biases(value: object) -> tuple[tuple[int, float], ...]:
         token, bias = pair
         if isinstance(token, str) and token.isascii() and token.isdigit():
             token = int(token)  # keys of JSON objects are always strings
+        if isinstance(token, str):
+            raise ValidationError(f"logit_bias has the key {token[:40]!r}, which is no token id", "logit_bias")
         check_integer("logit_bias", token, 0)
         found[token] = min(100.0, max(-100.0, finite_number("logit_bias", bias, -math.inf)))
     return tuple(found.items())

@@ -51,16 +51,17 @@ def _of_response_format(given: Mapping[str, Any]) -> StructuredOutputsParams | N
     kind = given.get("type")
     if kind == "text":
         return None
-    if kind == "json_object":
+    if kind == "json_object" and given.get("schema") is None:
         return StructuredOutputsParams(json_object=True)
     if kind == "structural_tag":
         return StructuredOutputsParams(structural_tag=given)
-    if kind != "json_schema":
+    if kind not in ("json_schema", "json_object"):
+        found = "no type" if kind is None else repr(str(kind)[:40])
         raise ValidationError(
-            f"response_format.type must be text, json_object, json_schema or structural_tag; found {str(kind)[:40]!r}.",
+            f"response_format.type must be text, json_object, json_schema or structural_tag; found {found}.",
             "response_format",
         )
-    described = given.get("json_schema")
+    described = given.get("json_schema", given)  # servers before OpenAI's had the schema beside the type, some still do
     schema = described.get("schema") if isinstance(described, Mapping) else None
     if not isinstance(schema, Mapping):
         raise ValidationError(

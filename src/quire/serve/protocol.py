@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
 from quire.core.params import RequestOutputKind, SamplingParams
 from quire.engine.beam_requests import beam_params
@@ -217,12 +217,17 @@ _PASSED_ON = (
 )
 
 
+def _none_if_false(value: object) -> object:
+    """Chat completions have true and false for logprobs, so some clients say false here; it does not mean 0."""
+    return None if value is False else value
+
+
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions. `prompt`: a string, token ids, or a list of either."""
 
     prompt: Any = None
     suffix: str | None = None  # the output stands between prompt and suffix
-    logprobs: Int32 | None = None
+    logprobs: Annotated[Int32 | None, BeforeValidator(_none_if_false)] = None
     add_special_tokens: bool | None = None
 
     @property
@@ -400,9 +405,7 @@ def _prompt_list(prompt: object) -> list[str | list[int]]:
         raise ValidationError("prompt is an empty list. Give at least one prompt.", "prompt")
     if _are_ids(prompt):
         return [prompt]
-    if all(isinstance(item, str) for item in prompt) or all(
-        isinstance(item, list) and _are_ids(item) for item in prompt
-    ):
+    if all(isinstance(item, str) or (isinstance(item, list) and _are_ids(item)) for item in prompt):
         return prompt
     raise wrong
 
