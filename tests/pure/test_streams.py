@@ -1,4 +1,4 @@
-"""Standard streams that are closed, full or read by nobody, and a user without a home."""
+"""Standard streams that are closed, full or read by nobody; a user without a home, a machine without /proc."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from quire import env
+from quire.kernels.memory import cpu_memory
 
 
 def shell(script: str) -> subprocess.CompletedProcess[str]:
@@ -55,3 +56,8 @@ def test_a_user_without_a_home_remembers_nothing(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Path, "home", unknown)
     with pytest.raises(OSError, match="Not a directory"):
         env.cache_folder().mkdir(parents=True)
+
+
+def test_a_machine_without_proc_knows_its_memory() -> None:
+    plain, without = cpu_memory(), cpu_memory(meminfo=Path("/nowhere/meminfo"))
+    assert abs(plain.total - without.total) < plain.total / 10 and 0 < without.free <= without.total

@@ -33,11 +33,7 @@ class DeviceMemory:
 
 def cpu_memory(meminfo: Path = MEMINFO, cgroup: Path = CGROUP) -> DeviceMemory:
     """Total and available bytes from /proc/meminfo, cut by the limit of the control group (version 2 or 1)."""
-    figures = {}
-    for line in meminfo.read_text().splitlines():
-        name, _, rest = line.partition(":")
-        figures[name] = int(rest.split()[0]) * 1024
-    total, free = figures["MemTotal"], figures.get("MemAvailable", figures["MemFree"])
+    total, free = _machine_memory(meminfo)
     for limit_file, used_file, cache_key in (
         (cgroup / "memory.max", cgroup / "memory.current", "inactive_file"),
         (cgroup / "memory/memory.limit_in_bytes", cgroup / "memory/memory.usage_in_bytes", "total_inactive_file"),
@@ -50,6 +46,20 @@ def cpu_memory(meminfo: Path = MEMINFO, cgroup: Path = CGROUP) -> DeviceMemory:
         used = max(0, (_number(used_file) or 0) - reclaimable)
         total, free = limit, min(free, max(0, limit - used))
     return DeviceMemory(total, free)
+
+
+def _machine_memory(meminfo: Path) -> tuple[int, int]:
+    """Total and available bytes. Where there is no /proc, what the C library says, which counts no files as available."""
+    try:
+        lines = meminfo.read_text().splitlines()
+    except OSError:
+        page = os.sysconf("SC_PAGE_SIZE")
+        return page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
+    figures = {}
+    for line in lines:
+        name, _, rest = line.partition(":")
+        figures[name] = int(rest.split()[0]) * 1024
+    return figures["MemTotal"], figures.get("MemAvailable", figures["MemFree"])
 
 
 def _number(file: Path) -> int | None:
