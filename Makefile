@@ -71,6 +71,8 @@ check: setup $(STAMPS)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy bench/*.py
+	MYPYPATH=src:. $(BIN)/mypy --explicit-package-bases bench/cpu
 	$(BIN)/python -m pytest tests/pure/test_architecture.py
 
 soak: setup $(STAMPS)/dev

@@ -11,54 +11,46 @@ splits      attention over one long context, which is cut at fixed positions and
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from kernels import Case, Scene, Turn, attention_case, measure
-from quire.kernels.cpu import CpuOps
-from quire.kernels.table import load_ops
+from kernels import Case, Scene, Turn, attention_case, linear_case, measure
+from quire.kernels.table import Ops, load_ops
 
 SHAPE = (8192, 2048)
 SPLIT = 512
 
 
-def differing_rows(function: object, x: torch.Tensor) -> int:
+def differing_rows(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> int:
     """Rows whose bits are not those of the row alone."""
     together = function(x)
     return sum(not torch.equal(together[row], function(x[row : row + 1])[0]) for row in range(len(x)))
 
 
-def linear_rows(ops: CpuOps, seconds: float) -> None:
+def linear_rows(ops: Ops, seconds: float) -> None:
     """The table of linears."""
     n, k = SHAPE
     print(f"{'linear, ms':28}{'quire':>9}{'PyTorch':>9}{'ratio':>7}{'rows that differ':>20}{'PyTorch':>9}")
     for dtype in (torch.bfloat16, torch.float32):
         weight = torch.randn(n, k).to(dtype)
-        plain, packed = (
-            Turn(weight.clone, weight.nbytes),
-            Turn(lambda w=weight: ops.pack_linear(w, None), weight.nbytes),
-        )
+        plain = Turn(weight.clone, weight.nbytes)
+        packed = Turn(partial(ops.pack_linear, weight, None), weight.nbytes)
         for m in (1, 8, 32, 256, 1024):
-            x = torch.randn(m, k).to(dtype)
-            ours, other = (
-                lambda x, packed=packed: ops.linear(x, packed.copies[0]),
-                lambda x, plain=plain: F.linear(x, plain.copies[0]),
-            )
-            case = Case(
-                f"{str(dtype).removeprefix('torch.')} M={m} {n}x{k}",
-                lambda x=x, packed=packed: ops.linear(x, packed.next()),
-                lambda x=x, plain=plain: F.linear(x, plain.next()),
-            )
+            case = linear_case(ops, str(dtype).removeprefix("torch."), torch.randn(m, k).to(dtype), packed, plain)
             found = measure(case, seconds, 1.0, 1.0)
-            few = x[:32]
+            few = torch.randn(m, k).to(dtype)[:32]
+            differing = differing_rows(partial(ops.linear, packed=packed.copies[0]), few)
+            other = differing_rows(partial(F.linear, weight=plain.copies[0]), few)
             print(
                 f"{case.name:28}{found.ours_ms:9.2f}{found.torch_ms:9.2f}{found.ratio:7.2f}"
-                f"{differing_rows(ours, few):13} of {len(few):2}{differing_rows(other, few):9}"
+                f"{differing:13} of {len(few):2}{other:9}"
             )
 
 
-def split_rows(ops: CpuOps, seconds: float) -> None:
+def split_rows(ops: Ops, seconds: float) -> None:
     """One context of many splits beside as many contexts of one split."""
     print(f"\n{'attention, ms':44}{'one context':>12}{'apart':>9}{'ratio':>7}")
     for context in (1024, 2048, 4096):

@@ -62,7 +62,7 @@ def measure(model: Path, path: str, batch: int, steps: int, quantization: str | 
         max_model_len=1024, max_num_seqs=batch, enable_prefix_caching=False,
     )  # fmt: skip
     engine = llm._engine
-    core = engine._core
+    core: Any = engine._core
     runner = core._executor._worker._runner
     recorded = runner._model
     if not isinstance(recorded, RecordedModel):
@@ -84,9 +84,7 @@ def measure(model: Path, path: str, batch: int, steps: int, quantization: str | 
     plain = recorded.model
     first = 2 + batch * PROMPT // 512  # steps until all have read their prompts
     params = SamplingParams(temperature=0.0, max_tokens=steps + first + 1, ignore_eos=True)
-    prompts = [
-        {"prompt_token_ids": [7 + (index * 31 + place) % 500 for place in range(PROMPT)]} for index in range(batch)
-    ]
+    prompts = [[7 + (index * 31 + place) % 500 for place in range(PROMPT)] for index in range(batch)]
     for request in llm._prepare(prompts, params, None, special=True):
         engine.submit(request)
     found: dict[str, list[dict[str, float]]] = {"python": [], "program": []}
@@ -117,12 +115,14 @@ def show(path: str, batch: int, found: dict[str, dict[str, float]]) -> None:
     """Print a table."""
     python, program = found["python"], found["program"]
     native = program["native calls"]
+    rows: list[tuple[str, float, float]]
     rows = [(part, python[part], program[part]) for part in ("schedule", "gather")]
     rows += [("forward: Python", python["forward"] - native, program["forward"] - native)]
     rows += [("forward: native calls", native, native)]
     rows += [(part, python[part], program[part]) for part in ("sample", "keep", "results", "apply")]
     outer = ("schedule", "gather", "forward", "sample", "keep", "results", "apply")
-    rows += [("text and rest", *(one["step"] - sum(one[part] for part in outer) for one in (python, program)))]
+    before, after = (one["step"] - sum(one[part] for part in outer) for one in (python, program))
+    rows += [("text and rest", before, after)]
     rows += [("step", python["step"], program["step"])]
     rows += [("step without native calls", python["step"] - native, program["step"] - native)]
     print(f"\n{path}, batch {batch}: microseconds per step")

@@ -21,20 +21,24 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
 
 from quire.kernels.cpu import CpuOps, native
-from quire.kernels.table import ops_of
+from quire.kernels.cpu.packing import NativeQuantized
+from quire.kernels.table import Ops, ops_of
+from quire.kernels.weights import PackedLinear
 from quire.layers.moe import mix
 from quire.quant.format import quantized_ops
 
 COLD_BYTES = 192 << 20
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 CACHE_DTYPES = {"bf16": torch.bfloat16, "int8": torch.int8}
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +87,14 @@ def measure(case: Case, seconds: float, bandwidth: float, rate: float) -> Result
     )
 
 
-class Turn:
+class Turn(Generic[T]):
     """Hands out copies one after the other, so that none is still in a cache."""
 
-    def __init__(self, make: Callable[[], object], size: int) -> None:
+    def __init__(self, make: Callable[[], T], size: int) -> None:
         self.copies = [make() for _ in range(max(2, min(64, COLD_BYTES // size + 1)))]
         self.at = 0
 
-    def next(self) -> object:
+    def next(self) -> T:
         self.at = (self.at + 1) % len(self.copies)
         return self.copies[self.at]
 
@@ -100,16 +104,22 @@ def linear_cases(ops: CpuOps, rows: list[int], shape: tuple[int, int]) -> Iterat
     for label, dtype in DTYPES.items():
         weight = torch.randn(n, k).to(dtype)
         plain = Turn(weight.clone, weight.nbytes)
-        packed = Turn(lambda w=weight: ops.pack_linear(w, None), weight.nbytes)
+        packed = Turn(partial(ops.pack_linear, weight, None), weight.nbytes)
         for m in rows:
-            x = torch.randn(m, k).to(dtype)
-            yield Case(
-                f"linear {label} M={m} N={n} K={k}",
-                lambda x=x, packed=packed: ops.linear(x, packed.next()),
-                lambda x=x, plain=plain: F.linear(x, plain.next()),
-                2.0 * m * n * k,
-                weight.nbytes,
-            )
+            yield linear_case(ops, f"linear {label}", torch.randn(m, k).to(dtype), packed, plain)
+
+
+def linear_case(
+    ops: CpuOps | Ops, name: str, x: torch.Tensor, packed: Turn[PackedLinear], plain: Turn[torch.Tensor]
+) -> Case:
+    m, (n, k) = x.shape[0], plain.next().shape
+    return Case(
+        f"{name} M={m} N={n} K={k}",
+        lambda: ops.linear(x, packed.next()),
+        lambda: F.linear(x, plain.next()),
+        2.0 * m * n * k,
+        plain.next().nbytes,
+    )
 
 
 def quantized_cases(ops: CpuOps, rows: list[int], shape: tuple[int, int]) -> Iterator[Case]:
@@ -118,16 +128,29 @@ def quantized_cases(ops: CpuOps, rows: list[int], shape: tuple[int, int]) -> Ite
     plain = Turn(lambda: ops.pack_linear(weight, None), weight.nbytes)
     for method, theirs in (("int8", torch_int8(weight)), ("int4-g32", None), ("int4-g128", torch_int4(weight))):
         table = quantized_ops(ops_of(ops), method)
-        first = table.pack_linear(weight, None)
+        first = rounded(ops, method, weight)
+        assert isinstance(first.data, torch.Tensor)
         weights, size = ops.unpack_quantized(first), first.data.nbytes
-        packed = Turn(lambda weights=weights: ops.pack_quantized(weights, None, torch.bfloat16), size)
+        packed = Turn(partial(ops.pack_quantized, weights, None, torch.bfloat16), size)
         for m in rows:
             x = torch.randn(m, k).bfloat16()
-            ours = lambda x=x, table=table, packed=packed: table.linear(x, packed.next())  # noqa: E731
-            work, name = 2.0 * m * n * k, f"linear {method} M={m} N={n} K={k} beside "
-            yield Case(name + "our bf16", ours, lambda x=x: ops.linear(x, plain.next()), work, size)
+            name, work = f"linear {method} M={m} N={n} K={k} beside ", 2.0 * m * n * k
+            ours = in_turn(table.linear, x, packed)
+            yield Case(name + "our bf16", ours, in_turn(ops.linear, x, plain), work, size)
             if theirs is not None:
-                yield Case(name + "torch", ours, lambda x=x, theirs=theirs: theirs(x), work, size)
+                yield Case(name + "torch", ours, partial(theirs, x), work, size)
+
+
+def rounded(ops: CpuOps, method: str, weight: torch.Tensor) -> NativeQuantized:
+    """A weight as layers of this method have it."""
+    packed: object = quantized_ops(ops_of(ops), method).pack_linear(weight, None)
+    assert isinstance(packed, NativeQuantized)
+    return packed
+
+
+def in_turn(linear: Callable[..., torch.Tensor], x: torch.Tensor, weights: Turn[Any]) -> Callable[[], object]:
+    """Calls of a linear, each with the next weights."""
+    return lambda: linear(x, weights.next())
 
 
 def torch_int8(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -176,7 +199,7 @@ class Scene:
 
 
 def paged(
-    ops: CpuOps, scene: Scene, query: torch.Tensor, pair: torch.Tensor, stored: torch.dtype
+    ops: CpuOps | Ops, scene: Scene, query: torch.Tensor, pair: torch.Tensor, stored: torch.dtype
 ) -> Callable[[], object]:
     """Attention over the keys and values of `pair` [2, batch, context, kv_heads, dim], stored in shuffled pages."""
     page, batch = 16, scene.batch
@@ -192,7 +215,7 @@ def paged(
     return lambda: ops.attention(query, cache, tables, starts, lengths, scene.dim**-0.5)
 
 
-def attention_case(ops: CpuOps, label: str, scene: Scene) -> Case:
+def attention_case(ops: CpuOps | Ops, label: str, scene: Scene) -> Case:
     """PyTorch gets its keys and values contiguous and in its own order, ours lie in shuffled pages."""
     dtype, batch, context, new = DTYPES[label], scene.batch, scene.context, scene.new
     pair = torch.randn(2, batch, context, scene.kv_heads, scene.dim).to(dtype)
@@ -239,94 +262,105 @@ def shared_cases(ops: CpuOps) -> Iterator[Case]:
 
 def experts_cases(ops: CpuOps) -> Iterator[Case]:
     """32 experts, four for each row, chosen at random."""
-    count, choices, size, inner = 32, 4, 1024, 768
+    count, size, inner = 32, 1024, 768
     up, down = torch.randn(count, 2 * inner, size).bfloat16() * 0.02, torch.randn(count, size, inner).bfloat16() * 0.02
     for method in (None, "int8", "int4-g128"):
         table = quantized_ops(ops_of(ops), method)
         ups, downs = ([table.pack_linear(weight, None) for weight in weights] for weights in (up, down))
-        stack = ops.stack_experts(ups, downs, "silu")
         for m in (1, 8, 64):
-            x, weights = torch.randn(m, size).bfloat16(), torch.rand(m, choices)
-            first = torch.rand(m, count).topk(choices).indices
-            turns = [
-                Turn(lambda first=first: (first + random.randrange(count)) % count, COLD_BYTES // 32) for _ in range(2)
-            ]  # type: ignore[misc]
+            yield experts_case(ops, method or "bf16", table, ups, downs, torch.randn(m, size).bfloat16())
 
-            def block(number: int, rows: torch.Tensor, table: Any = table, ups: Any = ups, downs: Any = downs) -> Any:
-                return table.linear(ops.gated(table.linear(rows, ups[number]), "silu"), downs[number])
 
-            yield Case(
-                f"experts {method or 'bf16'} M={m} beside one by one",
-                lambda x=x, c=turns[0], w=weights, stack=stack: ops.experts(x, c.next(), w, stack),
-                lambda x=x, c=turns[1], w=weights, block=block: mix(x, c.next(), w, count, block),
-                6.0 * m * choices * size * inner,
-                sum(ups[e].data.nbytes + downs[e].data.nbytes for e in first.unique().tolist()),
-            )
+def experts_case(
+    ops: CpuOps, label: str, table: Ops, ups: list[PackedLinear], downs: list[PackedLinear], x: torch.Tensor
+) -> Case:
+    count, choices, inner = len(ups), 4, downs[0].in_features
+    stack = ops.stack_experts(ups, downs, "silu")
+    assert stack is not None
+    weights, first = torch.rand(len(x), choices), torch.rand(len(x), count).topk(choices).indices
+    one, other = (
+        Turn(lambda: (first + random.randrange(count)) % count, COLD_BYTES // 32) for _ in ("one call", "one by one")
+    )
+
+    def block(number: int, rows: torch.Tensor) -> torch.Tensor:
+        return table.linear(ops.gated(table.linear(rows, ups[number]), "silu"), downs[number])
+
+    return Case(
+        f"experts {label} M={len(x)} beside one by one",
+        lambda: ops.experts(x, one.next(), weights, stack),
+        lambda: mix(x, other.next(), weights, count, block),
+        6.0 * len(x) * choices * x.shape[1] * inner,
+        sum(ups[e].data.nbytes + downs[e].data.nbytes for e in first.unique().tolist()),
+    )
 
 
 def fused_cases(ops: CpuOps, library: native.Library) -> Iterator[Case]:
     """What step programs make of a norm or a gated activation and the layer of 8 bits behind it, called without Python's
     part of an op on either side."""
     n, k = 4096, 2048
-    layer = quantized_ops(ops_of(ops), "int8").pack_linear(torch.randn(n, k).bfloat16(), None)
+    layer = rounded(ops, "int8", torch.randn(n, k).bfloat16())
     scale, bias = torch.randn(2, k).bfloat16()
     for m in (1, 8, 64):
         x, y, out = torch.randn(m, 2 * k).bfloat16(), torch.empty(m, k).bfloat16(), torch.empty(m, n).bfloat16()
-        to, tail = (
-            (layer.layout, 1, y.data_ptr(), k, layer.weights, None, out.data_ptr(), m),
-            (layer.layout, layer.weights),
-        )
         at, up, weight, shift = x.data_ptr(), x.data_ptr() + 2 * k, scale.data_ptr(), bias.data_ptr()
-        ends = (None, out.data_ptr())
+        to = (layer.layout, 1, y.data_ptr(), k, layer.weights, None, out.data_ptr(), m)
+        ends = (layer.layout, layer.weights, None, out.data_ptr())
         for name, first, whole in (
             (
                 "rms_norm",
                 (1, at, 2 * k, None, weight, y.data_ptr(), None, m, k, 1e-5, 0),
-                (1, at, 2 * k, None, weight, None, None, m, k, 1e-5, 0, *tail, *ends),
+                (1, at, 2 * k, None, weight, None, None, m, k, 1e-5, 0, *ends),
             ),
             (
                 "layer_norm",
                 (1, at, 2 * k, weight, shift, y.data_ptr(), m, k, 1e-5),
-                (1, at, 2 * k, weight, shift, None, m, k, 1e-5, *tail, *ends),
+                (1, at, 2 * k, weight, shift, None, m, k, 1e-5, *ends),
             ),
             (
                 "gated",
                 (1, at, up, 2 * k, y.data_ptr(), m, k, 0),
-                (1, at, up, 2 * k, m, k, 0, *tail, *ends),
+                (1, at, up, 2 * k, m, k, 0, *ends),
             ),
         ):
-            one, both = getattr(library, f"quire_{name}"), getattr(library, f"quire_{name}_quantized_linear")
+            both = partial(getattr(library, f"quire_{name}_quantized_linear"), *whole)
+            apart = partial(getattr(library, f"quire_{name}"), *first), partial(library.quire_quantized_linear, *to)
+            title = f"{name} + linear int8 M={m} N={n} K={k} beside two calls"
+            yield fused_case(title, both, apart, (x, y, out, layer, scale, bias))
 
-            def apart(one: Any = one, first: Any = first, to: Any = to) -> None:
-                one(*first)
-                library.quire_quantized_linear(*to)
 
-            yield Case(
-                f"{name} + linear int8 M={m} N={n} K={k} beside two calls",
-                lambda both=both, whole=whole, kept=(x, y, out, layer, scale, bias): both(*whole),
-                apart,
-            )
+def fused_case(title: str, both: Callable[[], None], apart: tuple[Callable[[], None], ...], kept: object) -> Case:
+    """`kept` is what the calls have addresses of."""
+
+    def one_by_one() -> None:
+        for call in apart:
+            call()
+
+    def at_once(_: object = kept) -> None:
+        both()
+
+    return Case(title, at_once, one_by_one)
+
+
+def row_cases(ops: CpuOps, label: str, m: int) -> Iterator[Case]:
+    dtype = DTYPES[label]
+    x, residual, weight = torch.randn(m, 2048).to(dtype), torch.randn(m, 2048).to(dtype), torch.randn(2048).to(dtype)
+    both = torch.randn(m, 2 * 8192).to(dtype)
+    yield Case(
+        f"add + rms_norm {label} M={m} D=2048",
+        lambda: ops.add_rms_norm(x, residual, weight, 1e-6, "down_then_scale"),
+        lambda: F.rms_norm(x + residual, (2048,), weight, 1e-6),
+    )
+    yield Case(
+        f"gated silu {label} M={m} F=8192",
+        lambda: ops.gated(both, "silu"),
+        lambda: F.silu(both[:, :8192]) * both[:, 8192:],
+    )
 
 
 def small_cases(ops: CpuOps) -> Iterator[Case]:
-    for label, dtype in DTYPES.items():
+    for label in DTYPES:
         for m in (1, 32):
-            x, residual, weight = (
-                torch.randn(m, 2048).to(dtype),
-                torch.randn(m, 2048).to(dtype),
-                torch.randn(2048).to(dtype),
-            )
-            both = torch.randn(m, 2 * 8192).to(dtype)
-            yield Case(
-                f"add + rms_norm {label} M={m} D=2048",
-                lambda x=x, r=residual, w=weight: ops.add_rms_norm(x, r, w, 1e-6, "down_then_scale"),
-                lambda x=x, r=residual, w=weight: F.rms_norm(x + r, (2048,), w, 1e-6),
-            )
-            yield Case(
-                f"gated silu {label} M={m} F=8192",
-                lambda both=both: ops.gated(both, "silu"),
-                lambda both=both: F.silu(both[:, :8192]) * both[:, 8192:],
-            )
+            yield from row_cases(ops, label, m)
     logits = torch.randn(8, 128256) * 3
     uniform = torch.rand(8, dtype=torch.float64)
     heat, all_ids, fifty, share, none = (torch.full((8,), value) for value in (0.8, 0, 50, 0.95, 0.0))

@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from shapes import SHAPES, write_shape
 
@@ -30,7 +31,7 @@ def start(model: Path, path: str, batch: int, steps: int, quantization: str | No
         max_model_len=1024, max_num_seqs=batch, enable_prefix_caching=False, kv_cache_memory_bytes=256 << 20,
     )  # fmt: skip
     params = SamplingParams(temperature=0.0, max_tokens=steps + 2 * WARM, ignore_eos=True)
-    prompts = [{"prompt_token_ids": [7 + (i * 31 + place) % 500 for place in range(PROMPT)]} for i in range(batch)]
+    prompts = [[7 + (i * 31 + place) % 500 for place in range(PROMPT)] for i in range(batch)]
     for request in llm._prepare(prompts, params, None, special=True):
         llm._engine.submit(request)
     return llm
@@ -38,7 +39,8 @@ def start(model: Path, path: str, batch: int, steps: int, quantization: str | No
 
 def program_of(llm: LLM) -> str:
     """What its steps are, in words."""
-    model = llm._engine._core._executor._worker._runner._model
+    core: Any = llm._engine._core
+    model = core._executor._worker._runner._model
     return model.program.describe() if hasattr(model, "program") else "Python"
 
 

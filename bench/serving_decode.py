@@ -13,6 +13,7 @@ import os
 import statistics
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import psutil
 from server_process import StartedServer
@@ -62,8 +63,7 @@ async def over_http(
         head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
         request = head.encode() + b"Content-Length: %d\r\n\r\n" % len(content) + content
         ended = loop.create_future()
-        stream = Stream(request, ended)
-        await loop.create_connection(lambda stream=stream: stream, server.host, server.port)
+        _, stream = await loop.create_connection(partial(Stream, request, ended), server.host, server.port)
         found.append(stream)
         ends.append(ended)
     await asyncio.gather(*ends)
@@ -93,9 +93,9 @@ def served(server: StartedServer, streams: int, tokens: int, first: int) -> Serv
 def llm_rate(llm: LLM, streams: int, tokens: int, first: int) -> float:
     """The same of LLM, where all begin and end together."""
     params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
-    prompts = [{"prompt_token_ids": prompt(first + number, 16)} for number in range(streams)]
+    prompts = [prompt(first + number, 16) for number in range(streams)]
     outputs = llm.generate(prompts, params, use_tqdm=False)
-    times = [output.metrics for output in outputs]
+    times = [output.metrics for output in outputs if output.metrics is not None]
     began, ended = max(item.first_token_ts for item in times), min(item.last_token_ts for item in times)
     return streams * (tokens - 1) / (ended - began)
 

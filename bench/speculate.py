@@ -19,6 +19,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from dictation import DICTATIONS
 from empty_heads import write_heads
@@ -26,6 +27,7 @@ from shapes import SHAPES, write_shape
 
 import quire
 from quire import LLM, SamplingParams
+from quire.engine.prompts import TokensPrompt
 from quire.text.tokenizer import load_tokenizer
 
 BUNDLED = Path(quire.__file__).parent / "bundled" / "model"
@@ -90,11 +92,11 @@ def jobs_of(workload: str, count: int, dictating: bool) -> list[Job]:
     return found
 
 
-def once(llm: LLM, jobs: list[Job], wish: dict[str, object], turn: int) -> tuple[float, int]:
+def once(llm: LLM, jobs: list[Job], wish: dict[str, Any], turn: int) -> tuple[float, int]:
     """Seconds and tokens of one run. No turn knows what was said in another one."""
     params = [SamplingParams(**wish, extra_args={"says": job.says} if job.says else None) for job in jobs]
     began = time.perf_counter()
-    prompts = [{"prompt_token_ids": job.prompt, "cache_salt": f"turn {turn}"} for job in jobs]
+    prompts = [TokensPrompt(prompt_token_ids=job.prompt, cache_salt=f"turn {turn}") for job in jobs]
     outputs = llm.generate(prompts, params, use_tqdm=False)
     return time.perf_counter() - began, sum(len(item.outputs[0].token_ids) for item in outputs)
 
@@ -162,8 +164,12 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     found = parser.parse_args()
     wanted = found.methods or ["ngram", "suffix", *(["draft_model", "eagle"] if found.shape is None else [])]
-    methods = {"plain": {}, **{name.partition(":")[0]: method_config(name) for name in wanted}}
-    options = {"device": "cpu", "threads": found.threads, "max_model_len": 1024, "kv_cache_memory_bytes": 1 << 28}
+    methods: dict[str, dict[str, object]] = {
+        "plain": {},
+        **{name.partition(":")[0]: method_config(name) for name in wanted},
+    }
+    options: dict[str, Any] = {"device": "cpu", "threads": found.threads, "max_model_len": 1024}
+    options |= {"kv_cache_memory_bytes": 1 << 28}
     workloads = found.workloads or (["retell", "summary", "prose"] if found.shape is None else list(DICTATIONS))
     figures: list[Figure] = []
     with tempfile.TemporaryDirectory() as folder:

@@ -26,14 +26,14 @@ from typing import Any
 from shapes import SHAPES, write_shape
 
 import quire
-from quire import LLM, SamplingParams
+from quire import LLM, SamplingParams, StructuredOutputsParams
 from quire.grammar import Constraint, MaskFiller
 from quire.worker.runner import Runner
 from quire.worker.structured import StructuredOutputs
 
 BUNDLED = Path(quire.__file__).parent / "bundled" / "model"
 BUNDLED_SIZE = 4096  # of its vocabulary, with room behind the last token
-FORMS = {
+FORMS: dict[str, dict[str, Any]] = {
     "schema": {
         "json": {
             "type": "object",
@@ -108,8 +108,9 @@ def write_model(shape: str, folder: Path) -> Path:
 
 def ask(llm: LLM, form: dict[str, Any] | None, rows: int, tokens: int, endless: bool) -> float:
     """Seconds of a batch in one form, each row with a seed of its own; `endless` goes on behind the form's end."""
+    held = None if form is None else StructuredOutputsParams(**form)
     params = [
-        SamplingParams(max_tokens=tokens, seed=seed, ignore_eos=endless, structured_outputs=form)
+        SamplingParams(max_tokens=tokens, seed=seed, ignore_eos=endless, structured_outputs=held)
         for seed in range(rows)
     ]
     began = time.perf_counter()

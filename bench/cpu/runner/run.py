@@ -125,8 +125,10 @@ def perplexity(settings: dict[str, Any]) -> dict[str, Any]:
     texts = [text.replace("\n", " ").strip() for text in TALES.read_text(encoding="utf-8").split("\n\n")]
     losses: list[float] = []
     for output in llm.generate(texts, params, use_tqdm=False):
-        pairs = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
-        losses += [-entry[token].logprob for token, entry in pairs]
+        given = output.prompt_logprobs
+        assert isinstance(given, list)
+        pairs = zip(output.prompt_token_ids[1:], given[1:], strict=True)
+        losses += [-entry[token].logprob for token, entry in pairs if entry is not None]
     value = math.exp(statistics.fmean(losses))
     return {"value": value, "samples": [value], "details": {"tokens": len(losses)}}
 
