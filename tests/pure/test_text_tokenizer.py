@@ -87,6 +87,14 @@ def test_the_given_template_wins_and_none_at_all_is_an_error() -> None:
     assert own.apply_chat_template(MESSAGES, chat_template="nearer") == "nearer"
 
 
+def test_scripts_for_transformers_may_switch_tokenizing_off() -> None:
+    tokenizer = wrapped(byte_level(), chat_template=TEMPLATE)
+    text = tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    assert text == tokenizer.apply_chat_template(MESSAGES)
+    with pytest.raises(ValidationError, match="encode"):
+        tokenizer.apply_chat_template(MESSAGES, tokenize=True)
+
+
 def test_named_templates() -> None:
     named = wrapped(byte_level(), chat_template={"default": "plain", "tool_use": "with tools", "rag": "rag"})
     tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]

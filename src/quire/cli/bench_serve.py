@@ -11,7 +11,7 @@ import random
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -83,7 +83,6 @@ class Crowd:
 
     now: int = 0
     most: int = 0
-    answers: list[Answer] = field(default_factory=list)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -6,13 +6,17 @@ Turns parsed flags into EngineOptions and sampling wishes. Starts nothing.
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from quire.cli.flags import FlagParser
 from quire.config import EngineOptions, engine_fields, option
 from quire.errors import ConfigError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 TITLES = {
     "model": "model",
@@ -71,7 +75,25 @@ def engine_options(found: argparse.Namespace) -> EngineOptions:
     given = getattr(found, "model_argument", None)
     if given is not None:
         values["model"] = given
+    if "model" not in values:
+        _check_swallowed(found)
     return EngineOptions.from_flat(values)
+
+
+def _check_swallowed(found: argparse.Namespace) -> None:
+    """Raise ConfigError where a flag of several values seems to have taken the model for one of them.
+
+    Else the bundled model would be served under that name, or to whoever knows the model's name as a key.
+    """
+    for name, value in vars(found).items():
+        if not isinstance(value, tuple) or len(value) < 2:
+            continue
+        last = str(value[-1])
+        if _HUB_ID.fullmatch(last) or Path(last).is_dir():
+            raise ConfigError(
+                f"--{name.replace('_', '-')} takes all words behind it, so {last!r} is one of its values, and there is no "
+                "model. If that is the model, give it before the flags, or with --model."
+            )
 
 
 def section_of(section: type, found: argparse.Namespace) -> Any:

@@ -154,12 +154,15 @@ class Tokenizer:
         chat_template: str | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
+        tokenize: bool = False,
     ) -> str:
         """The prompt text of a conversation.
 
         `template_kwargs` are variables of the template; those that it does not mention are dropped. Whatever the
-        template refuses is a ValidationError.
+        template refuses is a ValidationError, and so is `tokenize`, which scripts for Transformers switch off.
         """
+        if tokenize:
+            raise ValidationError("apply_chat_template makes text; encode() makes token ids of it.", "tokenize")
         if not messages:
             raise ValidationError("The conversation is empty. Send at least one message.", "messages")
         if add_generation_prompt and continue_final_message:
