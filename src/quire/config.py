@@ -11,9 +11,11 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+from urllib.parse import urlsplit
 
 from quire.errors import ConfigError, nearest
 
+MOST_THREADS = 1024
 SPECULATION_METHODS = ("ngram", "suffix", "draft_model", "medusa", "eagle", "mtp")
 
 
@@ -92,6 +94,11 @@ class ModelOptions:
     def __post_init__(self) -> None:
         """Raise ConfigError for numbers that mean nothing."""
         refuse_nonsense(self)
+        length = self.max_model_len
+        if length is not None and length != -1 and length < 1:
+            raise ConfigError(
+                f"max_model_len is {length}; it must be at least 1, or -1 or auto to fit it to the memory."
+            )
         if "" in self.served_model_name:
             raise ConfigError("served_model_name is empty. Give a name that clients can ask for, or leave it out.")
 
@@ -114,6 +121,9 @@ class CacheOptions:
     def __post_init__(self) -> None:
         """Raise ConfigError for numbers that mean nothing."""
         refuse_nonsense(self)
+        share = self.gpu_memory_utilization
+        if share is not None and not 0 < share <= 1:
+            raise ConfigError(f"gpu_memory_utilization is {share}; it is a share of the memory: above 0, at most 1.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +160,15 @@ class ParallelOptions:
     threads: int | None = option(None, help="CPU threads; the cores this process may use when not given", least=1)
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for numbers that mean nothing."""
+        """Raise ConfigError for numbers that mean nothing, and for more devices than one."""
         refuse_nonsense(self)
+        if self.threads is not None and self.threads > MOST_THREADS:
+            raise ConfigError(f"threads is {self.threads}; it must be at most {MOST_THREADS}.")
+        for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+            if getattr(self, name) != 1:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)}; this version of quire runs on one device. Leave it at 1."
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,6 +322,9 @@ class ServeOptions:
         refuse_nonsense(self)
         if not self.template_timeout > 0:
             raise ConfigError(f"template_timeout is {self.template_timeout}; it must be above 0.")
+        collector = self.otlp_traces_endpoint
+        if collector is not None and not urlsplit(collector).netloc:
+            raise ConfigError(f"otlp_traces_endpoint is {collector!r}; write an address such as http://collector:4317.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,6 @@ LENGTH_KEYS = (
 )
 NOT_IN_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "glm4")
 GIB = 1 << 30
-MOST_THREADS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +113,6 @@ def resolve(options: EngineOptions, machine: Machine | None = None, download: bo
     Raises ConfigError for options that cannot go together, ModelError for a model that cannot be read, CapacityError
     when memory lacks. `machine` is measured when not given. Without `download`, weights on the hub are not fetched.
     """
-    check_sections(options)
     files = find_model(options.model, download)
     log = DecisionLog()
     if machine is None:
@@ -195,23 +193,6 @@ def _shown(value: object) -> str:
     if isinstance(value, Speculation):
         return f"{value.method}, {value.num_speculative_tokens} tokens"
     return str(value).removeprefix("torch.")
-
-
-def check_sections(options: EngineOptions) -> None:
-    """Refuse options that are impossible whatever the model is."""
-    share = options.cache.gpu_memory_utilization
-    if share is not None and not 0 < share <= 1:
-        raise ConfigError(f"gpu_memory_utilization is {share}; it is a share of the memory: above 0, at most 1.")
-    if options.parallel.threads is not None and options.parallel.threads > MOST_THREADS:
-        raise ConfigError(f"threads is {options.parallel.threads}; it must be at most {MOST_THREADS}.")
-    length = options.model.max_model_len
-    if length is not None and length != -1 and length < 1:
-        raise ConfigError(f"max_model_len is {length}; it must be at least 1, or -1 or auto to fit it to the memory.")
-    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
-        if getattr(options.parallel, name) != 1:
-            raise ConfigError(
-                f"{name} is {getattr(options.parallel, name)}; this version of quire runs on one device. Leave it at 1."
-            )
 
 
 def choose_device(wanted: str) -> Choice[str]:

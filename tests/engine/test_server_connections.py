@@ -16,6 +16,7 @@ import uvicorn
 from quire.config import ServeOptions
 from quire.errors import ConfigError
 from quire.serve import connection, listen
+from waiting import when
 
 HEAD = b"GET / HTTP/1.1\r\nHost: x\r\n"
 POST = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n"
@@ -82,6 +83,42 @@ def test_who_says_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     asyncio.run(main())
 
 
+def test_connections_leave_files_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (listen.KEPT_FILES + 30, 4096))
+    assert listen.most_connections() == 30
+    monkeypatch.setattr(connection, "most_connections", lambda: 2)
+
+    async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body"})
+
+    async def status(port: int, head: bytes = HEAD + CLOSE) -> int:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        async with asyncio.timeout(LONGEST):
+            writer.write(head)
+            found = await reader.readline()
+        writer.close()
+        return int(found.split()[1])
+
+    async def main() -> None:
+        config = uvicorn.Config(app, port=0, http=connection.Connection, log_level="error", lifespan="off")
+        server = uvicorn.Server(config)
+        serving = asyncio.create_task(server.serve())
+        await when(lambda: server.started)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
+        await when(lambda: len(server.server_state.connections) == 2)
+        assert await status(port, b"") == 503
+        for _, writer in idle:
+            writer.close()
+        await when(lambda: not server.server_state.connections)
+        assert await status(port) == 200
+        server.should_exit = True
+        await serving
+
+    asyncio.run(main())
+
+
 def test_room_for_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """As much as the system allows, and no less than there was."""
     taken: list[tuple[int, int]] = []
@@ -101,7 +138,7 @@ def test_each_process_has_a_socket_at_the_one_address() -> None:
     clients = [socket.create_connection(("127.0.0.1", port)) for _ in range(9)]
     try:
         assert len({one.fileno() for one in found}) == 3 and {one.getsockname()[1] for one in found} == {port}
-        with pytest.raises(ConfigError, match="Cannot listen"):
+        with pytest.raises(ConfigError, match=f"Cannot listen on 127.0.0.1:{port}: "):
             listen.one_for_each(late, 2)
         with pytest.raises(ConfigError, match="Cannot listen"):
             listen.bind(ServeOptions(port=port))

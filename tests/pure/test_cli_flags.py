@@ -10,6 +10,7 @@ import pytest
 from quire.cli.flags import FlagParser, human_int
 from quire.cli.options import SampleOptions, engine_options, engine_parser, section_of
 from quire.config import EngineOptions, ServeOptions
+from quire.errors import ConfigError
 
 
 def options_of(*words: str) -> EngineOptions:
@@ -55,7 +56,8 @@ def test_booleans_have_both_forms() -> None:
 
 
 def test_aliases() -> None:
-    assert options_of("-tp", "2").parallel.tensor_parallel_size == 2
+    with pytest.raises(ConfigError, match="tensor_parallel_size is 2"):
+        options_of("-tp", "2")
     assert options_of("-q", "int8").model.quantization == "int8"
 
 
@@ -69,6 +71,14 @@ def test_json_and_dotted_values() -> None:
 def test_lists() -> None:
     assert options_of("--served-model-name", "a", "b").model.served_model_name == ("a", "b")
     assert options_of("--served-model-name", "a", "--served_model_name", "b").model.served_model_name == ("a", "b")
+
+
+def test_a_model_that_a_flag_has_taken_for_its_value(tmp_path: Path) -> None:
+    for model in ("Qwen/Qwen3-0.6B", str(tmp_path)):
+        with pytest.raises(ConfigError, match="--served-model-name takes all words behind it.*before the flags"):
+            options_of("--served-model-name", "a", model)
+        assert options_of(model, "--served-model-name", "a", "b/c").model.served_model_name == ("a", "b/c")
+    assert options_of("--served-model-name", "a", "b").model.model is None
 
 
 def test_model_as_argument_or_flag() -> None:

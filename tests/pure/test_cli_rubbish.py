@@ -14,9 +14,8 @@ import pytest
 
 from quire.cli import main as cli
 from quire.cli.main import run_command
-from quire.config import EngineOptions, ServeOptions
+from quire.config import MOST_THREADS, EngineOptions, ServeOptions
 from quire.errors import ConfigError
-from quire.resolve import MOST_THREADS, check_sections
 
 
 @pytest.mark.parametrize(
@@ -34,9 +33,10 @@ from quire.resolve import MOST_THREADS, check_sections
         ("sse_keep_alive_interval", -1.0),
         ("shutdown_timeout", float("inf")),
         ("port", -1),
+        ("otlp_traces_endpoint", "collector:4317"),
     ],
 )
-def test_numbers_of_the_server(name: str, value: float) -> None:
+def test_values_of_the_server(name: str, value: float | str) -> None:
     with pytest.raises(ConfigError, match=name):
         ServeOptions(**{name: value})  # type: ignore[arg-type]
 
@@ -54,11 +54,14 @@ def test_numbers_of_the_server(name: str, value: float) -> None:
         ("packed_cache_gb", -1.0),
         ("packed_cache_gb", float("nan")),
         ("num_gpu_blocks_override", 0),
+        ("gpu_memory_utilization", 1.5),
+        ("max_model_len", 0),
+        ("tensor_parallel_size", 2),
     ],
 )
 def test_numbers_of_the_engine(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=name):
-        check_sections(EngineOptions.from_flat({name: value}))
+        EngineOptions.from_flat({name: value})
 
 
 @pytest.mark.parametrize(

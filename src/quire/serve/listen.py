@@ -20,6 +20,7 @@ from quire.text.chat import check_template_kwargs, own_variables
 
 BACKLOG = 2048  # connections that may wait to be taken
 MOST_FILES = 65_536  # open at once, where the system sets no bound
+KEPT_FILES = 48  # of those allowed, that no connection takes: the next engine process and others need some
 
 
 def checked_keys(options: ServeOptions) -> tuple[str, ...]:
@@ -62,12 +63,12 @@ def bind(options: ServeOptions) -> socket.socket:
     """The socket to listen on, taken but not yet listening. Raises ConfigError when it cannot be had."""
     address: str | tuple[str, int]
     if options.uds is not None:
-        family, address, shown = socket.AF_UNIX, options.uds, options.uds
+        family, address = socket.AF_UNIX, options.uds
         _remove_stale(options.uds)
     else:
         is_v6 = ":" in options.host
         family = socket.AF_INET6 if is_v6 else socket.AF_INET
-        address, shown = (options.host.strip("[]"), options.port), f"{options.host}:{options.port}"
+        address = (options.host.strip("[]"), options.port)
     # Named, for asyncio sends without delay (TCP_NODELAY) only where it reads TCP: else a first token waits 40 ms.
     protocol = 0 if options.uds is not None else socket.IPPROTO_TCP
     listener = socket.socket(family, socket.SOCK_STREAM, protocol)
@@ -77,7 +78,7 @@ def bind(options: ServeOptions) -> socket.socket:
         listener.bind(address)
     except (OSError, OverflowError) as error:
         listener.close()
-        raise _cannot_listen(shown, error) from error
+        raise _cannot_listen(address, error) from error
     return listener
 
 
@@ -107,11 +108,13 @@ def one_for_each(listener: socket.socket, count: int) -> list[socket.socket]:
     return found
 
 
-def _cannot_listen(address: object, error: Exception) -> ConfigError:
-    return ConfigError(
-        f"Cannot listen on {address}: {reason(error)}. Choose another address with --host and --port (0 takes a free one), "
-        "or stop what uses it."
-    )
+def _cannot_listen(address: str | tuple[str | int, ...], error: Exception) -> ConfigError:
+    """`address`: as sockets have it, a path or host and port."""
+    if isinstance(address, str):
+        shown, other = address, "path with --uds"
+    else:
+        shown, other = f"{address[0]}:{address[1]}", "address with --host and --port (0 takes a free one)"
+    return ConfigError(f"Cannot listen on {shown}: {reason(error)}. Choose another {other}, or stop what uses it.")
 
 
 def make_room() -> None:
@@ -120,6 +123,12 @@ def make_room() -> None:
     most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
     if soft != resource.RLIM_INFINITY and soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def most_connections() -> int:
+    """How many this process may have at a time, so that files are left for what else it must open."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MOST_FILES if soft == resource.RLIM_INFINITY else max(soft // 4, soft - KEPT_FILES)
 
 
 def _remove_stale(path: str) -> None:
