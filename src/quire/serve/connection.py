@@ -1,4 +1,5 @@
-"""Connection: uvicorn's HTTP protocol, which would wait for the rest of a request for ever, and here does not.
+"""Connection: uvicorn's HTTP protocol, which would wait for the rest of a request for ever, and take connections until no
+file is left for anything else, and here does neither.
 
 Knows no route.
 """
@@ -11,18 +12,32 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from quire.serve.errors import Failure
+from quire.serve.listen import most_connections
+
 OWED_SECONDS = 60.0  # that a client gets for the line and headers of a request, and for each next piece of its body
+_BODY = bytes(Failure(503, "ServiceUnavailableError", "The server has no room for another connection.").response().body)
+FULL = (
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\nConnection: close\r\n"
+    b"Content-Length: %d\r\n\r\n%b" % (len(_BODY), _BODY)
+)
 
 
 class Connection(H11Protocol):
-    """Closed when its client says nothing for too long while it is his turn, before the first request, too."""
+    """Closed when its client says nothing for too long while it is his turn, before the first request, too. And at once
+    where there are as many as there may be.
+    """
 
     _patience: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         """The client's turn."""
         super().connection_made(transport)
-        self._wait()
+        if len(self.connections) > most_connections():
+            transport.write(FULL)
+            transport.close()
+        else:
+            self._wait()
 
     def data_received(self, data: bytes) -> None:
         """A piece of a request, or several requests."""
