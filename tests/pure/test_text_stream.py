@@ -157,7 +157,7 @@ def test_taking_what_is_new() -> None:
     stream.push(ids[1:])
     assert (stream.take(), stream.take()) == ("ab", "")
     stream.finish()
-    assert (stream.take(), stream.text) == ("z", "abz")
+    assert (stream.text, stream.take(), stream.text) == ("z", "z", "")
 
 
 def test_an_end_token_is_not_shown_unless_asked() -> None:

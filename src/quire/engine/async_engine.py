@@ -30,6 +30,7 @@ from quire.text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 LONG_TEXT = 20_000  # characters from which on text is worked on in a thread, so that other streams go on
+PATIENCE = 0.05  # seconds that an event loop gets to pass on what it has, before more is made for it
 MOST_FAILURES = 3  # steps in a row that raise, until the engine counts as dead
 
 _Answer = TypeVar("_Answer")
@@ -202,7 +203,7 @@ class AsyncEngine:
     ) -> Prepared:
         """As Engine.prepare, in a thread where it takes long."""
         arguments = (request_id, prompt, params, priority, add_special_tokens, tenant, timeout)
-        compiles = params is not None and params.structured_outputs is not None
+        compiles = isinstance(params, SamplingParams) and params.structured_outputs is not None
         if compiles or (isinstance(prompt, str) and len(prompt) > LONG_TEXT):
             return await asyncio.to_thread(self._engine.prepare, *arguments)
         return self._engine.prepare(*arguments)
@@ -292,6 +293,8 @@ class AsyncEngine:
                     self._outputs.extend(self._engine.step())
                     self._deliver()
                     failures = 0
+                    if self._engine.has_more:
+                        self._give_way()
                 except EngineDeadError:
                     raise
                 except Exception:
@@ -357,6 +360,15 @@ class AsyncEngine:
                 del self._mail[loop]
                 for taker, _ in mail:
                     self._forget(taker)
+
+    def _give_way(self) -> None:
+        """Wait until the event loops have sent what they were told: two threads at work take turns at the interpreter's
+        lock, and whoever sends loses it with each packet."""
+        for loop in list(self._mail):
+            sent = threading.Event()
+            with contextlib.suppress(RuntimeError):  # that event loop is closed
+                loop.call_soon_threadsafe(loop.call_soon, sent.set)  # behind what _fill() has begun
+                sent.wait(PATIENCE)
 
     def _forget(self, taker: _Taker) -> None:
         gone = [request_id for request_id, known in self._takers.items() if known is taker]

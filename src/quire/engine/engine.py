@@ -30,7 +30,7 @@ from quire.engine.generation import Completion, Generation
 from quire.engine.heap import uncollected
 from quire.engine.observe import Observer
 from quire.engine.outputs import RequestOutput
-from quire.engine.prompts import Prompt, PromptLimits, ReadPrompt, check_length, read_prompt
+from quire.engine.prompts import Prompt, PromptLimits, ReadPrompt, read_prompt
 from quire.engine.step_figures import StepNotes, finished
 from quire.errors import ValidationError
 from quire.grammar import Grammars
@@ -38,6 +38,8 @@ from quire.text.answer_format import thinking_marks
 from quire.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+MOST_AT_ONCE = 160  # events that one step() tells: the first of many streams need not wait for the text of the last
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,6 +315,11 @@ class Engine:
         """Whether step() may be called again after it has raised anything but EngineDeadError."""
         return self._core.resumable
 
+    @property
+    def has_more(self) -> bool:
+        """Whether step() has not yet told all that the core did last, and will go on with that."""
+        return bool(self._events)
+
     def has_work(self) -> bool:
         """Whether step() would bring anything."""
         return bool(self._events or self._changed or self._ready) or self._core.has_work()
@@ -322,10 +329,14 @@ class Engine:
         self._core.interrupt()
 
     def step(self) -> list[RequestOutput]:
-        """Run one step of the engine and return what changed. A failed request ends with finish_reason "error"."""
-        self._events.extend(self._core.step())
+        """Run one step of the core, unless there is still something to tell of the last one, and return what changed.
+
+        A failed request ends with finish_reason "error".
+        """
+        if not self._events:
+            self._events.extend(self._core.step())
         now = self._clock()
-        while self._events:
+        for _ in range(min(len(self._events), MOST_AT_ONCE)):
             self._take(self._events[0], now)
             self._events.popleft()
         self._end_late(now)
@@ -334,7 +345,8 @@ class Engine:
             if output is not None:
                 self._ready.append(output)
             del self._changed[request_id]
-        self._observe(now)
+        if not self._events:
+            self._observe(now)
         outputs, self._ready = self._ready, []
         return outputs
 
@@ -412,10 +424,6 @@ class Engine:
             logger.exception("the figures of a step are lost")
 
     # ---------------------------------------------------------------- the rest
-
-    def check_length(self, length: int) -> None:
-        """Raise ValidationError when a prompt of `length` tokens leaves no room for output."""
-        check_length(length, self.settings.max_model_len)
 
     def stats(self) -> Stats:
         """Counters of the scheduler."""

@@ -6,7 +6,6 @@ Owned by the Engine's thread. Knows Streams and events; knows no scheduler and n
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from quire.core.params import RequestOutputKind, SamplingParams
@@ -33,12 +32,11 @@ class Completion:
         "parent",
         "stop_reason",
         "token_ids",
-        "_lazy",
-        "_sent_tokens",
+        "_read_tokens",
+        "_reads_at_once",
         "_shown_tokens",
         "_stream",
         "_tokenizer",
-        "_untold",
     )
 
     def __init__(self, parent: Generation, index: int, core_id: str, tokenizer: Tokenizer | None) -> None:
@@ -60,11 +58,10 @@ class Completion:
         self._stream = (
             Stream(tokenizer, params, parent.prompt.token_ids) if tokenizer is not None and params.detokenize else None
         )
-        # Nobody looks at the text before the end, so it is made there in one go.
-        self._lazy = params.output_kind is RequestOutputKind.FINAL_ONLY and not params.stop
-        self._untold: list[int] = []
-        self._sent_tokens = 0  # by outputs that hold what is new
-        self._shown_tokens = 0  # by any output
+        # Where no text can end the completion, tokens are read when their text is shown, many in one go.
+        self._reads_at_once = bool(params.stop)
+        self._read_tokens = 0  # by the stream
+        self._shown_tokens = 0  # by an output
 
     def push(self, event: Event) -> bool:
         """Take in an event. True when a stop string ended the completion, which the core does not know yet."""
@@ -80,27 +77,28 @@ class Completion:
             self.finish_reason = event.finish_reason
             self.stop_reason = event.stop_reason
             self.error = event.error
-        if self._stream is None:
-            return False
-        if self._lazy and self.finish_reason is None:
-            self._untold.extend(event.tokens)
-            return False
-        return self._tell(event)
+        if self._reads_at_once or event.finish_reason is not None:
+            return self._read(ended=event.finish_reason == "stop" and bool(event.tokens))
+        return False
 
-    def _tell(self, event: Event) -> bool:
-        """Turn new tokens into text. The token that ended the completion shows only when asked for."""
-        assert self._stream is not None, "push() comes here only with a stream"
-        tokens: Sequence[int] = event.tokens
-        if self._untold:
-            tokens, self._untold = [*self._untold, *tokens], []
-        delta = self._stream.push(tokens, ended=event.finish_reason == "stop" and bool(event.tokens))
+    def _read(self, ended: bool = False) -> bool:
+        """Turn new tokens into text. `ended`: the last of them ended the completion, and shows only when asked for.
+
+        True when a stop string did, which the core does not know yet.
+        """
+        stream = self._stream
+        if stream is None:
+            return False
+        tokens = self.token_ids[self._read_tokens :]
+        self._read_tokens = len(self.token_ids)
+        delta = stream.push(tokens, ended)
         if delta.stop is not None:
-            ended_by_core = event.finish_reason is not None
+            ended_by_core = self.finish_reason is not None
             self.finish_reason, self.stop_reason = "stop", delta.stop
             self._drop(len(tokens) - delta.used)
             return not ended_by_core
         if self.finish_reason is not None:
-            self._stream.finish()
+            stream.finish()
         return False
 
     def _drop(self, count: int) -> None:
@@ -117,16 +115,16 @@ class Completion:
         return fresh >= interval or not self._shown_tokens or self.finish_reason is not None
 
     def output(self, delta: bool) -> CompletionOutput:
-        """What to show now: everything, or only what is new since the last call with delta=True."""
-        first_token = self._sent_tokens if delta else 0
+        """What to show now: everything, or, each time with `delta`, only what is new since the last call."""
+        first = self._shown_tokens if delta else 0
         self._shown_tokens = len(self.token_ids)
-        if delta:
-            self._sent_tokens = len(self.token_ids)
         text = ""
         if self._stream is not None:
+            if self._read_tokens < len(self.token_ids):
+                self._read()
             text = self._stream.take() if delta else self._stream.text
-        token_ids = self.token_ids[first_token:]
-        logprobs = None if self.logprobs is None else self.logprobs[first_token:]
+        token_ids = self.token_ids[first:]
+        logprobs = None if self.logprobs is None else self.logprobs[first:]
         return CompletionOutput(
             self.index,
             text,
@@ -161,11 +159,13 @@ class Generation:
     deadline: float | None = None  # monotonic seconds
     prompt_token_ids: list[int] = field(init=False)  # one list for all outputs: copying it in each step would add up
     streams: bool = field(init=False)  # whether the caller wants outputs before the end
+    delta: bool = field(init=False)  # and in each of them only what is new
 
     def __post_init__(self) -> None:
         """Fill in what follows from the rest."""
         self.prompt_token_ids = list(self.prompt.token_ids)
         self.streams = self.params.output_kind is not RequestOutputKind.FINAL_ONLY
+        self.delta = self.params.output_kind is RequestOutputKind.DELTA
         if self.params.prompt_logprob_token_ids is not None:
             self.prompt_rows = []
         if self.params.prompt_logprobs is not None:
@@ -198,14 +198,13 @@ class Generation:
             changed.sort(key=lambda completion: completion.index)
         self.news.clear()
         finished = self.unfinished == 0
-        kind = self.params.output_kind
-        if kind is RequestOutputKind.FINAL_ONLY:
+        if not self.streams:
             if not finished:
                 return None
             changed = self.completions
         elif self.params.stream_interval is not None:
             changed = [completion for completion in changed if completion.is_due(self.params.stream_interval)]
-        delta = kind is RequestOutputKind.DELTA
+        delta = self.delta
         outputs: list[CompletionOutput] = []
         for completion in changed:
             item = completion.output(delta)

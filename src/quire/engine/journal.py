@@ -43,7 +43,8 @@ class Entry:
             else:
                 self.cached_tokens = event.cached_tokens
         if event.tokens:
-            self.clear()
+            if self.deaths:
+                self.clear()
             self.emitted.extend(event.tokens)  # behind all that may raise: what is noted here is told
         return event
 

@@ -246,7 +246,8 @@ class Supervisor(RemoteCore):
             entry = self._journal.get(ticket)
             if entry is not None and ticket in self._running:
                 self._early.append(entry.take(Event(entry.request.request_id, tokens)))
-                self._cleared(entry)
+                if self._suspects.searching:
+                    self._cleared(entry)
         for found in message.events:
             entry = self._journal.get(found.ticket)
             if entry is not None and found.ticket in self._running:
@@ -255,15 +256,13 @@ class Supervisor(RemoteCore):
                 if event.finish_reason is not None:
                     self._running.discard(entry.ticket)
                     self._end(entry)
-                elif event.tokens:
+                elif event.tokens and self._suspects.searching:
                     self._cleared(entry)
         if message.tokens or message.events:
             self._vain_deaths = 0
 
     def _cleared(self, entry: Entry) -> None:
         """A request that got a token is not to blame for anything. It makes way while others are to be tried."""
-        if not self._suspects.searching:
-            return
         others_may_run = self._suspects.acquit(entry)
         if self._suspects.searching:
             self._take_back(entry)

@@ -18,11 +18,6 @@ CHUNKS = "quire.chunks"  # where the scope of a request has its Chunks
 TOGETHER = 32  # connections whose chunks are sent together; the first of them waits for the last
 
 
-def _is_gone(cycle: RequestResponseCycle) -> bool:
-    """Whether the connection has ended; one that broke while it was written to is told of a moment later."""
-    return cycle.disconnected or cycle.transport.is_closing()
-
-
 class Outbox:
     """The connections of an event loop that have chunks to be sent, in the order in which they got the first of them."""
 
@@ -55,7 +50,7 @@ class Chunks:
     def write(self, data: bytes) -> bool:
         """Send a chunk. True if drain() should be awaited before the next one. Nothing when the client has left."""
         cycle = self._cycle
-        if _is_gone(cycle):
+        if cycle.disconnected or cycle.transport.is_closing():  # one that broke in a write is told of a moment later
             return False
         frame = b"%x\r\n%b\r\n" % (len(data), data)
         if self._held:
@@ -66,10 +61,9 @@ class Chunks:
         return cycle.flow.write_paused
 
     def send(self) -> None:
-        """Send what is held; nothing when the client has left."""
+        """Send what is held. A transport whose client has left lets it fall."""
         held, self._held = self._held, b""
-        if held and not _is_gone(self._cycle):
-            self._cycle.transport.write(held)
+        self._cycle.transport.write(held)
 
     def flush(self) -> None:
         """Send what was written, before something else is sent another way."""

@@ -186,11 +186,29 @@ class _Answer:
 
     def _delta(self, number: int, output: RequestOutput, new: CompletionOutput, state: _Choice) -> dict[str, Any]:
         """One choice of a chunk. The first of each choice brings the prompt, where it is echoed."""
-        body, text, token_ids = self.body, new.text, new.token_ids
-        entries: list[Entry] = list(new.logprobs or ())
-        begun, state.begun = state.begun, True
-        if body.echo and not begun:
-            before, only = self._prompt_entries(output), body.only_echo
+        opening, state.begun = not state.begun, True
+        wants_ids = self.body.return_token_ids
+        choice = {
+            "index": number,
+            "text": new.text,
+            "logprobs": None,
+            "finish_reason": new.finish_reason,
+            "stop_reason": new.stop_reason,
+            "prompt_token_ids": output.prompt_token_ids if wants_ids and opening else None,
+            "token_ids": new.token_ids if wants_ids else None,
+        }
+        echoes = opening and bool(self.body.echo)
+        if echoes or self.params.logprobs is not None:
+            choice |= self._text_and_logprobs(output, new, state, echoes)
+        return choice
+
+    def _text_and_logprobs(
+        self, output: RequestOutput, new: CompletionOutput, state: _Choice, echoes: bool
+    ) -> dict[str, Any]:
+        """The text of a chunk, behind the prompt's where that is echoed, and the log-probabilities of both."""
+        text, token_ids, entries = new.text, new.token_ids, list[Entry](new.logprobs or ())
+        if echoes:
+            before, only = self._prompt_entries(output), self.body.only_echo
             text = self._prompt_text(output) + ("" if only else text)
             token_ids = [*output.prompt_token_ids, *([] if only else token_ids)]
             entries = [*before, *([] if only else entries)]
@@ -198,13 +216,4 @@ class _Answer:
         if self.params.logprobs is not None and token_ids:
             shown = completion_logprobs(token_ids, entries, self.params.logprobs, self._names(), state.offset)
             state.offset += sum(len(token) for token in shown["tokens"])
-        wants_ids = bool(body.return_token_ids)
-        return {
-            "index": number,
-            "text": text,
-            "logprobs": shown,
-            "finish_reason": new.finish_reason,
-            "stop_reason": new.stop_reason,
-            "prompt_token_ids": output.prompt_token_ids if wants_ids and not begun else None,
-            "token_ids": new.token_ids if wants_ids else None,
-        }
+        return {"text": text, "logprobs": shown}

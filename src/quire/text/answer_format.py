@@ -221,6 +221,8 @@ class AnswerReader:
     def read(self, text: str, finished: bool) -> AnswerPiece:
         """The next text of the answer, all of a kind together."""
         parts = self.read_in_order(text, finished)
+        if len(parts) == 1:
+            return parts[0]
         return AnswerPiece(
             "".join(part.content for part in parts),
             "".join(part.reasoning for part in parts),

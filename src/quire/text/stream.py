@@ -48,21 +48,21 @@ class Stream:
         self._state = 0
         self._count = 0
         self._held = ""  # the end of the text so far that may be the start of a stop string
-        self._parts: list[str] = []
-        self._fresh: list[str] = []  # the parts since the last take()
+        self._parts: list[str] = []  # handed out, and not taken
         self._stopped = False
 
     @property
     def text(self) -> str:
-        """All text handed out so far."""
+        """The text handed out so far, from the last take() on."""
         if len(self._parts) > 1:
             self._parts = ["".join(self._parts)]
         return self._parts[0] if self._parts else ""
 
     def take(self) -> str:
-        """What was handed out since the last take()."""
-        fresh, self._fresh = self._fresh, []
-        return "".join(fresh)
+        """The same; it is not kept."""
+        text = "".join(self._parts)
+        self._parts.clear()
+        return text
 
     def push(self, token_ids: Sequence[int], ended: bool = False) -> Delta:
         """Take the next tokens. `ended`: the last of them is an end or stop token, whose text is not shown unless
@@ -94,7 +94,6 @@ class Stream:
     def _hand_out(self, text: str) -> str:
         if text:
             self._parts.append(text)
-            self._fresh.append(text)
         return text
 
     def _take(self, stops: _StopStrings, text: str, shown: list[str]) -> str | None:
