@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -46,6 +48,9 @@ def test_model_and_prompt() -> None:
     assert split_model(["m", "hello"]) == ("m", "hello")
     with pytest.raises(ConfigError, match="in quotes"):
         split_model(["m", "hello", "world"])
+    with pytest.raises(ConfigError, match="looks like a model, and there is no prompt"):
+        split_model(["Qwen/Qwen3-0.6B"])
+    assert split_model(["either/or? " * 1000])[0] is None
 
 
 class Recorder(BaseHTTPRequestHandler):
@@ -152,6 +157,20 @@ def test_chat_commands(server: str, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     sent = [[message["content"] for message in asked["messages"]] for asked in Recorder.asked]
     assert sent == [["One"], ["Rhyme.", "Two"], ["Rhyme.", "Three"]]
     assert "/reset" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("person", [True, False])
+def test_what_fails_in_a_conversation(
+    server: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], person: bool
+) -> None:
+    lines = iter(["One", "Two"])
+    monkeypatch.setattr(chat, "ask", lambda mark: next(lines, None))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: person, raising=False)
+    dialogue = chat.Dialogue(RemoteSession(server, None, None, SampleOptions(temperature=2.0)), None, stats=False)
+    with contextlib.nullcontext() if person else pytest.raises(QuireError, match="too hot"):
+        chat.talk(dialogue)
+    assert capsys.readouterr().err.count("too hot") == (2 if person else 0)
+    assert len(Recorder.asked) == (2 if person else 1) and dialogue.messages == []
 
 
 def test_chat_through_main(server: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -74,6 +74,7 @@ def test_lists() -> None:
 
 
 def test_a_model_that_a_flag_has_taken_for_its_value(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
     for model in ("Qwen/Qwen3-0.6B", str(tmp_path)):
         with pytest.raises(ConfigError, match="--served-model-name takes all words behind it.*before the flags"):
             options_of("--served-model-name", "a", model)

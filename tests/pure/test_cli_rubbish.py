@@ -84,6 +84,12 @@ def test_numbers_of_commands(words: list[str], capsys: pytest.CaptureFixture[str
     assert f"{name} is {words[-1]}; it must be at least" in capsys.readouterr().err
 
 
+def test_figures_have_a_place_before_they_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    for kind in ("latency", "throughput"):
+        assert cli.main(["bench", kind, "--output-json", "/no/such/folder/figures.json"]) == 2
+        assert "no folder for /no/such" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"a: [\n", b"- a\n", b"foo-bar: 3\n"], ids=repr)
 def test_config_files(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes) -> None:
     path = tmp_path / "flags.yaml"

@@ -136,7 +136,10 @@ def parse_bench(parser: FlagParser, argv: Sequence[str]) -> Any:
     parser.add_argument("--output-json", metavar="FILE", help="write the figures there, too")
     parser.add_argument("--disable-detokenize", action="store_true", help="leave out turning tokens into text")
     add_engine_flags(parser)
-    return parser.parse(argv)
+    found = parser.parse(argv)
+    if found.output_json is not None and not Path(found.output_json).absolute().parent.is_dir():
+        raise ConfigError(f"There is no folder for {found.output_json}; make it before anything is measured.")
+    return found
 
 
 def start(options: EngineOptions) -> tuple[Engine, EngineConfig]:

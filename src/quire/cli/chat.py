@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from quire.cli.flags import FlagParser
-from quire.cli.partner import add_partner_flags, ask, open_session
+from quire.cli.partner import add_partner_flags, ask, forgiving, open_session
 from quire.cli.session import Message, Session
 
 COMMANDS = "/reset forgets the conversation, /system TEXT sets the system prompt, /quit leaves."
@@ -49,15 +49,17 @@ class Dialogue:
         self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
 
     def say(self, text: str) -> None:
-        """Send a message and print the answer as it comes."""
-        self.messages.append({"role": "user", "content": text})
+        """Send a message and print the answer as it comes. One that fails leaves the conversation as it was."""
+        question = {"role": "user", "content": text}
         pieces: list[str] = []
-        with suppress(KeyboardInterrupt):
-            for piece in self._session.chat(self.messages):
-                pieces.append(piece)
-                print(piece, end="", flush=True)
-        print()
-        self.messages.append({"role": "assistant", "content": "".join(pieces)})
+        try:
+            with suppress(KeyboardInterrupt):
+                for piece in self._session.chat([*self.messages, question]):
+                    pieces.append(piece)
+                    print(piece, end="", flush=True)
+        finally:
+            print()
+        self.messages += [question, {"role": "assistant", "content": "".join(pieces)}]
         if self._stats:
             print(self._session.figures.line(), file=sys.stderr)
 
@@ -75,4 +77,5 @@ def talk(dialogue: Dialogue) -> None:
         elif word.startswith("/") and word[1:].isalpha():
             print(COMMANDS)
         elif word:
-            dialogue.say(line)
+            with forgiving():
+                dialogue.say(line)

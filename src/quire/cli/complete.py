@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from quire.cli.flags import FlagParser
-from quire.cli.partner import add_partner_flags, ask, open_session
+from quire.cli.partner import add_partner_flags, ask, forgiving, open_session
 from quire.cli.session import Session
 
 
@@ -23,7 +23,8 @@ def main(argv: Sequence[str]) -> int:
         else:
             while (line := ask("> ")) is not None:
                 if line.strip():
-                    complete(session, line, found.stats)
+                    with forgiving():
+                        complete(session, line, found.stats)
     finally:
         session.close()
     return 0
@@ -31,9 +32,11 @@ def main(argv: Sequence[str]) -> int:
 
 def complete(session: Session, prompt: str, stats: bool) -> None:
     """Print the completion as it comes."""
-    with suppress(KeyboardInterrupt):
-        for piece in session.complete(prompt):
-            print(piece, end="", flush=True)
-    print()
+    try:
+        with suppress(KeyboardInterrupt):
+            for piece in session.complete(prompt):
+                print(piece, end="", flush=True)
+    finally:
+        print()
     if stats:
         print(session.figures.line(), file=sys.stderr)

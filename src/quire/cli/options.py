@@ -6,10 +6,10 @@ Turns parsed flags into EngineOptions and sampling wishes. Starts nothing.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, get_type_hints
 
 from quire.cli.flags import FlagParser
@@ -89,7 +89,7 @@ def _check_swallowed(found: argparse.Namespace) -> None:
         if not isinstance(value, tuple) or len(value) < 2:
             continue
         last = str(value[-1])
-        if _HUB_ID.fullmatch(last) or Path(last).is_dir():
+        if _looks_like_model(last):
             raise ConfigError(
                 f"--{name.replace('_', '-')} takes all words behind it, so {last!r} is one of its values, and there is no "
                 "model. If that is the model, give it before the flags, or with --model."
@@ -104,7 +104,17 @@ def section_of(section: type, found: argparse.Namespace) -> Any:
 def split_model(words: Sequence[str]) -> tuple[str | None, str]:
     """[MODEL] TEXT: one word is the text for the bundled model, two are a model and a text."""
     if len(words) == 1:
+        if _looks_like_model(words[0]):
+            raise ConfigError(
+                f"{words[0]!r} looks like a model, and there is no prompt. Give one in quotes, or - to read it from stdin; "
+                "quire chat talks to a model."
+            )
         return None, words[0]
     if len(words) == 2:
         return words[0], words[1]
     raise ConfigError("Give a model and a prompt, the prompt in quotes.")
+
+
+def _looks_like_model(word: str) -> bool:
+    """Whether a word is written like a hub id, or names a folder with a model."""
+    return _HUB_ID.fullmatch(word) is not None or os.path.isfile(os.path.join(word, "config.json"))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from quire import env
 from quire.cli.flags import FlagParser
 from quire.cli.options import SampleOptions, add_engine_flags, engine_options, section_of
 from quire.cli.session import LocalSession, RemoteSession, Session
+from quire.errors import QuireError
 
 
 def add_partner_flags(parser: FlagParser) -> None:
@@ -33,6 +36,17 @@ def open_session(found: argparse.Namespace) -> Session:
         key = found.api_key or next(iter(env.api_keys()), None)
         return RemoteSession(found.url, found.model_name or found.model_argument, key, sample)
     return LocalSession(engine_options(found), sample)
+
+
+@contextmanager
+def forgiving() -> Iterator[None]:
+    """What goes wrong with one line is said to a person, who may go on; a script is ended by it."""
+    try:
+        yield
+    except QuireError as error:
+        if not sys.stdin.isatty():
+            raise
+        print(error, file=sys.stderr)
 
 
 def ask(mark: str) -> str | None:
