@@ -68,13 +68,17 @@ void rotary(const QuireRotary& call) {
                         : rotate_neighbours<T, A, Work>(x, c, s, rotated, out);
         std::memcpy(out + rotated, x + rotated, size_t(dim - rotated) * sizeof(T));
     };
+    const long blocks = ceil_div(call.tokens, PANEL), heads = call.heads + call.kv_heads;
+    const long parts = std::min(heads, ceil_div(team_size(), std::max(1l, blocks)));  // of the heads, where blocks are few
     struct Key;
-    for_each_item(ceil_div(call.tokens, PANEL), call.tokens * (call.heads + call.kv_heads) * dim > WORTH, [&](long block) {
+    for_each_item(blocks * parts, call.tokens * heads * dim > WORTH, [&](long item) {
         T* turned = call.cache ? static_cast<T*>(scratch<Key>(dim * long(sizeof(T)))) : nullptr;
+        const long block = item / parts, part = item % parts, end = heads * (part + 1) / parts;
         for (long t = block * PANEL; t < std::min<long>(call.tokens, (block + 1) * PANEL); t++) {
-            for (long h = 0; h < call.heads; h++)
+            long h = heads * part / parts;
+            for (; h < std::min<long>(end, call.heads); h++)
                 rotate(query + t * call.query_stride + h * dim, t, query_out + (t * call.heads + h) * dim);
-            for (long h = 0; h < call.kv_heads; h++) {
+            for (h -= call.heads; h < end - call.heads; h++) {
                 const T* x = key + t * call.key_stride + h * dim;
                 if (call.cache == nullptr) {
                     rotate(x, t, key_out + (t * call.kv_heads + h) * dim);

@@ -149,8 +149,14 @@ typedef struct {
 } QuireRank;
 QUIRE_API void quire_rank(const QuireRank* call);
 
-// Penalties on some rows of float logits [..][vocab], in place. Item i: row rows[i], and of the tokens [slot][width] those
-// of slots[i] before ends[i]; the prompt ends at firsts[i].
+// ---- scores.cpp. Contiguous float32 [..][vocab], made from logits and changed in place.
+QUIRE_API void quire_scores(int32_t dtype, const void* logits, int64_t stride, float* out, int64_t rows, int64_t vocab);
+// Adds minus infinity to the tokens of row rows[i] whose bits in allowed[i][words] are 0.
+QUIRE_API void quire_forbid(float* scores, const int32_t* allowed, int64_t words, const int64_t* rows, int64_t count,
+                            int64_t vocab);
+
+// Penalties on some rows, in place. Item i: row rows[i], and of the tokens [slot][width] those of slots[i] before ends[i];
+// the prompt ends at firsts[i].
 typedef struct {
     float* logits;
     const int32_t* tokens;

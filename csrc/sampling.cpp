@@ -1,4 +1,4 @@
-// Choosing tokens: arg-max, counter-based random numbers, penalties, log-probabilities, and top-k / top-p / min-p sampling
+// Choosing tokens: arg-max, counter-based random numbers, log-probabilities, and top-k / top-p / min-p sampling
 // without sorting the vocabulary. The rules are those of kernels/reference.py.
 //
 // A row is looked at in full only by passes over vectors: the largest logit, then a bound that no kept token is below.
@@ -392,32 +392,6 @@ void rank(const QuireRank& call) {
     });
 }
 
-// Lowers what one row said before. `counts` is zero for every token, before and after.
-void penalize(const QuirePenalties& call, long i, int32_t* counts) {
-    float* x = call.logits + call.rows[i] * call.vocab;
-    const int32_t* said = call.tokens + call.slots[i] * call.width;
-    const long first = call.firsts[i], end = call.ends[i];
-    auto valid = [&](long at) { return said[at] >= 0 && said[at] < call.vocab; };
-    const float repetition = call.repetition[i], presence = call.presence[i], frequency = call.frequency[i];
-    if (repetition != 1) {
-        for (long at = 0; at < end; at++) {
-            if (!valid(at) || counts[said[at]]++ != 0) continue;
-            float& score = x[said[at]];
-            score = score > 0 ? score / repetition : score * repetition;
-        }
-        for (long at = 0; at < end; at++)
-            if (valid(at)) counts[said[at]] = 0;
-    }
-    if (presence == 0 && frequency == 0) return;
-    for (long at = first; at < end; at++)
-        if (valid(at)) counts[said[at]]++;
-    for (long at = first; at < end; at++) {
-        if (!valid(at) || counts[said[at]] == 0) continue;
-        x[said[at]] -= presence + frequency * float(counts[said[at]]);
-        counts[said[at]] = 0;
-    }
-}
-
 uint64_t mix(uint64_t z) {  // the finalizer of splitmix64
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
@@ -453,13 +427,3 @@ void quire_sample(int32_t dtype, const void* logits, int64_t stride, const float
 }
 
 void quire_rank(const QuireRank* call) { call->dtype == QUIRE_BFLOAT16 ? rank<bf16>(*call) : rank<float>(*call); }
-
-void quire_penalize(const QuirePenalties* call) {
-    int64_t work = 0;
-    for (int64_t i = 0; i < call->count; i++) work += call->ends[i];
-    for_each_item(call->count, work > 1 << 14, [&](long i) {
-        static thread_local std::vector<int32_t> counts;
-        if (long(counts.size()) < call->vocab) counts.resize(size_t(call->vocab));
-        penalize(*call, i, counts.data());
-    });
-}

@@ -79,6 +79,8 @@ QUIRE_INLINE F select_lt(F a, F b, F yes, F no) {
     return _mm512_mask_mov_ps(no, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), yes);
 }
 QUIRE_INLINE unsigned mask_ge(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+// `yes` in the lanes whose bits are set; the lowest is that of lane 0.
+QUIRE_INLINE F select_bits(unsigned bits, F yes, F no) { return _mm512_mask_mov_ps(no, __mmask16(bits), yes); }
 QUIRE_INLINE F round_whole(F x) {
     F magic = set1(12582912.0f);
     return sub(add(x, magic), magic);
@@ -143,6 +145,11 @@ QUIRE_INLINE F zero_unless(bool keep, F x) {
 }
 QUIRE_INLINE F select_lt(F a, F b, F yes, F no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
 QUIRE_INLINE unsigned mask_ge(F a, F b) { return unsigned(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ))); }
+QUIRE_INLINE F select_bits(unsigned bits, F yes, F no) {
+    const I lanes = _mm256_set_epi32(128, 64, 32, 16, 8, 4, 2, 1);
+    const I set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int(bits)), lanes), lanes);
+    return _mm256_blendv_ps(no, yes, _mm256_castsi256_ps(set));
+}
 QUIRE_INLINE F round_whole(F x) {
     F magic = set1(12582912.0f);
     return sub(add(x, magic), magic);
@@ -214,6 +221,10 @@ QUIRE_INLINE F select_lt(F a, F b, F yes, F no) { return choose(a < b, yes, no);
 QUIRE_INLINE unsigned mask_ge(F a, F b) {
     I m = a >= b;
     return (m[0] & 1) | (m[1] & 2) | (m[2] & 4) | (m[3] & 8);
+}
+QUIRE_INLINE F select_bits(unsigned bits, F yes, F no) {
+    const I lanes = {1, 2, 4, 8};
+    return choose((lanes & int(bits)) == lanes, yes, no);
 }
 QUIRE_INLINE F round_whole(F x) {
     F magic = set1(12582912.0f);

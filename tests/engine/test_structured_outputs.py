@@ -17,12 +17,13 @@ from quire import LLM, SamplingParams
 from quire.core.plan import Admission, Span, SpanResult
 from quire.errors import ValidationError
 from quire.grammar import Constraint
+from quire.kernels.table import load_ops
 from quire.text.format_parser import CallArguments, CallEnd, CallStart, FormatParser
 from quire.text.tool_formats import tool_format
 from quire.worker.batch import Rows
 from quire.worker.device import Device
 from quire.worker.slots import Slots
-from quire.worker.structured import StructuredOutputs, _Masks
+from quire.worker.structured import StructuredOutputs
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "pure"))
 
@@ -230,34 +231,9 @@ def test_a_conversation_can_be_held_to_tools(llm: LLM) -> None:
         llm.chat(talk, tools=tools, tool_choice="some", use_tqdm=False)
 
 
-def test_scores_are_copied_as_they_are() -> None:
-    values = torch.randn(3, 40, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
-    values[1, :4] = torch.tensor([-np.inf, np.inf, np.nan, -0.0])
-    for logits in (values, values.float(), values.half(), values[1:], values.t()):
-        copy = Device("cpu").scores_of(logits)
-        assert copy.dtype == torch.float32 and copy.data_ptr() != logits.data_ptr()
-        assert torch.equal(copy.view(torch.int32), logits.float().contiguous().view(torch.int32))
-
-
-def test_masks_are_the_same_as_words_and_as_biases() -> None:
-    """A GPU gets the words of a mask, a CPU what is added to scores."""
-    outputs = StructuredOutputs(Slots(2, 16, (), Device("cpu")), Device("cpu"), None)
-    words = np.random.default_rng(1).integers(-(2**31), 2**31, (3, 5), dtype=np.int32)
-    rows = Rows([], None, np.array([]), np.array([]), torch.zeros(0), torch.zeros(0))
-    masks = _Masks(words, rows)
-    by_words = outputs._biases(masks, 150)
-    outputs._fill(masks)
-    assert masks.biases is not None and torch.equal(by_words, torch.from_numpy(masks.biases[:, :150]))
-    bits = np.unpackbits(words.view(np.uint8), axis=1, count=150, bitorder="little")
-    assert torch.equal(by_words == 0, torch.from_numpy(bits).bool()) and set(by_words.unique().tolist()) == {
-        0.0,
-        -np.inf,
-    }
-
-
 def test_masks_filled_ahead_are_taken_for_the_rows_that_they_are_for() -> None:
     slots = Slots(2, 16, (), Device("cpu"))
-    outputs = StructuredOutputs(slots, Device("cpu"), made())
+    outputs = StructuredOutputs(slots, load_ops("cpu"), Device("cpu"), made())
 
     def admit(slot: int, *choices: str) -> None:
         new = Admission(slot, "r", (65, 66), 2, SamplingParams(structured_outputs={"choice": list(choices)}), 0)

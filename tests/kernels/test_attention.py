@@ -291,6 +291,25 @@ def test_rotary(
     assert torch.equal(caches[0].data, caches[1].data)
 
 
+@pytest.mark.parametrize("tokens", [13, 20])
+def test_few_tokens_are_rotated_by_several_threads(ops: Ops, oracle: Ops, tokens: int) -> None:
+    qkv, slots = torch.randn(tokens, 33, 128), torch.randperm(64)[:tokens]  # enough to be worth it
+    query, key, value = qkv[:, :15], qkv[:, 15:24], qkv[:, 24:]
+    cos, sin = torch.randn(2, tokens, 128)
+    want = oracle.rotary(query, key, cos, sin, "half")
+    caches = [ops.new_cache(4, 16, 9, 128, 128, torch.float32, "cpu") for _ in range(2)]
+    for cache in caches:
+        cache.data.zero_()
+    ops.write_cache(caches[1], want[1], value, slots)
+    try:
+        ops.set_threads(5)
+        assert torch.equal(ops.rotary_write(query, key, value, cos, sin, "half", caches[0], slots), want[0])
+        assert torch.equal(ops.rotary(query, key, cos, sin, "half")[1], want[1])
+    finally:
+        ops.set_threads(1)
+    assert torch.equal(caches[0].data, caches[1].data)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_cache_bytes_is_what_a_page_takes(ops: Ops, dtype: torch.dtype) -> None:
     for size in [(16, 2, 64, 64), (5, 1, 7, 3), (128, 8, 192, 128)]:

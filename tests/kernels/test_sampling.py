@@ -187,6 +187,35 @@ def test_a_row_alone_is_cut_for_the_team_without_a_change(ops: Ops, oracle: Ops,
         assert torch.equal(together, oracle.sample(logits, *rules.values()))
 
 
+def test_scores_are_a_copy(ops: Ops, oracle: Ops) -> None:
+    values = torch.randn(3, 40).bfloat16()
+    values[1, :4] = torch.tensor([-torch.inf, torch.inf, torch.nan, -0.0])
+    for logits in (values, values.float(), values.half(), values[1:], values.t(), torch.randn(4, 20011)[:, 5:]):
+        for table in (ops, oracle):
+            copy = table.scores(logits)
+            assert copy.dtype == torch.float32 and copy.is_contiguous() and copy.data_ptr() != logits.data_ptr()
+            assert torch.equal(copy.view(torch.int32), logits.float().contiguous().view(torch.int32))
+
+
+@pytest.mark.parametrize("vocab", [1, 31, 150, 20011])
+def test_what_masks_lack_is_forbidden(ops: Ops, oracle: Ops, vocab: int) -> None:
+    logits, rows = torch.randn(7, vocab), torch.tensor([6, 0, 3])
+    logits[3, 0] = torch.nan  # a broken row stays broken
+    allowed = torch.randint(-(2**31), 2**31, (3, vocab // 32 + 2), dtype=torch.int32)
+    got, want = logits.clone(), logits.clone()
+    ops.forbid(got, allowed, rows)
+    oracle.forbid(want, allowed, rows)
+    assert torch.equal(got.nan_to_num(), want.nan_to_num()) and torch.equal(got.isnan(), want.isnan())
+    for i, row in enumerate(rows.tolist()):
+        for token in range(min(vocab, 200)):
+            bit = int(allowed[i, token // 32]) >> token % 32 & 1
+            assert torch.equal(
+                got[row, token].nan_to_num(), (logits if bit else logits - torch.inf)[row, token].nan_to_num()
+            )
+    others = [1, 2, 4, 5]
+    assert torch.equal(got[others], logits[others])
+
+
 def test_penalties(ops: Ops, oracle: Ops) -> None:
     tokens = torch.randint(0, 50, (5, 40), dtype=torch.int32)
     said = Said(

@@ -1,4 +1,5 @@
-"""Choosing tokens in plain PyTorch: arg-max, random numbers, sampling, penalties, what log-probabilities are made of.
+"""Choosing tokens in plain PyTorch: arg-max, random numbers, sampling, what log-probabilities are made of, and scores: what
+is forbidden, penalties.
 
 A part of reference.py, which says what holds for all ops.
 """
@@ -118,6 +119,19 @@ def _best(scores: torch.Tensor, count: int) -> torch.Tensor:
     rows, ids = rows[order], ids[order]
     places = torch.arange(len(rows), device=rows.device) - torch.searchsorted(rows, rows)
     return ids[places < count].view(len(scores), count)
+
+
+def scores(logits: torch.Tensor) -> torch.Tensor:
+    """logits [R, V] -> a contiguous float32 copy, to be changed before tokens are chosen from it."""
+    return logits.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+
+
+def forbid(scores: torch.Tensor, allowed: torch.Tensor, rows: torch.Tensor) -> None:
+    """Add minus infinity, in the contiguous float32 `scores` [R, V] in place, to the tokens of row rows[i] whose bits are 0
+    in allowed[i]; allowed int32 [n, words of 32 tokens], the lowest bit first; rows int64 [n], each another one."""
+    bits = allowed[:, :, None] >> torch.arange(32, dtype=torch.int32, device=allowed.device) & 1
+    kept = bits.view(len(allowed), -1)[:, : scores.shape[1]] != 0
+    scores.index_add_(0, rows, torch.where(kept, 0.0, float("-inf")))
 
 
 def penalize(logits: torch.Tensor, tokens: torch.Tensor, said: Said) -> None:

@@ -55,6 +55,8 @@ class Ops:
     uniform: Callable[..., torch.Tensor]
     sample: Callable[..., torch.Tensor]
     rank: Callable[[torch.Tensor, torch.Tensor, int], choosing.Ranked]
+    scores: Callable[[torch.Tensor], torch.Tensor]
+    forbid: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
     penalize: Callable[[torch.Tensor, torch.Tensor, choosing.Said], None]
     set_threads: Callable[[int], None]
     new_recorder: Callable[[], Recorder | None]

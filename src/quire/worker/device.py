@@ -8,7 +8,6 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 
 from quire.errors import ConfigError
@@ -62,17 +61,6 @@ class Device:
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor on the host, ready to be read."""
         return tensor if self.kind == "cpu" else tensor.cpu()
-
-    def scores_of(self, logits: torch.Tensor) -> torch.Tensor:
-        """A float32 copy. On a CPU one thread makes it: PyTorch's others would go on looking for work, for milliseconds,
-        on the cores that the threads of the kernels need next."""
-        if self.kind == "cpu" and logits.dtype == torch.bfloat16:  # the upper half of a float32
-            bits = logits.view(torch.int16).numpy().astype(np.int32)
-            bits <<= 16
-            return torch.from_numpy(bits.view(np.float32))
-        if self.kind == "cpu" and logits.dtype == torch.float32:
-            return torch.from_numpy(logits.numpy().copy())
-        return logits.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
 
     def synchronize(self) -> None:
         """Wait for everything that was started. A CPU has nothing to wait for."""

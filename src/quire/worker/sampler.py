@@ -55,7 +55,7 @@ class Sampler:
         self._ops = ops
         self._device = device
         self._mode: LogprobsMode = logprobs_mode
-        self.forms = StructuredOutputs(slots, device, grammars, mask_threads)
+        self.forms = StructuredOutputs(slots, ops, device, grammars, mask_threads)
         self._steps: list[LogitStep] = [
             self.forms,
             *(make(slots, device) for make in LOGIT_STEPS),
@@ -141,7 +141,7 @@ class Sampler:
         active = self._uses[:, rows.slots_host]
         if not active.any():
             return logits
-        scores = self._device.scores_of(logits)
+        scores = self._ops.scores(logits)
         for step, using in zip(self._steps, active, strict=True):
             if using.any():
                 step.apply(scores, np.flatnonzero(using).tolist(), rows)

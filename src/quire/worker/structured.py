@@ -20,6 +20,7 @@ from quire.errors import RequestFailedError
 from quire.grammar.compiler import Grammars
 from quire.grammar.constraint import Constraint, MaskFiller, MaskWish, mask_width
 from quire.grammar.forks import Forks
+from quire.kernels.table import Ops
 from quire.worker.batch import Rows
 from quire.worker.device import Device
 from quire.worker.slots import Slots
@@ -27,11 +28,6 @@ from quire.worker.slots import Slots
 NEVER = float("-inf")
 MOST_FORCED = 16  # tokens that a step verifies because nothing else may come
 PATIENCE = 8  # forced tokens that a row's model would write otherwise, until it is not asked any more
-# What eight tokens' bits, a byte of a mask, add to their scores: with take() a look-up is forty times as fast as filling in
-# by condition, and fifteen times as fast as with an index in brackets.
-BIASES = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0.0, NEVER).astype(
-    np.float32
-)
 
 
 @dataclass(slots=True)
@@ -56,7 +52,6 @@ class _Masks:
     slots: list[int] = field(default_factory=list)  # of the wishes
     ends: list[int] = field(default_factory=list)  # where the outputs of the wishes end
     filled: Future[None] | None = None
-    biases: np.ndarray | None = None  # float32 [R, tokens], on a CPU
     count: int = 0  # rows wished for so far
 
     def add(self, slot: int, followed: _Followed, drafts: Sequence[int]) -> None:
@@ -70,8 +65,9 @@ class _Masks:
 class StructuredOutputs:
     """structured_outputs: only tokens that keep the output within its grammar."""
 
-    def __init__(self, slots: Slots, device: Device, grammars: Grammars | None, threads: int = 1) -> None:
+    def __init__(self, slots: Slots, ops: Ops, device: Device, grammars: Grammars | None, threads: int = 1) -> None:
         self._slots = slots
+        self._ops = ops
         self._device = device
         self._grammars = grammars
         self._forks = Forks(grammars) if grammars is not None else None
@@ -113,7 +109,7 @@ class StructuredOutputs:
             return
         _settle(ahead)
         masks = self._prepared(rows, using, vocab_size)
-        masks.filled = self._beside.submit(self._fill, masks)
+        masks.filled = self._beside.submit(self._filler.fill, masks.wishes, masks.mask)
         self._masks = masks
 
     def apply(self, logits: torch.Tensor, using: list[int], rows: Rows) -> None:
@@ -122,36 +118,15 @@ class StructuredOutputs:
         if masks is None or masks.rows is not rows or masks.mask.shape[1] != mask_width(logits.shape[1]):
             _wait(masks)
             masks = self._prepared(rows, using, logits.shape[1])
-            self._fill(masks)
+            self._filler.fill(masks.wishes, masks.mask)
         _wait(masks)
         for wish, slot in zip(masks.wishes, masks.slots, strict=True):
             failure = wish.constraint.failure
             if failure is not None:
                 logits[using[wish.row : wish.row + 1 + len(wish.drafts)]] = NEVER
                 self._slots.errors[slot] = f"RequestFailedError: the grammar cannot go on: {failure}"
-        if masks.biases is not None:
-            # Not by PyTorch, whose threads would go on looking for work, for milliseconds, on the cores of our own.
-            scores, biases = logits.numpy(), masks.biases[:, : logits.shape[1]]
-            if len(using) == len(scores):
-                scores += biases
-            else:
-                for row, bias in zip(using, biases, strict=True):
-                    scores[row] += bias
-        else:
-            index = self._device.to_device(torch.tensor(using, dtype=torch.int64))
-            logits.index_add_(0, index, self._biases(masks, logits.shape[1]))
-
-    def _fill(self, masks: _Masks) -> None:
-        """Fill the masks; on a CPU, turn them into what is added to scores."""
-        self._filler.fill(masks.wishes, masks.mask)
-        if self._device.torch_device.type == "cpu":
-            masks.biases = BIASES.take(masks.mask.view(np.uint8), axis=0).reshape(len(masks.mask), -1)
-
-    def _biases(self, masks: _Masks, vocab_size: int) -> torch.Tensor:
-        """What is added on a device: 0 for tokens that may come and minus infinity for all others, float32 [rows, V]."""
-        words = self._device.to_device(torch.from_numpy(masks.mask))
-        bits = words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=words.device) & 1
-        return torch.where(bits.view(len(masks.mask), -1)[:, :vocab_size] != 0, 0.0, NEVER)
+        allowed, index = torch.from_numpy(masks.mask), torch.tensor(using, dtype=torch.int64)
+        self._ops.forbid(logits, self._device.to_device(allowed), self._device.to_device(index))
 
     def guide(self, spans: Sequence[Span], results: Sequence[SpanResult]) -> Sequence[SpanResult]:
         """Take in what was chosen. Returns the results with drafts that the grammars allow, or even force."""
@@ -194,7 +169,7 @@ class StructuredOutputs:
         """Fill masks before their step is known."""
         if masks.wishes and self._vocab_size:
             masks.mask = np.zeros((masks.count, mask_width(self._vocab_size)), dtype=np.int32)
-            masks.filled = self._beside.submit(self._fill, masks)
+            masks.filled = self._beside.submit(self._filler.fill, masks.wishes, masks.mask)
             self._ahead = masks
 
     def _is_for(self, ahead: _Masks, rows: Rows, using: list[int], vocab_size: int) -> bool:

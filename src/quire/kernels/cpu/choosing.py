@@ -1,4 +1,4 @@
-"""Choosing tokens on a native library: arg-max, sampling, random numbers, penalties and log-probabilities.
+"""Choosing tokens on a native library: arg-max, sampling, random numbers, log-probabilities, scores and penalties.
 
 A part of CpuOps; kernels/choosing.py says what each op means.
 """
@@ -92,6 +92,19 @@ class NativeChoosing:
         )
         self._lib.quire_rank(byref(call))
         return found
+
+    def scores(self, logits: torch.Tensor) -> torch.Tensor:
+        code = CODES.get(logits.dtype)
+        if code is None:
+            return choosing.scores(logits)
+        rows, out = _rows(logits), torch.empty(logits.shape, dtype=torch.float32)
+        self._lib.quire_scores(code, rows.data_ptr(), rows.stride(0), out.data_ptr(), rows.shape[0], rows.shape[1])
+        return out
+
+    def forbid(self, scores: torch.Tensor, allowed: torch.Tensor, rows: torch.Tensor) -> None:
+        allowed, rows = allowed.contiguous(), rows.contiguous()
+        count, words = allowed.shape
+        self._lib.quire_forbid(scores.data_ptr(), allowed.data_ptr(), words, rows.data_ptr(), count, scores.shape[1])
 
     def penalize(self, logits: torch.Tensor, tokens: torch.Tensor, said: Said) -> None:
         parts = [said.rows, said.slots, said.firsts, said.ends, said.repetition, said.presence, said.frequency]

@@ -61,6 +61,8 @@ SHORT_FUNCTIONS = {
     "quire_gated": (_I, _P, _P, _L, _P, _L, _L, _I),
     "quire_argmax": (_I, _P, _L, _P, _L, _L),
     "quire_uniform": (_P, _P, _P, _L),
+    "quire_scores": (_I, _P, _L, _P, _L, _L),
+    "quire_forbid": (_P, _P, _L, _P, _L, _L),
     "quire_penalize": (_P,),
     "quire_copy_pages": (_P, _L, _P, _L),
     "quire_best_level": (),
@@ -205,6 +207,8 @@ class Library:
     quire_argmax: Callable[..., None]
     quire_uniform: Callable[..., None]
     quire_rank: Callable[..., None]
+    quire_scores: Callable[..., None]
+    quire_forbid: Callable[..., None]
     quire_penalize: Callable[..., None]
     quire_copy_pages: Callable[..., None]
     quire_best_level: Callable[..., int]

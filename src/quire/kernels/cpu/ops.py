@@ -100,7 +100,8 @@ class CpuOps:
         self.round_linear = packing.round_linear
         choosing = NativeChoosing(self._lib)
         self.argmax, self.uniform, self.sample = choosing.argmax, choosing.uniform, choosing.sample
-        self.rank, self.penalize = choosing.rank, choosing.penalize
+        self.rank, self.scores = choosing.rank, choosing.scores
+        self.forbid, self.penalize = choosing.forbid, choosing.penalize
         mixtures = NativeMixtures(self._lib)
         self.stack_experts, self.experts = mixtures.stack_experts, mixtures.experts
         self.packed_layout, self.checksum = packing.packed_layout, packing.checksum
