@@ -22,6 +22,7 @@ from typing import Any
 from shapes import SHAPES, write_shape
 
 from quire import LLM, SamplingParams
+from quire.engine.engine import Engine
 from quire.models.programs.recorded import RecordedModel
 from quire.worker import runner as runner_module
 
@@ -89,13 +90,13 @@ def measure(model: Path, path: str, batch: int, steps: int, quantization: str | 
         engine.submit(request)
     found: dict[str, list[dict[str, float]]] = {"python": [], "program": []}
     for _ in range(first):
-        engine.step()
+        take_step(engine)
     for step in range(steps):
         kind = ("python", "program")[step // TURN % 2]
         runner._model = recorded if kind == "program" else plain
         clock.take()
         start = time.perf_counter()
-        engine.step()
+        take_step(engine)
         taken = clock.take()
         taken["step"] = time.perf_counter() - start
         if step % TURN:  # the first after a change warms up
@@ -109,6 +110,13 @@ def measure(model: Path, path: str, batch: int, steps: int, quantization: str | 
 
 
 gather = runner_module.gather
+
+
+def take_step(engine: Engine) -> None:
+    """A step of the core, and all that there is to tell of it."""
+    engine.step()
+    while engine.has_more:
+        engine.step()
 
 
 def show(path: str, batch: int, found: dict[str, dict[str, float]]) -> None:

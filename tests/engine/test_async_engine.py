@@ -8,8 +8,11 @@ import pytest
 from bytes_engine import Shape, byte_engine, mixer, speaker
 
 from quire.core.params import RequestOutputKind, SamplingParams
+from quire.core.stats import Stats
 from quire.engine.async_engine import LONG_TEXT, AsyncEngine, together
+from quire.engine.engine import MOST_AT_ONCE
 from quire.engine.executor import FakeExecutor
+from quire.engine.observe import StepFigures
 from quire.errors import EngineDeadError, ValidationError
 
 DELTA = RequestOutputKind.DELTA
@@ -71,6 +74,35 @@ def test_streams_side_by_side():
             return texts
 
     assert all("".join(pieces) == "hello" and len(pieces) > 2 for pieces in asyncio.run(main()).values())
+
+
+def test_more_streams_than_are_told_of_at_once():
+    count = MOST_AT_ONCE * 2 + 1
+
+    class Counting:
+        tokens = 0
+
+        def observe(self, stats: Stats, figures: StepFigures) -> None:
+            self.tokens += figures.generation_tokens
+
+    async def main():
+        shape = Shape(num_pages=3 * count, max_num_seqs=count, max_num_batched_tokens=count)
+        engine = byte_engine(speaker("hello"), shape)
+        engine.observer = counting = Counting()
+        async with AsyncEngine(engine) as running:
+            params = SamplingParams(max_tokens=9, output_kind=DELTA)
+            texts: dict[str, str] = {}
+
+            async def read(name: str) -> None:
+                async for output in running.generate("?", params, name):
+                    texts[name] = texts.get(name, "") + output.outputs[0].text
+
+            await asyncio.gather(*(read(str(index)) for index in range(count)))
+            return texts, counting.tokens
+
+    texts, tokens = asyncio.run(main())
+    assert len(texts) == count and set(texts.values()) == {"hello"}
+    assert tokens == count * len("hello ")  # and the end
 
 
 def test_only_the_last_output_is_finished():
@@ -139,6 +171,8 @@ def test_wrong_requests_raise_in_their_own_coroutine():
                 await last_of(engine, "x", None, "a")
             with pytest.raises(ValidationError, match="longer than the maximum model length"):
                 await last_of(engine, "x" * (LONG_TEXT + 1), None, "c")
+            with pytest.raises(ValidationError, match="must be SamplingParams, found dict"):
+                await last_of(engine, "x", {"max_tokens": 3}, "d")
             await engine.abort("a")
             assert (await good).outputs[0].finish_reason == "abort"
 
