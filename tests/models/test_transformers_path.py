@@ -14,6 +14,7 @@ from quire.layers.batch import Batch
 from quire.models.probing.decide import Decider, serve
 from quire.models.probing.probe import examine, probe, report_key
 from quire.models.probing.prove import prove, transplant
+from quire.models.probing.reference import LENGTHS
 from quire.models.transformers.fallback import SequentialModel
 from quire.models.transformers.interface import current_batch, paged_attention
 from quire.models.transformers.masks import mask_spec
@@ -256,6 +257,23 @@ def test_a_model_whose_answers_cannot_be_given_is_refused():
     ) as told:
         examine(Moody, shrink(LlamaConfig()), torch.float32)
     assert "register_model" in str(told.value)
+
+
+def test_the_keys_that_a_model_chooses_are_the_ones_it_looks_at(monkeypatch):
+    """The twin's texts are longer than what its index chooses, so that ignoring the choice shows."""
+    config = shrink(transformers.DeepseekV32Config())
+    assert config.index_topk < LENGTHS[0]
+    assert examine(transformers.DeepseekV32ForCausalLM, config, torch.float32).layout.tier == "B"
+    monkeypatch.setattr("quire.models.transformers.interface.among", lambda chosen, keys, mask: mask)
+    assert examine(transformers.DeepseekV32ForCausalLM, config, torch.float32).layout.tier == "C"
+
+
+def test_layers_that_count_their_own_past():
+    """Llama 4 scales queries by their position, which it counts from the length of its cache."""
+    config = shrink(transformers.Llama4TextConfig(attn_temperature_tuning=True, num_hidden_layers=4))
+    assert config.floor_scale < LENGTHS[0]
+    report = examine(transformers.Llama4ForCausalLM, config, torch.float32)
+    assert report.layout.tier == "A"
 
 
 def test_tier_c_keeps_requests_apart_and_forgets_them():

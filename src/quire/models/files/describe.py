@@ -328,7 +328,7 @@ def stop_token_ids(generation_config: Mapping[str, Any], config: Any) -> tuple[i
     """Every end-of-sequence id that the model's files name. They stop a request whatever its own parameters say."""
     found = generation_config.get("eos_token_id")
     if found is None:
-        found = config.get_text_config().eos_token_id
+        found = getattr(config.get_text_config(), "eos_token_id", None)
     if found is None:
         return ()
     ids = found if isinstance(found, list | tuple) else (found,)

@@ -387,5 +387,5 @@ def describe(model: nn.Module, problems: dict[str, str]) -> str:
 
 
 def _cause(error: Exception) -> str:
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()).removesuffix(".")
     return text if isinstance(error, UnsupportedModelError) else f"{type(error).__name__}: {text[:160]}"

@@ -6,6 +6,7 @@ one sequence at a time, or are being observed). A model opts in by the names in 
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -25,6 +26,8 @@ from quire.models.transformers.masks import mask_spec
 
 PAGED = "quire"
 SPEC = "quire_spec"
+IN_MASKS = {"sliding_window"}  # what a mask that was asked for says already
+CHOSEN = "indices"  # by which a model names the only keys that each row may look at
 BATCH_ARGUMENT = "quire_batch"  # the keyword argument that carries the step through a model's **kwargs
 
 # Keyword arguments that reach the interface and mean nothing to attention.
@@ -155,8 +158,24 @@ def spec_attention(
         return observer.attention(module, query, key, value, attention_mask, scaling, others), None
     eager = eager_attention(module)
     others.pop(BATCH_ARGUMENT, None)
+    chosen = others.pop(CHOSEN, None)
+    if chosen is not None:
+        attention_mask = among(chosen, key.shape[2], attention_mask)
+    named = inspect.signature(eager).parameters
+    for name in others:
+        if name not in named and name not in NOISE | IN_MASKS and others[name] is not None:
+            raise unknown_argument(module, name)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return eager(module, query, key, value, attention_mask, scaling=scaling, **{"dropout": 0.0, **others})
+
+
+def among(chosen: torch.Tensor, keys: int, mask: torch.Tensor) -> torch.Tensor:
+    """An additive mask [B, 1, T, keys] that leaves only the chosen keys [B, T, count] of each row.
+
+    Models with an index over their keys do this themselves for the library's own attentions, and leave it to all others.
+    """
+    left_out = torch.ones(*chosen.shape[:2], keys, dtype=torch.bool).scatter(-1, chosen.long(), False)
+    return mask.masked_fill(left_out[:, None], torch.finfo(mask.dtype).min)
 
 
 def eager_attention(module: nn.Module) -> Callable[..., Any]:
@@ -170,7 +189,7 @@ def eager_attention(module: nn.Module) -> Callable[..., Any]:
 def unknown_argument(module: nn.Module, name: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"{type(module).__name__} passes {name!r} to the attention interface; ignoring it could change the answer, "
-        "so paged attention does not take it."
+        "so it is not taken."
     )
 
 

@@ -35,14 +35,19 @@ from quire.models.transformers.ropes import LengthRope
 class PassThroughCache(DynamicCache):
     """What the model believes to be its cache: new keys and values pass through, because pages hold the old ones.
 
-    It reports no past, so that nothing in the model derives a position or a mask from it; positions come as arguments.
+    It reports no past, so that no model derives a position or a mask from it; positions come as arguments. A single layer
+    that asks for its own past adds the numbers of its rows to that, for their positions (llama4): it gets what gives these.
     """
+
+    positions: torch.Tensor | None = None  # [T] of the step
 
     def update(self, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> tuple[Any, Any]:
         return key, value
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
+    def get_seq_length(self, layer_idx: int | None = None) -> Any:
+        if layer_idx is None or self.positions is None:
+            return 0
+        return self.positions - torch.arange(len(self.positions), device=self.positions.device)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return query_length, 0
@@ -73,8 +78,9 @@ class TransformersModel:
         self._positions = "position_ids" in report.arguments
         self._fixed: dict[str, Any] = {}
         self._around: AroundBody | None = None
+        self._cache = PassThroughCache(config=model.config)
         if report.cache_argument is not None:
-            self._fixed[report.cache_argument] = PassThroughCache(config=model.config)
+            self._fixed[report.cache_argument] = self._cache
         if "use_cache" in report.arguments:
             self._fixed["use_cache"] = True
         self._attach_calls(report, ops)
@@ -128,6 +134,7 @@ class TransformersModel:
         arguments = {**self._fixed, **own}
         if self._positions:
             arguments["position_ids"] = batch.positions[None]
+        self._cache.positions = batch.positions
         for calls in self._sequences:
             calls.restart()
         if self._private is not None:

@@ -27,6 +27,8 @@ KV_HEADS = (
 )
 MOST_LAYERS = 6
 NESTED = ("hidden_size", "d_model", "num_hidden_layers", "model_type", "vocab_size")
+LENGTH_ROPES = ("dynamic", "longrope")  # beyond their original length they follow rules of their own; see ropes.py
+SHORT = 8  # an original length that the texts which are tried exceed
 DROPPED = ("torch_dtype", "dtype", "transformers_version", "architectures", "quantization_config")
 SPECIAL_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -84,7 +86,8 @@ def _shrink_rope(rope: dict[str, Any]) -> dict[str, Any]:
         elif name in ("long_factor", "short_factor") and isinstance(value, list):
             small[name] = value[:1] * 2 + value[-1:] * 2
         elif name == "original_max_position_embeddings" and isinstance(value, int):
-            small[name] = SIZES[name]
+            length = rope.get("rope_type") in LENGTH_ROPES
+            small[name] = SIZES[name] if length else SHORT
         else:
             small[name] = value
     return small

@@ -35,9 +35,12 @@ SIZES: dict[str, int] = {
     **_all("n_group num_expert_group", 2),
     **_all("kv_lora_rank q_lora_rank qk_head_dim", 16),
     **_all("qk_nope_head_dim qk_rope_head_dim v_head_dim", 8),
-    **_all("index_n_heads", 2),
+    **_all("index_n_heads", 8),
     **_all("index_head_dim", 16),
-    **_all("index_topk", 64),
+    # What changes with the length of a text must change within those that are tried.
+    **_all("index_topk keep_window_size block_size floor_scale log_scaling_n_floor", 8),
+    **_all("index_block_size", 4),
+    **_all("index_topk_blocks", 2),
     **_all("max_position_embeddings n_positions n_ctx max_target_positions max_sequence_length max_seq_len", 512),
     **_all("original_max_position_embeddings", 256),
     **_all("sliding_window attention_window_size local_attention window_size attention_chunk_size", 8),
@@ -114,11 +117,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2": {"num_hidden_layers": 3, "full_attn_idxs": [1], "layer_types": ["conv", "full_attention", "conv"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2},
+    "minimax_m3_vl_text": {"index_n_heads": 2},  # as many as key heads
     "ministral": {"head_dim": 8},
     "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
     "openai-gpt": {"afn": "gelu"},
     "qwen4_exp_text": {
-        "indexer_budget": 64,
+        "indexer_budget": 8,
         "indexer_compress_ratio": 4,
         "indexer_kv_heads": 1,
         "indexer_n_heads": 2,
