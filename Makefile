@@ -44,7 +44,8 @@ $(STAMPS)/packages: pyproject.toml constraints.txt | $(STAMPS)/venv
 	@$(PIP) install --no-compile -c constraints.txt -r $@.txt
 	@touch $@
 
-$(STAMPS)/quire: $(NATIVE) | $(STAMPS)/venv
+# An editable install lists each module with its file, so it is made again when packages have come.
+$(STAMPS)/quire: $(NATIVE) $(wildcard src/quire/*/__init__.py src/quire/*/*/__init__.py) | $(STAMPS)/venv
 	@echo "Building the native library"
 	@$(PIP) install --no-deps --editable .
 	@touch $@
