@@ -7,6 +7,7 @@ requests.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 
 from quire.engine.child import Child
@@ -14,6 +15,7 @@ from quire.errors import EngineError
 
 logger = logging.getLogger(__name__)
 
+SOON_SECONDS = 0.5  # after a restart, when what was lost has been computed again
 AGAIN_SECONDS = 60.0  # until the next try where a spare process could not be started
 
 
@@ -27,9 +29,9 @@ class Spare:
         self._clock = clock
         self._at = 0.0
 
-    def due(self) -> None:
-        """An engine has come up: count the time until the next one is prepared."""
-        self._at = self._clock() + (self._after or 0.0)
+    def due(self, after_death: bool) -> None:
+        """An engine has come up: count the time until the next one is prepared. Deaths come in company."""
+        self._at = self._clock() + min(self._after or 0.0, SOON_SECONDS if after_death else math.inf)
 
     def prepare(self) -> None:
         """Start the process that will take over one day, if it is time. Nothing waits for it."""

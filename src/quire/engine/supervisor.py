@@ -299,7 +299,7 @@ class Supervisor(RemoteCore):
         self._failed_starts = 0
         self._memory_kills = memory_kills()
         self._silent, self._looked = 0.0, self._clock()
-        self._spare.due()
+        self._spare.due(after_death=self.restarts > 0)
         self._totals.take(ready.stats)
         self._give_all()
 

@@ -20,6 +20,7 @@ from quire.engine.orphan import end_with, leave_signals_to_parent
 from quire.engine.shared_core import SharedCore
 from quire.engine.supervised import engine_over
 from quire.serve.assemble import start_service
+from quire.serve.listen import Listener
 from quire.serve.neighbours import Begin, FromParent, Neighbours
 from quire.serve.progress import Progress
 from quire.serve.service import Service
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
     """The life of the process. Returns its exit status: 0 after an orderly end, 1 when the engine is lost."""
     leave_signals_to_parent()
     env.set_up_logging()
-    listener = Listening(fileno=int(arguments[0]))
+    listener = Listener(fileno=int(arguments[0]))
     engine_end, parents_end = (socket.socket(fileno=int(number)) for number in arguments[1:])
     end_with(parents_end.fileno())
     parent: wire.Connection[FromParent] = wire.Connection(parents_end, FromParent)
@@ -54,13 +55,6 @@ def main(arguments: Sequence[str]) -> int:
     place = Place(begin.index, Neighbours(parent), begin.again)
     launch = Launch(start, connection.close, report)
     return asyncio.run(serve(Entrance(listener, begin.keys, options), launch, place))
-
-
-class Listening(socket.socket):
-    """A socket that listens already, with a queue as long as the parent chose."""
-
-    def listen(self, backlog: int = 0, /) -> None:
-        """It does."""
 
 
 def first_message(parent: wire.Connection[FromParent]) -> Begin:

@@ -19,8 +19,17 @@ from quire.text.answer_format import check_formats
 from quire.text.chat import check_template_kwargs, own_variables
 
 BACKLOG = 2048  # connections that may wait to be taken
+TAKEN = 8  # of them at a time, so that there are never many whose number nobody has looked at yet
 MOST_FILES = 65_536  # open at once, where the system sets no bound
-KEPT_FILES = 48  # of those allowed, that no connection takes: the next engine process and others need some
+KEPT_FILES = 96  # of those allowed: for the next engine process, templates, connections that are refused
+
+
+class Listener(socket.socket):
+    """A socket on which BACKLOG connections may wait, however few asyncio, which asks for both at once, takes at a time."""
+
+    def listen(self, backlog: int = BACKLOG, /) -> None:
+        """As described; again changes nothing."""
+        super().listen(BACKLOG)
 
 
 def checked_keys(options: ServeOptions) -> tuple[str, ...]:
@@ -71,7 +80,7 @@ def bind(options: ServeOptions) -> socket.socket:
         address = (options.host.strip("[]"), options.port)
     # Named, for asyncio sends without delay (TCP_NODELAY) only where it reads TCP: else a first token waits 40 ms.
     protocol = 0 if options.uds is not None else socket.IPPROTO_TCP
-    listener = socket.socket(family, socket.SOCK_STREAM, protocol)
+    listener = Listener(family, socket.SOCK_STREAM, protocol)
     try:
         if options.uds is None:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -91,7 +100,7 @@ def one_for_each(listener: socket.socket, count: int) -> list[socket.socket]:
     """
     address = listener.getsockname()
     try:
-        listener.listen(BACKLOG)  # before the port may be shared: so that of two servers one is refused
+        listener.listen()  # before the port may be shared: so that of two servers one is refused
     except OSError as error:
         raise _cannot_listen(address, error) from error
     if listener.family == socket.AF_UNIX or sys.platform != "linux":
@@ -99,11 +108,11 @@ def one_for_each(listener: socket.socket, count: int) -> list[socket.socket]:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     found = [listener]
     for _ in range(count - 1):
-        another = socket.socket(listener.family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        another = Listener(listener.family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         another.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         another.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         another.bind(address)
-        another.listen(BACKLOG)
+        another.listen()
         found.append(another)
     return found
 

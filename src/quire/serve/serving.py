@@ -26,7 +26,7 @@ from quire.serve.app import create_app
 from quire.serve.auth import KeyCheck
 from quire.serve.chunks import ShortWay
 from quire.serve.connection import Connection
-from quire.serve.listen import address_of
+from quire.serve.listen import TAKEN, address_of
 from quire.serve.neighbours import NOTE_SECONDS, Neighbours
 from quire.serve.progress import Progress
 from quire.serve.service import Service
@@ -128,7 +128,7 @@ async def serve(entrance: Entrance, launch: Launch, place: Place | None = None) 
     door = Doorway(None if place is not None and place.again else closed)
     server = _Server(_uvicorn_config(door, entrance.options), has_parent=place is not None)
     if place is not None:
-        server.config.backlog = 1  # connections that are taken at once, for others may take from the same queue
+        server.config.backlog = 1  # for others may take from the same queue
         place.neighbours.listen(on_stop=lambda: server.handle_exit(signal.SIGTERM, None))
     starting = asyncio.create_task(asyncio.to_thread(launch.start))
 
@@ -173,6 +173,7 @@ def _uvicorn_config(app: ASGIApp, options: ServeOptions) -> uvicorn.Config:
         lifespan="off",
         root_path=options.root_path,
         http=Connection,  # over h11, whose limits are known, whatever else is installed
+        backlog=TAKEN,
         h11_max_incomplete_event_size=options.h11_max_incomplete_event_size,
         ssl_keyfile=options.ssl_keyfile,
         ssl_certfile=options.ssl_certfile,
