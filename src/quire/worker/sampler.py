@@ -172,13 +172,11 @@ class Sampler:
             return {}
         picked = self._device.to_device(torch.from_numpy(asking))
         if self._mode.startswith("raw"):
-            source = logits.index_select(0, picked)
+            source = _rows_of(logits, picked)
         else:
             slots = rows.slots.index_select(0, picked)
             settings = (self._temperature, self._top_k, self._top_p, self._min_p)
-            source = filtered(
-                scores.index_select(0, picked).float(), *(item.index_select(0, slots) for item in settings)
-            )
+            source = filtered(_rows_of(scores, picked).float(), *(item.index_select(0, slots) for item in settings))
         chosen = tokens.index_select(0, picked).clamp_(min=0)
         asked = rows.slots_host[asking]
         named = self._named(asked.tolist()) if self._logprob_ids else {}
@@ -225,3 +223,8 @@ class Sampler:
                 "together forbid the whole vocabulary"
             )
         return RequestFailedError("the model computed no usable scores (NaN or infinity) for this request")
+
+
+def _rows_of(x: torch.Tensor, picked: torch.Tensor) -> torch.Tensor:
+    """The rows `picked`, in ascending order, of x [R, V]; where that is all of them, x itself."""
+    return x if len(picked) == len(x) else x.index_select(0, picked)
