@@ -68,10 +68,15 @@ def test_the_form_reaches_the_engine(
     ("fields", "param", "said"),
     [
         ({"response_format": {"type": "json_schema"}}, "response_format", "json_schema.schema"),
-        ({"response_format": {"type": "structural_tag"}}, "structured_outputs", "structural_tag"),
+        ({"response_format": {"type": "structural_tag"}}, "response_format", "structures and triggers"),
         ({"response_format": {"type": "poem"}}, "response_format", "structural_tag"),
         ({"structured_outputs": {"regex": "a", "after": {}}}, "structured_outputs", "after"),
         ({"response_format": {}}, "response_format", "found no type"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {}}}}},
+            "response_format",
+            "response_format cannot be used: no grammar",
+        ),
         ({"response_format": {"type": "json_object", "schema": "{}"}}, "response_format", "an object"),
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs", "exactly one"),
         ({"structured_outputs": {}}, "structured_outputs", "exactly one"),

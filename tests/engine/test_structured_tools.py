@@ -217,7 +217,7 @@ def test_thoughts_are_apart(server: Running) -> None:
                 "tools": [{"type": "function", "function": {"name": "f", "parameters": {"not": {}}}}],
                 "tool_choice": "required",
             },
-            "structured_outputs",
+            "tools",
         ),
     ],
 )

@@ -5,10 +5,11 @@ Knows no engine and no HTTP.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from quire.core.structured import StructuredOutputsParams
+from quire.core.structured import FIELD, StructuredOutputsParams
 from quire.errors import ValidationError
 
 # Older names of the fields of structured_outputs, each a field of the body itself.
@@ -41,6 +42,13 @@ def wished_form(
     if "after" in wished:
         raise ValidationError("structured_outputs has no field 'after'.", "structured_outputs")
     return StructuredOutputsParams(**{name: value for name, value in wished.items() if value is not None})
+
+
+def by_its_field(error: ValidationError, field: str) -> ValidationError:
+    """What is wrong with a form, told of the field that the client has asked for it with; any other error as it is."""
+    if error.field != FIELD:
+        return error
+    return ValidationError(re.sub(rf"^{FIELD}\.\w+", field, error.message), field)
 
 
 def _older(others: Mapping[str, Any]) -> str:

@@ -162,6 +162,11 @@ class GenerationRequest(ApiRequest):
             raise ValidationError(f"n may be {MOST_CHOICES} at most.", "n")
 
     @property
+    def form_field(self) -> str:
+        """The field that asks for a form of the output, if any does."""
+        return "response_format" if self.response_format is not None else "structured_outputs"
+
+    @property
     def include_usage(self) -> bool:
         """Whether the stream shall end with the usage, which also carries the account."""
         return bool(self.stream_options and self.stream_options.include_usage) or bool(self.include_account)
@@ -311,6 +316,12 @@ class ChatRequest(GenerationRequest):
             self.tools, self.tool_choice = tools_of(self.functions), choice_of(self.function_call)
             self.parallel_tool_calls = False
         self.messages = messages_of(self.messages)
+
+    @property
+    def form_field(self) -> str:
+        """The field that asks for a form of the output: tools do, where nothing else does."""
+        asks_itself = self.structured_outputs is not None or self.response_format is not None
+        return "tools" if self.tools and not asks_itself else super().form_field
 
     @property
     def top(self) -> int | None:

@@ -39,6 +39,7 @@ from quire.errors import (
 )
 from quire.serve.account import Account
 from quire.serve.caller import Caller
+from quire.serve.forms import by_its_field
 from quire.serve.live import Live, LiveRequest
 from quire.serve.neighbours import Neighbours
 from quire.serve.progress import Progress
@@ -282,6 +283,8 @@ class Service:
                 await together(map(search, range(len(jobs)), salted, told))
         except BaseException as error:
             account.fail(error)
+            if isinstance(error, ValidationError):
+                raise by_its_field(error, body.form_field) from None
             raise
         finally:
             live.over = True
