@@ -147,7 +147,7 @@ class SequentialModel:
                 tokens = batch.token_ids[low:high]
                 pieces = self._pieces(start, high - low, prompt)
                 if self._mode in ("generate", "recompute"):
-                    parts += self._generate(slot, tokens.tolist(), pieces, rows)
+                    parts += self._generate(slot, start, tokens.tolist(), pieces, rows)
                 else:
                     positions = batch.positions[low:high]
                     steps = [self._advance(slot, tokens[a:b], positions[a:b]) for a, b in pieces]
@@ -188,12 +188,11 @@ class SequentialModel:
         return _logits(output)
 
     def _generate(
-        self, slot: int, tokens: list[int], pieces: list[tuple[int, int]], rows: list[int]
+        self, slot: int, start: int, tokens: list[int], pieces: list[tuple[int, int]], rows: list[int]
     ) -> list[torch.Tensor]:
         """The logits [1, V] of each wanted row: of the request's own generation where that passes it, else of a new one."""
         known = self._tokens.setdefault(slot, [])
-        start = len(known)
-        known += tokens
+        known[start:] = tokens
         answers = {}
         if self._mode == "generate":
             running = self._generations.setdefault(slot, Generation(self.model, self._cache_argument))
