@@ -1,4 +1,4 @@
-"""Standard streams that are closed, full or read by nobody; a user without a home, a machine without /proc."""
+"""Standard streams that are closed, full or read by nobody; a user without a home, a machine without /proc, a disk that takes nothing."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 
 from quire import env
 from quire.kernels.memory import cpu_memory
+from quire.models.files.remembered import recall, remember
 
 
 def shell(script: str) -> subprocess.CompletedProcess[str]:
@@ -61,3 +62,11 @@ def test_a_user_without_a_home_remembers_nothing(monkeypatch: pytest.MonkeyPatch
 def test_a_machine_without_proc_knows_its_memory() -> None:
     plain, without = cpu_memory(), cpu_memory(meminfo=Path("/nowhere/meminfo"))
     assert abs(plain.total - without.total) < plain.total / 10 and 0 < without.free <= without.total
+
+
+def test_what_cannot_be_remembered_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    remember(tmp_path / "folder", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"] and recall(tmp_path / "folder") is None
+    remember(tmp_path / "file", "text")
+    assert recall(tmp_path / "file") == "text"
