@@ -1,4 +1,4 @@
-"""Standard streams that are closed, full or read by nobody; a user without a home, a machine without /proc, a disk that takes nothing."""
+"""Streams that are closed, full or read by nobody; no home, no /proc, no place for what shall be remembered."""
 
 from __future__ import annotations
 
