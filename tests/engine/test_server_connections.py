@@ -84,8 +84,10 @@ def test_who_says_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_connections_leave_files_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (listen.KEPT_FILES + 30, 4096))
-    assert listen.most_connections() == 30
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (listen.KEPT_FILES + 300, 4096))
+    assert listen.most_connections() == 300
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (40, 4096))
+    assert listen.most_connections() == 10, "some of few"
     monkeypatch.setattr(connection, "most_connections", lambda: 2)
 
     async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
