@@ -83,6 +83,15 @@ def test_arguments_of_the_wrong_kind_are_named(llm: LLM, call: Callable[[LLM], o
     assert found.value.field == field
 
 
+@pytest.fixture
+def heeded() -> Iterator[None]:
+    """SIGINT as Python has it, also where the tests run in the background of a shell, which has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded")
 def test_ctrl_c_in_the_middle_of_a_step(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     core = llm._engine._core
     submit, steps = core._executor.submit, []
