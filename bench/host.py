@@ -22,7 +22,6 @@ from typing import Any
 from shapes import SHAPES, write_shape
 
 from quire import LLM, SamplingParams
-from quire.engine.engine import Engine
 from quire.models.programs.recorded import RecordedModel
 from quire.worker import runner as runner_module
 
@@ -90,13 +89,13 @@ def measure(model: Path, path: str, batch: int, steps: int, quantization: str | 
         engine.submit(request)
     found: dict[str, list[dict[str, float]]] = {"python": [], "program": []}
     for _ in range(first):
-        take_step(engine)
+        engine.step()
     for step in range(steps):
         kind = ("python", "program")[step // TURN % 2]
         runner._model = recorded if kind == "program" else plain
         clock.take()
         start = time.perf_counter()
-        take_step(engine)
+        engine.step()
         taken = clock.take()
         taken["step"] = time.perf_counter() - start
         if step % TURN:  # the first after a change warms up
@@ -110,13 +109,6 @@ def measure(model: Path, path: str, batch: int, steps: int, quantization: str | 
 
 
 gather = runner_module.gather
-
-
-def take_step(engine: Engine) -> None:
-    """A step of the core, and all that there is to tell of it."""
-    engine.step()
-    while engine.has_more:
-        engine.step()
 
 
 def show(path: str, batch: int, found: dict[str, dict[str, float]]) -> None:

@@ -351,7 +351,7 @@ class LLM:
                     with self._turns:
                         self._check_open()
                         if missing.isdisjoint(done):
-                            self._step()
+                            done.update((output.request_id, output) for output in self._engine.step())
                     for request_id in missing.intersection(done):
                         missing.discard(request_id)
                         bar.finished(done[request_id])
@@ -369,15 +369,9 @@ class LLM:
         gone = set(ids)
         self._engine.abort(gone)
         with contextlib.suppress(EngineDeadError):  # then they have ended already
-            self._step()
-            while self._engine.has_more:
-                self._step()
+            self._done.update((output.request_id, output) for output in self._engine.step())
         for request_id in gone:
             self._done.pop(request_id, None)
-
-    def _step(self) -> None:
-        """A step of the engine, for all who wait."""
-        self._done.update((output.request_id, output) for output in self._engine.step())
 
     def _check_open(self) -> None:
         if self._closed:

@@ -39,11 +39,11 @@ def main() -> int:
     engine = engine_of(Setup(), FakeExecutor(parrot, delay=float(sys.argv[2])), progress)
     plain_step = engine.step
 
-    def step() -> Any:
+    def step(at_most: int) -> Any:
         """The prompt "die" ends the engine."""
         if any(generation.prompt.text == "die" for generation in engine._generations.values()):
             raise MemoryError("the machine is gone")
-        return plain_step()
+        return plain_step(at_most)
 
     engine.step = step  # type: ignore[method-assign]
     running = AsyncEngine(engine)

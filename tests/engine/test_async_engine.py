@@ -9,8 +9,7 @@ from bytes_engine import Shape, byte_engine, mixer, speaker
 
 from quire.core.params import RequestOutputKind, SamplingParams
 from quire.core.stats import Stats
-from quire.engine.async_engine import LONG_TEXT, AsyncEngine, together
-from quire.engine.engine import MOST_AT_ONCE
+from quire.engine.async_engine import LONG_TEXT, TOLD_AT_ONCE, AsyncEngine, together
 from quire.engine.executor import FakeExecutor
 from quire.engine.observe import StepFigures
 from quire.errors import EngineDeadError, ValidationError
@@ -77,7 +76,7 @@ def test_streams_side_by_side():
 
 
 def test_more_streams_than_are_told_of_at_once():
-    count = MOST_AT_ONCE * 2 + 1
+    count = TOLD_AT_ONCE * 2 + 1
 
     class Counting:
         tokens = 0
@@ -219,7 +218,7 @@ def test_an_engine_that_dies_tells_everybody():
             reader = asyncio.create_task(last_of(engine, "x", SamplingParams(max_tokens=ENDLESS), "a"))
             await begun(engine)
 
-            def broken() -> list:
+            def broken(at_most: int) -> list:
                 raise MemoryError("no more")
 
             inner.step = broken

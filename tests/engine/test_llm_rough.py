@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from quire import LLM, EngineOptions, SamplingParams
-from quire.engine import engine as engine_module
 from quire.errors import EngineDeadError, ValidationError
 
 SETTINGS = {"device": "cpu", "threads": 1, "kv_cache_memory_bytes": 1 << 26, "max_model_len": 256, "max_num_seqs": 8}
@@ -109,21 +108,6 @@ def test_ctrl_c_in_the_middle_of_a_step(llm: LLM, monkeypatch: pytest.MonkeyPatc
     assert not llm._engine.has_work() and not llm._done
     assert texts(llm, ["a", "b"]) == before
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_what_is_told_piece_by_piece_is_forgotten_whole(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "MOST_AT_ONCE", 1)
-    step, calls = llm._engine.step, []
-
-    def interrupted() -> Any:
-        if calls.append(1) or len(calls) == 4:
-            raise KeyboardInterrupt
-        return step()
-
-    monkeypatch.setattr(llm._engine, "step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        texts(llm, ["a", "b", "c", "d", "e"])
-    assert not llm._engine.has_work() and not llm._done
 
 
 def test_a_step_that_is_broken_off_is_the_last() -> None:

@@ -169,7 +169,7 @@ def test_an_engine_that_stops_ends_the_run_and_spoils_no_row(tmp_path: Path) -> 
     rows = [row(f"r{number}", {"prompt": "say:a;|"}, "/v1/completions") for number in range(5)]
     run = batch(tmp_path, rows)
 
-    def gone() -> Any:
+    def gone(at_most: int) -> Any:
         raise MemoryError("gone")
 
     run.service.engine.engine.step = gone  # type: ignore[method-assign]

@@ -112,7 +112,7 @@ def test_a_stream_that_fails_says_so_and_ends(server: Running) -> None:
 
 
 def test_an_engine_that_died() -> None:
-    def die() -> list[Any]:
+    def die(at_most: int) -> list[Any]:
         raise MemoryError("the machine is gone")
 
     with served(Setup(delay=0.02)) as server:

@@ -30,6 +30,7 @@ from quire.text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 LONG_TEXT = 20_000  # characters from which on text is worked on in a thread, so that other streams go on
+TOLD_AT_ONCE = 64  # events of a step: the first of many streams need not wait for the text of the last
 PATIENCE = 0.05  # seconds that an event loop gets to pass on what it has, before more is made for it
 MOST_FAILURES = 3  # steps in a row that raise, until the engine counts as dead
 
@@ -290,7 +291,7 @@ class AsyncEngine:
                 try:
                     if not self._wait():
                         break
-                    self._outputs.extend(self._engine.step())
+                    self._outputs.extend(self._engine.step(TOLD_AT_ONCE))
                     self._deliver()
                     failures = 0
                     if self._engine.has_more:

@@ -39,8 +39,6 @@ from quire.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-MOST_AT_ONCE = 160  # events that one step() tells: the first of many streams need not wait for the text of the last
-
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
@@ -317,7 +315,7 @@ class Engine:
 
     @property
     def has_more(self) -> bool:
-        """Whether step() has not yet told all that the core did last, and will go on with that."""
+        """Whether step(at_most) has not yet told all that the core did last."""
         return bool(self._events)
 
     def has_work(self) -> bool:
@@ -328,15 +326,16 @@ class Engine:
         """Let a step() that waits in another thread return. Safe in any thread."""
         self._core.interrupt()
 
-    def step(self) -> list[RequestOutput]:
-        """Run one step of the core, unless there is still something to tell of the last one, and return what changed.
+    def step(self, at_most: int | None = None) -> list[RequestOutput]:
+        """Run one step of the core and return what changed. A failed request ends with finish_reason "error".
 
-        A failed request ends with finish_reason "error".
+        With `at_most` no more than so many of its events are told. Then has_more says so, and the next call goes on with
+        them in place of another step.
         """
         if not self._events:
             self._events.extend(self._core.step())
         now = self._clock()
-        for _ in range(min(len(self._events), MOST_AT_ONCE)):
+        for _ in range(min(len(self._events), at_most or len(self._events))):
             self._take(self._events[0], now)
             self._events.popleft()
         self._end_late(now)
