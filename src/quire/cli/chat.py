@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 
 from quire.cli.flags import FlagParser
-from quire.cli.partner import add_partner_flags, ask, forgiving, open_session
+from quire.cli.partner import add_partner_flags, ask, forgiving, open_session, show
 from quire.cli.session import Message, Session
 
 COMMANDS = "/reset forgets the conversation, /system TEXT sets the system prompt, /quit leaves."
@@ -51,15 +50,8 @@ class Dialogue:
     def say(self, text: str) -> None:
         """Send a message and print the answer as it comes. One that fails leaves the conversation as it was."""
         question = {"role": "user", "content": text}
-        pieces: list[str] = []
-        try:
-            with suppress(KeyboardInterrupt):
-                for piece in self._session.chat([*self.messages, question]):
-                    pieces.append(piece)
-                    print(piece, end="", flush=True)
-        finally:
-            print()
-        self.messages += [question, {"role": "assistant", "content": "".join(pieces)}]
+        answer = show(self._session.chat([*self.messages, question]))
+        self.messages += [question, {"role": "assistant", "content": answer}]
         if self._stats:
             print(self._session.figures.line(), file=sys.stderr)
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 
 from quire.cli.flags import FlagParser
-from quire.cli.partner import add_partner_flags, ask, forgiving, open_session
+from quire.cli.partner import add_partner_flags, ask, forgiving, open_session, show
 from quire.cli.session import Session
 
 
@@ -32,11 +31,6 @@ def main(argv: Sequence[str]) -> int:
 
 def complete(session: Session, prompt: str, stats: bool) -> None:
     """Print the completion as it comes."""
-    try:
-        with suppress(KeyboardInterrupt):
-            for piece in session.complete(prompt):
-                print(piece, end="", flush=True)
-    finally:
-        print()
+    show(session.complete(prompt))
     if stats:
         print(session.figures.line(), file=sys.stderr)

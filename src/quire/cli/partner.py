@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 
 from quire import env
 from quire.cli.flags import FlagParser
@@ -47,6 +47,19 @@ def forgiving() -> Iterator[None]:
         if not sys.stdin.isatty():
             raise
         print(error, file=sys.stderr)
+
+
+def show(pieces: Iterable[str]) -> str:
+    """Print an answer as it comes, up to its end or Ctrl-C, and the end of its line, whatever goes wrong. What it said."""
+    said: list[str] = []
+    try:
+        with suppress(KeyboardInterrupt):
+            for piece in pieces:
+                said.append(piece)
+                print(piece, end="", flush=True)
+    finally:
+        print()
+    return "".join(said)
 
 
 def ask(mark: str) -> str | None:

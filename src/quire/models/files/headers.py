@@ -93,9 +93,9 @@ def read_headers(path: Path) -> dict[str, WeightHeader]:
         with path.open("rb") as file:
             head = file.read(8)
             length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-            if found := placeholder(path):
-                raise CheckpointError(f"The weight file {path} is {found}.")
             if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
+                if found := placeholder(path):  # text, read as a length, is more than any file has
+                    raise CheckpointError(f"The weight file {path} is {found}.")
                 raise _broken(path, f"its {size} bytes cannot hold the header of {length} bytes that it announces")
             text = file.read(length)
     except OSError as error:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from quire.models.transformers.fallback import forward_parameters, private_cache
+from quire.models.transformers.fallback import forward_parameters, logits_of, private_cache
 from quire.models.twin.shrink import VOCAB
 
 TOLERANCE = 2e-3  # of the largest logit of the twin, or of one: float32 differences are a hundred times smaller
@@ -94,7 +94,7 @@ def whole(model: nn.Module, tokens: list[int]) -> torch.Tensor:
     """Logits [length, V] of one forward without a cache."""
     arguments = {"use_cache": False, "position_ids": torch.arange(len(tokens))[None]}
     arguments = {name: value for name, value in arguments.items() if takes(model, name)}
-    return _logits(model(input_ids=torch.tensor([tokens]), **arguments))
+    return logits_of(model(input_ids=torch.tensor([tokens]), **arguments)).float()
 
 
 def _stepped(model: nn.Module, tokens: list[int]) -> torch.Tensor | None:
@@ -108,7 +108,7 @@ def _stepped(model: nn.Module, tokens: list[int]) -> torch.Tensor | None:
         for first, last in [(0, len(tokens) - SINGLE), *((n, n + 1) for n in range(len(tokens) - SINGLE, len(tokens)))]:
             offered = {"use_cache": True, "position_ids": torch.arange(first, last)[None], name: cache}
             arguments = {key: value for key, value in offered.items() if takes(model, key)}
-            rows.append(_logits(model(input_ids=torch.tensor([tokens[first:last]]), **arguments)))
+            rows.append(logits_of(model(input_ids=torch.tensor([tokens[first:last]]), **arguments)).float())
         return torch.cat(rows)
     except Exception:  # a cache of its own kind, or none
         return None
@@ -120,10 +120,6 @@ def _far(found: torch.Tensor, wanted: torch.Tensor) -> float:
         return float("inf")
     known = ~wanted.isnan().any(-1)
     return float((found - wanted)[known].abs().max())
-
-
-def _logits(output: Any) -> torch.Tensor:
-    return (output.logits if hasattr(output, "logits") else output[0])[0].float()
 
 
 def takes_anything(model: nn.Module) -> bool:

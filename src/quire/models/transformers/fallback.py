@@ -185,7 +185,7 @@ class SequentialModel:
         output = self.model(**arguments)
         returned = {name: getattr(output, name, None) for name in self._carried_names}
         self._carried[slot] = {name: value for name, value in returned.items() if value is not None}
-        return _logits(output)
+        return logits_of(output)
 
     def _generate(
         self, slot: int, start: int, tokens: list[int], pieces: list[tuple[int, int]], rows: list[int]
@@ -230,10 +230,11 @@ class Generation:
         )
         output = self._model(**inputs, return_dict=True)
         self._arguments = self._model._update_model_kwargs_for_generation(output, self._arguments)
-        return _logits(output)[-1:]
+        return logits_of(output)[-1:]
 
 
-def _logits(output: Any) -> torch.Tensor:
+def logits_of(output: Any) -> torch.Tensor:
+    """Logits [T, V] of what a model's forward returned for one sequence."""
     return (output.logits if hasattr(output, "logits") else output[0])[0]
 
 
